@@ -49,7 +49,7 @@ def bytes_per_view(samples: int, folder: Path) -> str:
             store.write(view, np.arange(samples), record.encode(logits))
         store.close()
         size = sum(path.stat().st_blocks * 512 for path in store.path.iterdir())
-        goal = 2 * classes + 2 if classes <= 64 else 76 if kind == "top16" else None
+        goal = 2 * classes + 4 if classes <= 64 else 76 if kind == "top16" else None
         rows.append(
             (f"{classes} classes, {kind}", f"{size / samples / views:.2f}", "" if goal is None else f"<= {goal}")
         )

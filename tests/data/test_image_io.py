@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import struct
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,67 @@ def test_12_bit_tiff_uses_its_own_range() -> None:
 def test_a_single_image_of_wide_values_takes_its_own_range(values: list, dtype: type, wanted: list) -> None:
     found = decode(encoded(Image.fromarray(np.array([values], dtype=dtype)), "TIFF"))
     assert found[0, :, 0].tolist() == wanted
+
+
+def tiff(pixels: np.ndarray, *, photometric: int = 1, planes: int = 1) -> bytes:
+    """A TIFF of one strip (of one strip a channel if planes is 2) without compression: [H, W] or [C, H, W]."""
+    channels, (height, width) = 1 if pixels.ndim == 2 else len(pixels), pixels.shape[-2:]
+    stored = pixels if channels == 1 or planes == 2 else pixels.transpose(1, 2, 0)
+    data, bits = stored.tobytes(), 8 * pixels.itemsize
+    strips = channels if planes == 2 else 1
+    values = {
+        256: (4, [width]), 257: (4, [height]), 258: (3, [bits] * channels), 259: (3, [1]), 262: (3, [photometric]),
+        273: (4, [8 + len(data) // strips * i for i in range(strips)]), 277: (3, [channels]), 278: (4, [height]),
+        279: (4, [len(data) // strips] * strips), 284: (3, [planes]),
+        339: (3, ["uif".index(pixels.dtype.kind) + 1] * channels),
+    }  # fmt: skip
+    entries, extra = b"", b""
+    for tag, (kind, numbers) in values.items():
+        packed = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers).ljust(4, b"\0")
+        if len(packed) > 4:
+            place = 8 + len(data) + 2 + 12 * len(values) + 4 + len(extra)
+            packed, extra = struct.pack("<I", place), extra + packed
+        entries += struct.pack("<HHI", tag, kind, len(numbers)) + packed
+    directory = struct.pack("<H", len(values)) + entries + b"\0" * 4 + extra
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+def test_a_tiff_in_which_0_is_white_is_inverted_at_every_depth() -> None:
+    gray = np.array([[0, 100, 255]])
+    for pixels in (gray.astype(np.uint8), gray.astype(np.uint16) * 257):
+        assert decode(tiff(pixels, photometric=0), (0, 65535))[0, :, 0].tolist() == [255, 155, 0]
+        assert decode(tiff(pixels), (0, 65535))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_unsigned_32_bit_integers_are_read_as_such() -> None:  # Pillow reads 2**31 and above as negative
+    read = module.read_image(tiff(np.array([[0, 2**31, 2**32 - 1]], dtype=np.uint32)), "x")
+    assert read.pixels[0, :, 0].tolist() == [0, 128, 255]
+    assert read.span == module.ValueSpan("integer", 0.0, 2.0**32 - 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (tiff(np.array([[-1, 0, 1]], dtype=np.int8)), "a TIFF of signed 8-bit integers is not supported"),
+        (tiff(np.ones((2, 2), np.float32), photometric=0), "floats in which 0 is white is not supported"),
+        (tiff(np.ones((3, 2, 4), np.uint16), photometric=2, planes=2), "in separate planes is not supported"),
+        (
+            tiff(np.ones((3, 2, 4), np.float32), photometric=2),
+            r"3 channels of 32-bit floats, .* is not supported; save",
+        ),
+        (tiff(np.ones((2, 2))), r"a TIFF of 64-bit floats, .* is not supported; save it as gray"),
+    ],
+)
+def test_a_tiff_that_pillow_does_not_read_or_reads_wrongly_is_refused_by_its_layout(
+    content: bytes, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        decode(content)
+
+
+def test_channels_of_8_bits_in_separate_planes_are_read() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(3, 2, 4)
+    np.testing.assert_array_equal(decode(tiff(pixels, photometric=2, planes=2)), pixels.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -113,8 +113,15 @@ def test_what_is_no_network_is_refused_before_training(plain, tmp_path, wrong, m
 def test_a_permuted_teacher_is_recognised_and_the_line_to_write_mends_it(plain, tmp_path):
     notes = Notes()
     turned = by_colour((0, 2, 1))  # red, blue, green
-    potstill.run(plain, teacher=turned, teacher_input=EXACT, output_dir=tmp_path, name="a", observer=notes)
+    folder = potstill.run(
+        plain, overrides=("teacher_below_baseline=stop", "training.epochs=12"), teacher=turned, teacher_input=EXACT,
+        output_dir=tmp_path, name="a", observer=notes,
+    )  # fmt: skip
     found = next(line for line in notes.lines if "classes in another order" in line)
+    results = RunFolder(folder).read_results()
+    assert found.split("Give the class")[1] in results["not_distilled"]
+    assert "better teacher" not in results["not_distilled"]
+    assert results["teacher_below_baseline"][0]["other_class_order"] is True
     setting = found.split("--set ")[1].strip().strip("'")
     assert setting == 'teacher.classes=["red", "blue", "green"]'
     folder = potstill.run(

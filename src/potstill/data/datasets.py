@@ -328,11 +328,7 @@ def _check_shares(settings: DataSettings) -> None:
 
 
 def check_target(settings: DataSettings) -> None:
-    """Check that the target exists, if there is one.
-
-    Raises:
-        UsageError: as ``check_source``.
-    """
+    """Check that the target exists, if there is one."""
     if settings.target is not None:
         check_source(target_settings(settings))
 

@@ -37,6 +37,7 @@ from potstill.data.settings import AugmentSettings, DataSettings, Options, read_
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
 from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
+    NO_CLASSES,
     SPLITS,
     DataSplits,
     SplitAssignment,
@@ -155,12 +156,12 @@ def load_without_labels(
     ``settings.val`` and ``settings.test`` are shares of all images; with ``settings.labeled_test``, test has these
     images and their labels, and copies of them are left out of the others.
 
+    The classes are ``settings.classes``, or ``NO_CLASSES``.
+
     Raises:
-        UsageError: no class names.
         DataError: fewer than three images, files that are none, or test images of unknown classes.
     """
-    assert settings.classes is not None  # the recipe has been checked
-    root, class_names = Path(settings.source).expanduser(), tuple(settings.classes)
+    root, class_names = Path(settings.source).expanduser(), tuple(settings.classes or NO_CLASSES)
     names, skipped = list_images(root, settings)
     bad: dict[str, str] | None = {} if settings.skip_bad else None
     if staged is not None:
@@ -529,6 +530,11 @@ def _label_samples(
         without = sample_name(*everything[labeled.index(False)])
         raise DataError(
             f"{source}: {labeled.count(False)} of {len(labeled)} images have no class, for example {without}"
+        )
+    if not any(labeled) and all(_directory(each) == "." for _, each in everything):
+        raise DataError(
+            f"{source}: no image has a class: give each a member KEY.cls, or KEY.json with the key label or class, "
+            "that follows or precedes it, or put the images of each class into a folder"
         )
     texts = {split: [each.label or _directory(each) for _, each in found] for split, found in places.items()}
     used = {text for found in texts.values() for text in found}

@@ -10,6 +10,7 @@ Rules, the same for training, evaluation and prediction:
 * CMYK: R = (255 - C)(255 - K) / 255, and so on; colour profiles are not applied.
 * Gray images of 12 to 32 bits: mapped from one range for a data set, as below; if no range is given, from
   the image's own.  (``convert("RGB")`` of Pillow clips them to white.)
+* Gray TIFFs of 16 bits in which 0 is white are inverted, as those of 8 bits.
 * Colours of 16 bits: the high byte of each channel.
 * A JPEG file that will be resized to a square of a known side is decoded at 1/2, 1/4 or 1/8 of its size if both sides
   then still have ``REDUCING_GAP`` times as many pixels: the decoder leaves the rest of the coefficients out.
@@ -48,7 +49,15 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from potstill.data.concurrency import raise_if_cancelled
-from potstill.data.image_structure import MAX_EXTRA, MAX_PIXELS, check_extra_memory, check_pixel_count, parse_structure
+from potstill.data.image_structure import (
+    MAX_EXTRA,
+    MAX_PIXELS,
+    ImageStructure,
+    StoredValues,
+    check_extra_memory,
+    check_pixel_count,
+    parse_structure,
+)
 from potstill.errors import DataError
 
 ValueRange = tuple[float, float]
@@ -130,10 +139,6 @@ def to_uint8(values: NDArray[Any], ends: ValueRange) -> NDArray[np.uint8]:
 
     Integers lose their low bits, so that 8-bit images that were stored in 16 bits, as v * 257 or as v * 256, are
     restored exactly; floats are rounded.
-
-    Args:
-        values: of any shape and type.
-        ends: low and high.
     """
     low, high = ends
     floats = values.astype(np.float64) - low
@@ -221,7 +226,7 @@ def wait_if_large(large: bool) -> None:
 MAX_BYTES = 64 * 2**20
 JPEG_START = b"\xff\xd8"  # the only format whose pixels depend on ``side``
 REDUCING_GAP = 2  # as in Pillow's ``thumbnail``: the resize that follows still halves the image at least
-DECODER_VERSION = 3  # increased with every change of decoded pixels, here or in ``resize_to_square``
+DECODER_VERSION = 4  # increased with every change of decoded pixels, here or in ``resize_to_square``
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSITIONS = {
@@ -280,20 +285,12 @@ def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | Non
 
 
 def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
-    """Decode the content of a file; ``name`` is used in messages, the rest as in ``decode``.
-
-    Raises:
-        DataError: as ``decode``.
-    """
+    """Decode the content of a file; ``name`` is used in messages, the rest as in ``decode``."""
     return read_image(content, name, ends, side).pixels
 
 
 def read_image(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> DecodedImage:
-    """Decode the content of a file, with the span of its values.
-
-    Raises:
-        DataError: as ``decode``.
-    """
+    """Decode the content of a file, with the span of its values."""
     raise_if_cancelled()
     if not content:
         raise DataError(f"{name}: empty file")
@@ -352,7 +349,7 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
     if structure.isolated:
         pixels = decode_isolated(structure.content, structure.format)
         return DecodedImage(pixels, None, (pixels.shape[0], pixels.shape[1]), structure.format, "RGB")
-    with Image.open(io.BytesIO(structure.content), formats=(structure.format,)) as image:
+    with _open(structure) as image:
         check_pixel_count(*image.size)
         full = image.size
         if side is not None:
@@ -370,8 +367,8 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
             upright = image if orientation == 1 else image.transpose(_TRANSPOSITIONS[orientation])
         else:
             if image.mode in _WIDE_MODES:
-                span = _value_span(image)
-                pixels = _wide_to_rgb(image, compute_range([span]) if ends is None else ends)
+                span = _value_span(image, structure.values)
+                pixels = _wide_to_rgb(image, compute_range([span]) if ends is None else ends, structure.values)
             else:
                 pixels = to_rgb(image)
                 if structure.wide:
@@ -380,6 +377,18 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
         width, height = full if reduced else image.size
         shape = (width, height) if orientation >= 5 else (height, width)
         return DecodedImage(upright, span, shape, structure.format, mode)
+
+
+def _open(structure: ImageStructure) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(structure.content), formats=(structure.format,))
+    except UnidentifiedImageError:
+        if not structure.layout:
+            raise
+        raise DataError(
+            f"a TIFF of {structure.layout}, is not supported; save it as gray of 8 to 32 bits, or as colours of 8 or "
+            "16 bits"
+        ) from None
 
 
 def _jpeg_scale(shorter: int, side: int) -> int:
@@ -416,14 +425,23 @@ def _bands(height: int, width: int) -> Iterator[slice]:
         yield slice(top, min(top + step, height))
 
 
-def _wide_to_rgb(image: Image.Image, ends: ValueRange | None = None) -> Pixels:
+def _wide_bands(image: Image.Image, stored: StoredValues) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Yield the values of an image of more than 8 bits, 0 black, in bands of rows."""
     width, height = image.size
-    ends = ends or compute_range([_value_span(image)])
+    for rows in _bands(height, width):
+        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        if stored == "white_is_zero":
+            values = 65535 - values
+        yield rows, values.view(np.uint32) if stored == "unsigned" else values
+
+
+def _wide_to_rgb(image: Image.Image, ends: ValueRange | None = None, stored: StoredValues = "plain") -> Pixels:
+    width, height = image.size
+    ends = ends or compute_range([_value_span(image, stored)])
     assert ends is not None
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     key = image.info.get("transparency")
-    for rows in _bands(height, width):
-        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+    for rows, values in _wide_bands(image, stored):
         gray = to_uint8(values, ends)
         if isinstance(key, int) and not isinstance(key, bool):
             gray[values == key] = 255
@@ -431,12 +449,10 @@ def _wide_to_rgb(image: Image.Image, ends: ValueRange | None = None) -> Pixels:
     return pixels
 
 
-def _value_span(image: Image.Image) -> ValueSpan:
+def _value_span(image: Image.Image, stored: StoredValues) -> ValueSpan:
     """Return the smallest and largest value."""
-    width, height = image.size
     low, high = np.inf, -np.inf
-    for rows in _bands(height, width):
-        values: NDArray[Any] = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+    for _, values in _wide_bands(image, stored):
         if not np.isfinite(values).all():
             raise DataError("a pixel is NaN or infinite")
         low, high = min(low, float(values.min())), max(high, float(values.max()))

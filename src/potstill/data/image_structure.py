@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from potstill.errors import DataError
 
@@ -143,6 +144,11 @@ class ImageStructure:
     content: bytes  # for the decoder: the file, or the file without metadata
     isolated: bool = False  # to be decoded in a separate process: its structure does not bound the work
     wide: bool = False  # 16 bits a colour channel, of which Pillow reads the high byte
+    values: "StoredValues" = "plain"  # what the gray values of a TIFF need that Pillow does not do
+    layout: str = ""  # of a TIFF, for messages; "" if its header is cut off
+
+
+StoredValues = Literal["plain", "white_is_zero", "unsigned"]  # 16 bits to invert; 32 bits that Pillow reads as signed
 
 
 def parse_structure(content: bytes) -> ImageStructure:
@@ -164,7 +170,7 @@ def parse_structure(content: bytes) -> ImageStructure:
         _limit_webp(content)
         return ImageStructure("WEBP", content)
     if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and not content.startswith(b"II*\0\x10\0\0\0CR"):
-        return ImageStructure("TIFF", content, wide=_limit_tiff(content))
+        return _limit_tiff(content)
     if kind := _iso_image(content):
         return ImageStructure(kind, content, isolated=True)
     raise DataError(f"no image of the formats {', '.join(FORMATS)}{foreign_file_hint(content)}")
@@ -434,14 +440,16 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 _CODES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _STRIPS, _SAMPLES, _ROWS = 256, 257, 258, 259, 273, 277, 278
 _PLANES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _SUBFILE, _CHILDREN, _DNG = 284, 322, 323, 324, 254, 330, 50706
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339
+_NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}  # by _SAMPLE_FORMAT
 _JPEG_IN_TIFF, _LIBTIFF_SCANS = (6, 7), 100  # of which libtiff itself refuses more
 _POINTERS = (330, 34665, 34853, 40965)  # to further directories, which Pillow reads
 
 Tags = dict[int, tuple[int, int, int]]  # tag -> type, number of values, place of the first
 
 
-def _limit_tiff(content: bytes) -> bool:
-    """Limit tags, values, strips and tiles of the first image; return whether its colour channels have 16 bits."""
+def _limit_tiff(content: bytes) -> ImageStructure:
+    """Limit tags, values, strips and tiles of the first image, and refuse what Pillow would decode to other values."""
     order = "<" if content.startswith(b"I") else ">"
     big = content[2:4] in (b"+\0", b"\0+")
     at = _number(content, order + "Q", 8) if big else _number(content, order + "I", 4)
@@ -480,7 +488,26 @@ def _limit_tiff(content: bytes) -> bool:
     check_extra_memory(
         width, height, 7, len(content) + (piece if kind != 1 or tiled else 0), "this TIFF with its strips or tiles"
     )
-    return bits > 8 and samples > 1
+    white_is_zero, numbers = value(_PHOTOMETRIC, 1) == 0, value(_SAMPLE_FORMAT, 1)
+    if numbers == 2 and bits == 8 and samples == 1:
+        raise DataError("a TIFF of signed 8-bit integers is not supported; save it with 16 bits, or unsigned")
+    if numbers == 3 and white_is_zero:
+        raise DataError("a TIFF of floats in which 0 is white is not supported; save it with 0 as black")
+    if bits == 16 and samples > 1 and separate and kind == 1:
+        raise DataError(
+            "a TIFF of 16-bit channels in separate planes is not supported; save it with interleaved channels"
+        )
+    values: StoredValues = "plain"
+    if samples == 1 and white_is_zero and bits == 16:
+        values = "white_is_zero"
+    elif samples == 1 and numbers == 1 and bits == 32:
+        values = "unsigned"
+    channels = f"{samples} channels of " if samples > 1 else ""
+    layout = (
+        f"{channels}{bits}-bit {_NUMBERS.get(numbers, 'numbers')}, photometric interpretation {value(_PHOTOMETRIC, 1)}"
+    )
+    whole = _STRIPS in tags or _TILES in tags
+    return ImageStructure("TIFF", content, wide=bits > 8 and samples > 1, values=values, layout=layout if whole else "")
 
 
 def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:

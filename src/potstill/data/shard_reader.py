@@ -327,22 +327,39 @@ def _add_member(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
 
 
 def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
+    """Return the class in a .cls or .json member; None, with a problem, if it cannot be used, or if there is none."""
     found: Any
     try:
         text = found = content.decode("utf-8").strip()
         if suffix == "json":
-            value = json.loads(text)
-            found = value.get("label", value.get("class")) if isinstance(value, dict) else None
-        found = None if found is None or isinstance(found, (dict, list, bool, float)) else str(found)
-    except (ValueError, RecursionError):  # no UTF-8, no JSON, thousands of digits, or nested too deeply
-        shard.problems.append(f"{where}: neither text nor JSON that can be read")
+            value = json.loads(text, object_pairs_hook=unique_keys)
+            pair = (value.get("label"), value.get("class")) if isinstance(value, dict) else ()
+            found = next((each for each in pair if each is not None), None)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, thousands of digits, or nested too deeply
+        why = f": {error}" if str(error) == KEY_TWICE else ""
+        shard.problems.append(f"{where}: neither text nor JSON that can be read{why}")
         return None
-    if isinstance(found, str) and len(found) > MAX_CLASS_LENGTH:
+    if isinstance(found, (dict, list, bool, float)):
+        shard.problems.append(f"{where}: a class is a name or a whole number, got {str(found)[:40]}")
+        return None
+    name = None if found is None else str(found)
+    if name is not None and len(name) > MAX_CLASS_LENGTH:
         shard.problems.append(
-            f"{where}: a class of {len(found):,} characters ({found[:20]}...); at most {MAX_CLASS_LENGTH}"
+            f"{where}: a class of {len(name):,} characters ({name[:20]}...); at most {MAX_CLASS_LENGTH}"
         )
         return None
-    return None if found is None else str(found)
+    return name
+
+
+KEY_TWICE = "a key is given twice"
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as ``object_pairs_hook``; ValueError if a key is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(KEY_TWICE)
+    return found
 
 
 def _one_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from potstill.data.entries import (
     is_below,
     is_system_name,
 )
-from potstill.data.shard_reader import MAX_CLASS_LENGTH
+from potstill.data.shard_reader import MAX_CLASS_LENGTH, unique_keys
 from potstill.errors import did_you_mean
 from potstill.formatting import format_names
 from potstill.hub import HUB_DATA
@@ -341,7 +341,7 @@ def _json_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_unique_keys)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             words = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
             listing.report("manifest-row", path, f"line {number}: no JSON that can be read ({words})")
@@ -356,13 +356,6 @@ def _json_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:
         unused |= dict.fromkeys(name for name in row if name not in columns.values())
         yield number, {role: row[name] for role, name in columns.items()}
     _note_unused(listing, list(unused))
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
 
 
 def _columns(header: Sequence[str]) -> tuple[dict[str, str], str]:

@@ -54,10 +54,6 @@ _CONNECTION_ERROR = re.compile(
 class Watchdog:
     """The thread that sends and checks heartbeats; ``end`` returns how this process ends.
 
-    Args:
-        store: that all processes of the run reach.
-        rank, count: of this process, and how many there are.
-
     Attributes:
         place: how many exchanges have begun or ended; comparable between processes.
         moves: whatever else shows that this process gets on.

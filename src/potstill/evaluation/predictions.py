@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +23,8 @@ from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
 from potstill.types import Batch
 
-
-class EvaluationLoader(Protocol):
-    """The part of a ``Loader`` that evaluation needs."""
-
-    @property
-    def count(self) -> int:
-        """Images in the split."""
-
-    def epoch(self) -> Iterator[Batch]:
-        """Batches with ``index``, each image in one of them."""
+if TYPE_CHECKING:
+    from potstill.data.loader import Loader
 
 
 @contextmanager
@@ -63,7 +55,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 def predict_probabilities(
     model: nn.Module,
-    loader: EvaluationLoader,
+    loader: "Loader",
     *,
     classes: int,
     processes: ProcessGroup = SINGLE_PROCESS,
@@ -97,7 +89,7 @@ def predict_probabilities(
     return probabilities, labels, images
 
 
-def _iterate_logits(model: nn.Module, loader: EvaluationLoader, classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield each batch, its image indices [B] and float32 logits [B, K]."""
     for batch in loader.epoch():
         if batch.index is None:
@@ -298,7 +290,7 @@ class Predictions:
 
 def predict_split(
     model: nn.Module,
-    loader: EvaluationLoader,
+    loader: "Loader",
     *,
     classes: int,
     device: torch.device | str = "cpu",

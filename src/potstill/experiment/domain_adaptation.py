@@ -74,9 +74,6 @@ def select_pseudo_labels(probabilities: Array, labels: Ids, confidence: float) -
         probabilities: [N, K], the teacher's; ties go to the lower class.
         labels: [N] class ids if they may be used, else -100.
         confidence: least probability of the top class, from 0 to 1.
-
-    Raises:
-        UsageError: no image is left; gives the counts at lower thresholds.
     """
     top, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1).astype(np.int64)
     known = labels != UNLABELED
@@ -111,15 +108,7 @@ class Domains:
     trusted: PseudoLabels | None = field(default=None, init=False)  # set for the first student
 
     def stage_data(self, stage: PlannedStage, models: Mapping[str, Classifier]) -> DataSplits:
-        """Return the splits of a stage.
-
-        Args:
-            stage: to be trained.
-            models: trained models by stage, with the stage's teachers.
-
-        Raises:
-            UsageError: no prediction of the teacher is confident enough.
-        """
+        """Return the splits of a stage."""
         source, target = self.data, self.data.target
         if target is None:
             return source

@@ -74,6 +74,7 @@ from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,
     describe_unlabeled,
+    evaluate_embeddings,
     evaluate_stages,
 )
 from potstill.experiment.resume import (
@@ -113,19 +114,7 @@ _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another mac
 def open_run_folder(
     output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """Open the folder of a new or resumed run; it is locked inside the block.
-
-    Args:
-        output_dir: folder of the run folders.
-        name: name of the run folder.
-        processes: the process group, of which the first writes.
-        resume: continue an existing run.
-        overwrite: replace an existing run.
-
-    Raises:
-        UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
-        StorageError: a process does not see the folder that the first one has created.
-    """
+    """Open the folder of a new or resumed run; it is locked inside the block."""
     if processes.first:
         with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
             processes.share(None)
@@ -177,10 +166,6 @@ def run(
         reproduce: record of a run to repeat, on the same images and with the same number of threads.
         evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
         baseline: folder of another run, whose baseline is used in place of training the same one again.
-
-    Raises:
-        PotstillError: any error that the user can correct; see ``potstill.errors`` for classes and exit codes.
-        Stopped: after a signal.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
@@ -334,9 +319,11 @@ def run(
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
-            if splits.teacher_labels:
-                splits = experiment.predicted
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            if splits.has_classes:
+                splits = experiment.predicted if splits.teacher_labels else splits
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            else:
+                evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
@@ -500,6 +487,7 @@ class _Experiment:
     models: dict[str, Classifier] = field(default_factory=dict)
     fold_heads: dict[str, FoldHeads | None] = field(default_factory=dict)  # of teachers, for the training images
     teacher_below_baseline: list[dict[str, Any]] = field(default_factory=list)  # on val
+    class_orders: dict[str, str] = field(default_factory=dict)  # teachers of another class order -> what to write
     not_distilled: str = ""  # why the run ends before its distilled student; "": it does not
 
     def __post_init__(self) -> None:
@@ -539,7 +527,7 @@ class _Experiment:
 
         The training images stay without labels for the losses.
         """
-        if self.predicted is not self.data:
+        if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
         found: dict[str, Any] = {}
@@ -757,16 +745,16 @@ class _Experiment:
             self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
-        if self.data.teacher_labels:
-            return  # its accuracy is unknown
         if _has_no_classes(self.recipe, name):
             self.observer.note(f"{name}: no classes, so no accuracy: its embeddings teach")
             return
+        if self.data.teacher_labels:
+            return  # its accuracy is unknown
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
             self.observer.note(f"{name}: top-1 {self._val_top1(name):.1%} on {len(labels):,} val images")
-        if self._val_top1(name) <= chance:
+        if self._val_top1(name) <= chance and name not in self.class_orders:
             self.warn(
                 f"the {name} is no better than chance: top-1 {self._val_top1(name):.1%} on val, "
                 f"where always predicting the largest class gives {chance:.1%}. Train it longer or with another "
@@ -784,6 +772,8 @@ class _Experiment:
         for name, top1 in teachers.items():
             if top1 < baseline:
                 found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
+                if name in self.class_orders:
+                    found["other_class_order"] = True
                 self.teacher_below_baseline.append(found)
                 figures = f"top-1 {top1:.1%} against {baseline:.1%} on {images:,} val images"
                 text = f"the {name} is below the baseline: {figures}"
@@ -791,10 +781,13 @@ class _Experiment:
                 if not stops:
                     self.warn(f"{text}. Distilling from it may hurt. {advice}")
                     continue
+                if name in self.class_orders:
+                    advice += "\n"
+                else:
+                    advice = f"Use the baseline, or distil from a better teacher. {advice}. "
                 self.not_distilled = (
                     f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
-                    f"which is more than a standard error. Use the baseline, or distil from a better teacher. "
-                    f"{advice}. To distil all the same: "
+                    f"which is more than a standard error. {advice}To distil all the same: "
                     "--resume --set teacher_below_baseline=warn"
                 )
         if stops:
@@ -815,6 +808,8 @@ class _Experiment:
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
+        if teacher in self.class_orders:  # a better teacher would not help
+            return self.class_orders[teacher]
         advice, network = "Give another teacher with --teacher", self.recipe.network(teacher)
         if "fold_heads" in self.models[teacher].facts.get("head", {}) and network.head in (None, "probe"):
             advice = f"Fine-tune it with --set {network_key(self.recipe, network)}.head=finetune, or give another"
@@ -856,12 +851,14 @@ class _Experiment:
             return
         names = [classes[i] for i in order]
         key = "teacher" if len(self.recipe.teacher_list) == 1 else f"teacher.{stage_number(stage) - 1}"
-        self.warn(
-            f"the {stage} seems to have the classes in another order: top-1 on val is "
+        advice = (
+            f"The {stage} seems to have the classes in another order: top-1 on val is "
             f"{float((order[predicted] == labels).mean()):.1%} with its outputs reordered, "
             f"{float((predicted == labels).mean()):.1%} without. Give the class of each output with\n"
             f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
         )
+        self.class_orders[stage] = advice
+        self.warn(advice[0].lower() + advice[1:])
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

@@ -96,11 +96,7 @@ class Probe:
 
 
 def check_probe_labels(labels: "np.ndarray[tuple[int], np.dtype[np.int64]]", class_names: Sequence[str]) -> None:
-    """Refuse training labels by which no head can be fitted and cross-validated.
-
-    Raises:
-        UsageError: a class with no image, or with one.
-    """
+    """Refuse training labels by which no head can be fitted and cross-validated."""
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     for least, what in ((0, "no image"), (1, "one image")):
         found = [name for name, count in zip(class_names, counts, strict=True) if count == least]
@@ -344,10 +340,6 @@ def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits,
         start: the network as it was built.
         data: of the run.
         key: of the settings, for messages.
-
-    Raises:
-        UsageError: weights of the data's classes, a network without linear head, a class with fewer than two training
-            images.
     """
     if start.ready:
         raise UsageError(
@@ -388,9 +380,6 @@ def probe_teacher(
         compute: device, precision and process group.
         folder: of the stage.
         observer: its methods are called with progress and result.
-
-    Raises:
-        NonFiniteError: an embedding is NaN or infinite.
     """
     started = time.monotonic()
     settings = recipe.stage_training(stage.name)
@@ -414,7 +403,7 @@ def probe_teacher(
             observer=observer,
         )
         label = f"{stage.name}: embeddings of {split if data.pool is None else 'all images'}"
-        run = partial(_embed, network, inference, layer, loader, label, observer, compute)
+        run = partial(embed_images, network, inference, layer, loader, label, observer, compute)
         embeddings[split], found = _read_or_run(cache, run, observer, compute)
         labels[split], cached = loader.labels, cached and found
     if data.pool is not None:
@@ -472,16 +461,7 @@ def probe_teacher(
 
 
 def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> FoldHeads | None:
-    """Return the cross-fitted heads of a probe for these training images; None if there are none.
-
-    Args:
-        folder: of the model.
-        facts: of its model.json.
-        data: with these training images.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
+    """Return the cross-fitted heads of a probe for these training images; None if there are none."""
     known = facts["head"] if isinstance(facts.get("head"), dict) else {}
     described = known.get("fold_heads")
     if not isinstance(described, dict) or described.get("train") != _train_digest(data):
@@ -560,7 +540,7 @@ def _read_or_run(
             cache.close()
 
 
-def _embed(
+def embed_images(
     network: nn.Module,
     inference: InferenceSettings,
     layer: str,

@@ -65,9 +65,6 @@ class RunLock:
     def acquire(self, advice: str = "wait for it") -> None:
         """Acquire the lock.
 
-        Args:
-            advice: what to do, for the error message.
-
         Raises:
             StorageError: another process has the lock, or may have it.
             OSError: the lock file cannot be created.
@@ -272,11 +269,7 @@ class RunFolder:
         write_checksummed_text(self.recipe, text)
 
     def read_recipe(self) -> str:
-        """Return the text of recipe.yaml.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the text of recipe.yaml."""
         return read_checksummed_text(self.recipe)
 
     def write_environment(self, facts: dict[str, Any]) -> None:
@@ -284,11 +277,7 @@ class RunFolder:
         write_checksummed_json(self.environment, facts)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return the content of environment.json.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the content of environment.json."""
         return read_checksummed_json(self.environment)
 
     def add_to_environment(self, facts: dict[str, Any]) -> None:
@@ -391,11 +380,7 @@ class RunFolder:
         write_checksummed_json(self.results, results | {"files": dict(sorted(files.items()))})
 
     def read_results(self) -> dict[str, Any]:
-        """Return the content of results.json.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the content of results.json."""
         results = read_checksummed_json(self.results)
         if results.get("schema") != 1:
             raise ArtifactError(f"{self.results} has another schema than 1, which this version reads")

@@ -126,10 +126,12 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
         if each.get("teacher") not in at_chance:
             teacher, baseline = each.get("teacher_val_top1"), each.get("baseline_val_top1")
             top1 = f"{format_percent(teacher)} against {format_percent(baseline)}"
-            sentences.append(
-                f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): train it longer or give a "
-                "better one."
+            advice = (
+                "it seems to have the classes in another order; the warnings of the run show the setting to write"
+                if each.get("other_class_order")
+                else "train it longer or give a better one"
             )
+            sentences.append(f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): {advice}.")
     sentences += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
     return sentences
 
@@ -223,12 +225,7 @@ def cost_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def time_sentence(stages: Mapping[str, Any], *, folds: bool = False) -> str:
-    """Return the training time beyond the baseline's, with that of teachers that were trained in this run.
-
-    Args:
-        stages: of results.json.
-        folds: they are those of the first fold.
-    """
+    """Return the training time beyond the baseline's, with that of teachers that were trained in this run."""
     taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
     baseline, distilled = taken.get("baseline"), taken.get("distilled")
     if baseline is None or distilled is None:
@@ -303,11 +300,7 @@ def unlabeled_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def domain_sentence(comparison: Mapping[str, Any]) -> str:
-    """Return the results of domain adaptation: AdaBN alone, top-1 on the source, training images; "" without a target.
-
-    Args:
-        comparison: of results.json.
-    """
+    """Return what domain adaptation gave (AdaBN alone, top-1 on the source, images); "" without a target."""
     found = comparison.get("domain")
     if not found:
         return ""

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def find_model_folder(model: Path | str) -> Path | None:
-    """The folder of a run's or a model's files; None where ``model`` means bare weights.
-
-    Raises:
-        ArtifactError: neither of them is there.
-    """
+    """The folder of a run's or a model's files; None where ``model`` means bare weights."""
     path = model_path(model)
     try:
         return find_model(path)
@@ -52,11 +48,6 @@ def load_classifier(
 
     Returns:
         The classifier, in eval mode on the CPU, and where it comes from.
-
-    Raises:
-        ArtifactError: no model there, or a damaged one.
-        UsageError: weights of a network that is not known, class names that do not fit, or a repository of the hub
-            that cannot be read.
     """
     folder = find_model_folder(model)
     if (pinned := pinned_name(os.fspath(model))) != os.fspath(model):

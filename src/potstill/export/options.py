@@ -60,11 +60,7 @@ class ExportOptions:
 
 
 def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
-    """Return the format with this name; ``runtime`` is that of ``ExportOptions``.
-
-    Raises:
-        UsageError: an unknown name, or a package is not installed.
-    """
+    """Return the format with this name; ``runtime`` is that of ``ExportOptions``."""
     if name not in FORMATS:
         raise UsageError(
             f"no format {name!r}{did_you_mean(name, [*FORMATS, ALL_THAT_RUN])}\n"
@@ -84,11 +80,7 @@ def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
 
 
 def export_data_settings(folder: Path, source: str | None) -> Any:
-    """Return the data settings of a model's run, with ``source`` in place of its own if given.
-
-    Raises:
-        DataError: a model outside of a run, and no source.
-    """
+    """Return the data settings of a model's run, with ``source`` in place of its own if given."""
     settings = run_data_settings(folder)
     if source is not None:
         source = resolve_reference(source)

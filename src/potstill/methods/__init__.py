@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "potstill.methods"
 CATALOG_FILE = Path(__file__).parent / "catalog.json"  # written by potstill.methods.documentation
-COSTS_FILE = Path(__file__).parent / "price.json"  # written by benchmarks/method_price.py
+COSTS_FILE = CATALOG_FILE.with_name("price.json")  # written by benchmarks/method_price.py
+PUBLISHED_FILE = CATALOG_FILE.with_name("published.json")  # top-1 of the student in the papers, by pair of networks
 METHOD_SETTINGS = ("preset", "schedule", "scaling")  # what every method takes beside its options
 METHOD_KINDS = (
     "logits", "feature maps", "embeddings", "several teachers", "peers", "no teacher", "around other methods",
@@ -353,7 +354,7 @@ def _catalog() -> dict[str, Any]:
 
 def source_digest() -> str:
     """A digest of the source of this folder."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(CATALOG_FILE.parent.glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in (*sorted(CATALOG_FILE.parent.glob("*.py")), PUBLISHED_FILE)]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 

@@ -72,13 +72,11 @@ class Combined(Method):
         self.inner = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())
         return self
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
         for position, method in enumerate(self.each()):
             method.build(student.parts[position], teacher.parts[position] if teacher else None, training)
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: Any) -> nn.Module:
         for position, method in enumerate(self.each()):
             theirs = teacher_side.parts[position] if teacher_side else None
             student = method.modify_student(student, student_side.parts[position], theirs)
@@ -96,7 +94,7 @@ class Combined(Method):
             if method.needs.prepare:
                 method.prepare(lambda at=position: ((_part_outputs(outputs, at), batch) for outputs, batch in passes()))  # type: ignore[misc]
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for position, (name, method, factor) in enumerate(zip(self.names, self.each(), self.factors, strict=True)):
             found = method.distill(

@@ -149,8 +149,7 @@ class CRLD(Method):
     def label_term_names(self) -> frozenset[str]:
         return frozenset({"ce", "ce_strong"})
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`, as are the second views
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.second is not None
         assert teacher.second is not None
         views = (student.logits, student.second.logits, teacher.logits, teacher.second.logits)

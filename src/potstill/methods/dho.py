@@ -105,9 +105,7 @@ class DHO(Method):
         self.needs = type(self).needs
         return self
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         if isinstance(student, ModifiedStudent):
             raise UsageError(
                 f"dho cannot change a network that was changed already ({student.name}); use one such method"
@@ -138,8 +136,7 @@ class DHO(Method):
             return {}
         return {"ce": self.label_weight * self.label_loss(student.features[self.student_taps[0]], batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = dho_loss(
             student.features[self.student_taps[1]],
             teacher.logits,

@@ -73,8 +73,7 @@ class DTKD(Method):
     warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         factor = self.warmup(self.in_epochs("warmup_epochs"))
         dynamic = dtkd_loss(student.logits, teacher.logits, temperature=self.temperature)
         fixed = kd_loss(student.logits, teacher.logits, temperature=self.temperature)

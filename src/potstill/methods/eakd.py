@@ -89,8 +89,7 @@ class EAKD(Method):
         },
     }
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = eakd_loss(
             student.logits,
             teacher.logits,

@@ -153,7 +153,7 @@ class IKL(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(epoch=True, classes=self.class_prior, labels=self.class_prior)
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         if self.class_prior:
             self.prior = ClassPrior(training.classes)
 
@@ -162,8 +162,7 @@ class IKL(Method):
         if self.class_prior:
             self.prior.turn()
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         factor = self.warmup(self.in_epochs("warmup_epochs"))
         soft = ikl_soft_ce_loss(student.logits, teacher.logits, temperature=self.temperature)
         differences = self.wmse(student.logits, teacher.logits, self.weights(teacher.logits, batch.labels))

@@ -86,14 +86,13 @@ class OFA(Method):
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         widths = [each.shape[1] for each in student.outputs.maps]
         self.heads = nn.ModuleList(
             stage_head(widths[position:], training.classes) for position in range(len(widths))
         )  # fmt: skip
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         stage_logits = [head(features) for head, features in zip(self.heads, student.maps, strict=True)]
         stages = [self._loss(logits, teacher, batch) for logits in stage_logits]
         if self.form == "paper":

@@ -153,11 +153,10 @@ class RLD(Method):
         "imagenet/resnet50-mobilenetv1": {"temperature": 1.0, "beta": 2.0},
     }
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         require_three_classes("rld", training.classes)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         require_three_classes("rld", student.logits.shape[1])
         given = (student.logits, teacher.logits, batch.labels)
         factor = self.warmup(self.in_epochs("warmup_epochs"))

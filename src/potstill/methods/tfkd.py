@@ -125,7 +125,7 @@ class TfKDReg(Method):
     def label_weight(self) -> float:
         return 1 - self.alpha
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = tfkd_reg_loss(
             student.logits,
             batch.labels,
@@ -161,7 +161,6 @@ class TfKDSelf(Method):
     def label_weight(self) -> float:
         return 1 - self.alpha
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = tfkd_self_loss(student.logits, teacher.logits, temperature=self.temperature, reduction=self.reduction)
         return {"tfkd": self.alpha * self.multiplier * loss}

@@ -345,14 +345,7 @@ def _named_architectures(content: Any) -> tuple[str, ...]:
 
 
 def is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
-    """Return whether the tensors differ in the number of classes only, in the first axis.
-
-    Args:
-        own: of the network.
-        state: what was read, under the network's names.
-        keys: names of the tensors of another shape.
-        num_classes: K.
-    """
+    """Return whether the tensors differ in the number of classes only, in the first axis."""
     there = {tuple(state[key].shape[:1]) for key in keys}
     return len(there) == 1 and all(
         own[key].shape[:1] == (num_classes,) and own[key].shape[1:] == state[key].shape[1:] for key in keys

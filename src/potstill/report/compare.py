@@ -95,13 +95,7 @@ class Pairing:
 
 
 def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
-    """Write the page that compares run folders to ``output`` and return its path.
-
-    Raises:
-        UsageError: no run was given.
-        ArtifactError: a path is no run folder, or is damaged.
-        StorageError: ``output`` cannot be written, or a run is still being written.
-    """
+    """Write the page that compares run folders to ``output`` and return its path."""
     if not runs:
         raise UsageError("compare needs run folders, and none was given: name them, e.g. runs/a runs/b")
     with ExitStack() as stack:  # predictions are read late
@@ -359,11 +353,7 @@ MAX_ALL_PAIRS = 6  # contenders up to which all pairs are compared; of more, eac
 
 
 def read_contender(name: str, students: Mapping[int, tuple[Run, StageResult]]) -> Contender:
-    """Read the test predictions of a contender's students; seeds with other images than the first are left out.
-
-    Raises:
-        ArtifactError: a file is damaged.
-    """
+    """Read the test predictions of a contender's students; seeds with other images than the first are left out."""
     images: tuple[tuple[str, str], ...] = ()
     correct: dict[int, Array] = {}
     for seed, (_, stage) in students.items():

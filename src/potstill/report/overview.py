@@ -47,6 +47,8 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
     if run.without_labels:
         agreement, *others = map(str, run.without_labels.get("sentences") or [""])
         mark = "No labels: agreement with the teacher"
+        if run.without_labels.get("classes") is False:
+            mark = "No labels and no classes: cosine agreement with the teacher"
         verdict = {"finding": "unknown", "mark": mark, "headline": [agreement], "sentences": others}
         return verdict | {"facts": [], "lines": []} | beside
     comparison = run.comparison
@@ -83,6 +85,10 @@ def _networks_table(run: Run) -> dict[str, Any]:
     shown = [each for each in metrics if (each[0] == "agreement") != labeled]
     stages = run.stages.values()
     columns = [
+        *(
+            (f"cosine to {teacher}", [_cosine_cell(stage, teacher) for stage in stages])
+            for teacher in run.cosine_teachers
+        ),
         *((name, [_test_cell(run, stage, key, form, change) for stage in stages]) for key, name, form, change in shown),
         ("parameters", [(format_scaled(stage.model.get("parameters")), "") for stage in stages]),
         ("file", [(format_scaled(stage.model.get("file_bytes"), "B"), "") for stage in stages]),
@@ -349,7 +355,15 @@ def _test_rows(run: Run) -> list[dict[str, Any]]:
         rows = rows if run.without_labels.get("test_labeled") else rows[-1:]  # others are of the teacher's own classes
         rows += [("kl_to_teacher", "KL divergence from teacher", format_decimal, _signed_decimals)]
     tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
-    return [
+    cosines = [
+        {
+            "name": f"Cosine agreement with {teacher}",
+            "cells": [_cosine_cell(stage, teacher) for stage in run.stages.values()],
+            "difference": ("", ""),
+        }
+        for teacher in run.cosine_teachers
+    ]
+    return cosines + [
         {
             "name": name,
             "cells": [_test_cell(run, stage, key, form, change) for stage in run.stages.values()],
@@ -373,6 +387,14 @@ def _test_cell(
     if mean is not None and deviation is not None:
         return form(mean), f"± {change(deviation).removeprefix('+')}"
     return _with_interval(stage, "test", key, form)
+
+
+def _cosine_cell(stage: StageResult, teacher: str) -> tuple[str, str]:
+    """Return the cosine agreement of a student with a teacher on test, and its interval."""
+    found = (stage.metrics.get("test", {}).get("cosine") or {}).get(teacher) or {}
+    low, high = (format_number(found.get(end)) for end in ("low", "high"))
+    interval = "" if low is None or high is None else f"{format_decimal(low, 3)} to {format_decimal(high, 3)}"
+    return format_decimal(found.get("value"), 3), interval
 
 
 def _over_folds(stage: StageResult, key: str) -> dict[str, Any]:

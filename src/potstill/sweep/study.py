@@ -32,11 +32,7 @@ MAX_NAME = 64  # characters of a folder's name
 
 
 def check_name(name: str) -> str:
-    """Return the name of a search if it can be that of a folder.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Return the name of a search if it can be that of a folder."""
     if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}", name) or set(name) == {"."}:
         raise UsageError(f"--name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
     return name
@@ -56,12 +52,7 @@ def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool
 
 
 def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
-    """Create a study or join the existing one; the sweep's lock must be held.
-
-    Raises:
-        UsageError: the folder holds another study; names the differences.
-        ArtifactError: sweep.json is damaged.
-    """
+    """Create a study or join the existing one; the sweep's lock must be held."""
     path = folder / SWEEP_FILE
     if not path.exists():
         if any(not entry.name.startswith(".") and entry.name != SLURM_FOLDER for entry in folder.iterdir()):
@@ -118,11 +109,7 @@ STARTUP_TRIALS = 5  # drawn at random, and never pruned
 
 
 def require_optuna() -> None:
-    """Fail early if the extra is not installed.
-
-    Raises:
-        UsageError: it is not installed; gives the command.
-    """
+    """Fail early if the extra is not installed."""
     if importlib.util.find_spec("optuna") is None:
         raise UsageError('a sweep needs optuna, not installed here\nInstall: pip install "potstill[sweep]"')
 
@@ -136,9 +123,6 @@ def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: i
         seed: of the draws; a process that joins draws from another one, or all would draw the same.
         grid: whether to try all combinations; none is pruned then.
         epochs: of a trial; its first quarter is never pruned.
-
-    Raises:
-        ArtifactError: the journal is damaged.
     """
     import optuna
     from optuna.storages import JournalStorage

@@ -114,9 +114,6 @@ def train_teachers(
         folder: of the search; the run folder is ``teacher`` in it.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
@@ -171,9 +168,6 @@ def train_again(
         observer: receives progress.
         stopping: handles signals.
         evaluate: also evaluate them, on test too.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
@@ -230,6 +224,11 @@ class Sweep:
         if grid:
             self.trials = min(self.trials, len(self.combinations))
         self.recipe = load_recipe(source, sets, flags=flags)
+        if not self.recipe.data.labeled and all(each.head == "none" for each in self.recipe.teacher_list):
+            raise UsageError(
+                "a search compares accuracies, or agreement with the teacher, and there is neither: --no-labels, and "
+                "the teacher has no classes (teacher.head: none)"
+            )
         self.measure = self.recipe.stage_training("distilled").selection_metric
         self.student, self.confirm_seeds = student, confirm_seeds
         self.worker = secrets.token_hex(6)

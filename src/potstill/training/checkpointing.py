@@ -412,11 +412,6 @@ class Checkpointer:
 def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
     """Remove the checkpoints of a stage whose model has been written, but keep the metrics of its epochs.
 
-    Args:
-        folder: the stage's folder.
-        history: its epochs.
-        keep: whether the last checkpoint stays.
-
     Raises:
         StorageError: the metrics could not be written.
     """

@@ -120,6 +120,11 @@ def test_archives_that_were_joined_lose_nothing_unseen(tmp_path):
         (("x.json", b"[" * 100_000), "neither text nor JSON"),
         (("x.json", b'{"a":' * 100_000), "neither text nor JSON"),
         (("x.json", json.dumps({"label": "n" * 300}).encode()), "a class of 300 characters"),
+        (("x.json", b'{"label": 1, "label": 0}'), "a key is given twice"),
+        (("x.json", b'{"label": 1.5, "class": "0"}'), "a class is a name or a whole number, got 1.5"),
+        (("x.json", b'{"label": NaN}'), "got nan"),
+        (("x.json", b'{"label": true}'), "got True"),
+        (("x.json", b'{"class": ["0"]}'), "got \\['0'\\]"),
     ],
 )
 def test_labels_that_cannot_be_read(tmp_path, label, said):
@@ -127,6 +132,21 @@ def test_labels_that_cannot_be_read(tmp_path, label, said):
     (tmp_path / "s.tar").write_bytes(tar(*members, ("x.png", png(99)), label))
     with pytest.raises(DataError, match=rf"s\.tar: \d problem(.|\n)*{said}"):
         load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
+
+
+def test_a_label_that_is_null_leaves_the_class(tmp_path):
+    members = [m for i in range(12) for m in ((f"x/{i}.png", png(i)), (f"x/{i}.json", JSON % (b"ab"[i % 2 :][:1])))]
+    (tmp_path / "s.tar").write_bytes(tar(*members))
+    assert load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT).class_names == ("a", "b")
+
+
+def test_images_without_any_class_are_said_to_have_none(tmp_path):
+    (tmp_path / "s.tar").write_bytes(tar(*((f"{i}.png", png(i)) for i in range(12))))
+    with pytest.raises(DataError, match=r"no image has a class: give each a member KEY\.cls"):
+        load_shards(DataSettings(source=str(tmp_path / "s.tar")), DEFAULT_AUGMENT)
+
+
+JSON = b'{"label": null, "class": "%s"}'
 
 
 def test_dots_in_names_lose_no_image(tmp_path):
