@@ -31,7 +31,7 @@ def module_recipe(photographs):
         {
             "name": "tiny",
             "data": {"source": str(photographs), "size": 16, "workers": 0, "augment": {"hflip": True}},
-            "teacher": {"model": "cifar/resnet14", "training": {"epochs": 3}},
+            "teacher": {"model": "cifar/resnet8", "training": {"epochs": 3}},
             "student": {"model": "cifar/resnet8"},
             "method": {"name": "kd", "temperature": 2.0, "alpha": 0.5},
             "training": {"epochs": 2, "batch_size": 16, "lr": 0.003, "precision": "float32", "checkpoint_seconds": 0},
