@@ -48,7 +48,7 @@ def test_elsewhere_than_on_a_terminal_an_epoch_is_one_plain_line() -> None:
         "teacher epoch 2/2  loss 0.5124  val top-1 88.0 %  1,234 images/s  3.2 s",
         "warning: the teacher\\x1b[2J is [bold]worse[/bold]",
         "teacher: done in 1 min 05 s, best epoch 1, val top-1 89.0 %",
-        "baseline: done in 0.5 s",
+        "baseline: done in 500 ms",
     ]
 
 
@@ -154,7 +154,7 @@ def test_the_table_aligns_stages_and_leaves_absent_ones_out() -> None:
     assert results_table(STAGES) == [
         "            top-1    top-3  macro F1     AUC  parameters     file  latency",
         "teacher    98.8 %  100.0 %    98.7 %  0.9995   3,965,258  15.9 MB  3.14 ms",
-        "distilled  50.0 %   90.0 %    40.0 %       -      78,042    329 B  0.50 ms",
+        "distilled  50.0 %   90.0 %    40.0 %       –      78,042    329 B  0.50 ms",
     ]
 
 

@@ -196,7 +196,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.notes += [
             *loaded.notes,
             f"{_weights_label(network)} has no class names: its outputs are assumed to be, in this order, "
-            f"{_names(classes)}; {key}.classes gives another order",
+            f"{format_names(classes, 12)}; {key}.classes gives another order",
         ]
     return start
 
@@ -249,12 +249,12 @@ def _class_prompts(
     missing = [name for name in classes if name not in prompts]
     unknown = [name for name in prompts if name not in classes]
     if missing or unknown:
-        problems = [f"has no prompts for {_names(tuple(missing))}"] if missing else []
-        problems += [f"has prompts for {_names(tuple(unknown))}, of which the data has no images"] if unknown else []
+        problems = [f"has no prompts for {format_names(missing, 12)}"] if missing else []
+        problems += [f"has prompts for {format_names(unknown, 12)}, of which the data has no images"] if unknown else []
         near = did_you_mean(unknown[0], missing or classes) if unknown else ""
         raise UsageError(
             f"{key} {' and '.join(problems)}{near}\n"
-            f"It must name every class of this data: {_names(classes)}; or give templates for all, such as "
+            f"It must name every class of this data: {format_names(classes, 12)}; or give templates for all, such as "
             f'["{DEFAULT_PROMPT}"]'
         )
     return {name: [text.replace("{}", name.replace("_", " ")) for text in prompts[name]] for name in classes}
@@ -389,7 +389,7 @@ def _file_groups(
             f"{key}.classes={_likely_classes(classes)}"
         )
     notes.append(
-        f"{source} has no class names: its outputs are assumed to be, in this order, {_names(classes)}; "
+        f"{source} has no class names: its outputs are assumed to be, in this order, {format_names(classes, 12)}; "
         f"{key}.classes gives another order"
     )
     return None
@@ -422,8 +422,8 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
     if not network.new_head and network.head is None and predicts_classes(model.facts) and classes != NO_CLASSES:
         raise ArtifactError(
             f"{path} has other classes than this data, or another order.\n"
-            f"It has {len(model.class_names)}: {_names(model.class_names)}\n"
-            f"The data has {len(classes)}: {_names(classes)}\n"
+            f"It has {len(model.class_names)}: {format_names(model.class_names, 12)}\n"
+            f"The data has {len(classes)}: {format_names(classes, 12)}\n"
             f"Use data with the same class names, or train it with a new head: {_new_head_setting(key)}"
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
@@ -446,7 +446,7 @@ def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) ->
     what = f"the previous model, {path}, must have the classes of the data, in their order"
     lost, new = ([name for name in one if name not in other] for one, other in ((theirs, ours), (ours, theirs)))
     if not lost and not new:
-        return f"{what}; it has them in another order: {_names(tuple(theirs))}"
+        return f"{what}; it has them in another order: {format_names(theirs, 12)}"
     differ = [f"only it has {format_names(lost)}"] if lost else []
     differ += [f"only the data has {format_names(new)}"] if new else []
     return f"{what}: {'; '.join(differ)}"
@@ -502,11 +502,6 @@ def _is_potstill_model(path: Path) -> bool:
         return (find_model(path) / "model.json").is_file()
     except ArtifactError:
         return False
-
-
-def _names(names: tuple[str, ...], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
 
 
 def train_loader(

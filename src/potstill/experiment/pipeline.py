@@ -533,12 +533,15 @@ class _Experiment:
         found: dict[str, Any] = {}
         for split in self.data.teacher_labels:
             images = self.data.split(split)
-            probabilities = average_probabilities(
-                [self._probabilities(name, split)[0] for name in teachers], self.recipe.teachers
-            )
-            found[split] = RelabeledSet(images, probabilities.argmax(axis=1).astype(np.int64))
-            if split == "val":
-                self._describe_predictions(probabilities)
+            predicted = [self._probabilities(name, split) for name in teachers]
+            labels: Any = None
+            if self.compute.processes.first:
+                each = [rows[0] for rows in predicted if rows is not None]
+                probabilities = average_probabilities(each, self.recipe.teachers)
+                labels = probabilities.argmax(axis=1).astype(np.int64)
+                if split == "val":
+                    self._describe_predictions(probabilities)
+            found[split] = RelabeledSet(images, self.compute.processes.share(labels))
         self.predicted = replace(self.data, **found)
         self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
         self.domains.data = self.data
@@ -825,23 +828,27 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            probabilities, labels = self._probabilities(stage, "val")
-            predicted = probabilities.argmax(axis=1)
-            model.facts["val"] = {"top1": float((predicted == labels).mean())}
-            self._check_class_order(stage, predicted, labels)
+            found, top1 = self._probabilities(stage, "val"), 0.0
+            if found is not None:
+                predicted, labels = found[0].argmax(axis=1), found[1]
+                top1 = float((predicted == labels).mean())
+                self._check_class_order(stage, predicted, labels)
+            model.facts["val"] = {"top1": self.compute.processes.share(top1)}
         return float(model.facts["val"]["top1"])
 
-    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any]:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation."""
+    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
+        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
+        processes but the first.
+        """
         model, settings = self.models[stage], self.recipe.stage_training(stage)
-        probabilities, labels, _ = predict_probabilities(
+        found = predict_probabilities(
             model.module,
             split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
             classes=len(model.class_names),
             processes=self.compute.processes,
             names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
         )
-        return probabilities, labels
+        return None if found is None else (found[0], found[1])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         """Warn if a pretrained teacher has the right classes in another order."""

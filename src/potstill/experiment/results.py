@@ -206,7 +206,7 @@ def _describe_stage(run: RunFolder, name: str, model: Classifier, recipe: Recipe
 
 
 def _embeddings(name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute) -> dict[str, Array]:
-    """Return the embeddings [N, D] of train and test by a network, float32."""
+    """Return the embeddings [N, D] of train and test by a network, float32; nothing in all processes but the first."""
     module, size = model.module.to(compute.device).to(memory_format=compute.memory_format), model.input.size
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(compute.device)
     with evaluation_mode(module), example_answers([module]):
@@ -217,7 +217,9 @@ def _embeddings(name: str, model: Classifier, recipe: Recipe, data: DataSplits, 
     for split in ("train", "test"):
         loader = split_loader(data, split, model.input, recipe, settings, compute, network=module)
         label = f"{name}: embeddings of {split}"
-        found[split] = embed_images(module, inference, layer, loader, label, SilentObserver(), compute).numpy()
+        embeddings = embed_images(module, inference, layer, loader, label, SilentObserver(), compute)
+        if embeddings is not None:
+            found[split] = embeddings.numpy()
     return found
 
 
@@ -454,7 +456,10 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 def _predict(
     run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> SplitPredictions:
-    """Predict all splits and write the predictions; those on a large train only if the recipe requests them."""
+    """Predict all splits and write the predictions; those on a large train only if the recipe requests them.
+
+    Only the first process gets predictions.
+    """
     settings = recipe.stage_training(name)
     # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
     model.module.to(compute.device).to(memory_format=compute.memory_format)
@@ -464,7 +469,7 @@ def _predict(
         large = len(images) * classes > MAX_VALUES_IN_MEMORY
         kept = split != "train" or recipe.train_predictions or not large
         path = run.stage(name) / f"log_probabilities_{split}.npy"
-        found[split] = predict_split(
+        predictions = predict_split(
             model.module,
             split_loader(data, split, model.input, recipe, settings, compute, network=model.module),
             classes=classes,
@@ -473,10 +478,11 @@ def _predict(
             names=partial(_image_label, f"the {name} on {split}, ", images),
             file=path if kept and large else None,
         )
-        if compute.processes.first:
-            run.write_confusion(name, split, found[split], model.class_names)
+        if predictions is not None:
+            found[split] = predictions
+            run.write_confusion(name, split, predictions, model.class_names)
             if kept:
-                run.write_predictions(name, split, images.names, found[split], model.class_names)
+                run.write_predictions(name, split, images.names, predictions, model.class_names)
             if kept and large:
                 run.add_file(f"{name}/{path.name}")
     return found

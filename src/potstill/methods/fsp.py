@@ -19,6 +19,7 @@ from potstill.errors import UsageError
 from potstill.features import pool_to_common_size
 from potstill.methods.ab import active_terms
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -54,8 +55,7 @@ def _flows(maps: Sequence[Tensor]) -> list[Tensor]:
     flows = []
     for lower, upper in pairwise(maps):
         first, second = (features.flatten(2) for features in pool_to_common_size(lower, upper))
-        with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
-            flows.append(torch.bmm(first, second.transpose(1, 2)) / first.shape[2])
+        flows.append(inner_products(first, second) / first.shape[2])
     return flows
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from potstill.features import pool_to_common_size
 from potstill.methods.base import Method
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -50,8 +51,7 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
 
 def _kernel(first: Tensor, second: Tensor) -> Tensor:
-    with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
-        return torch.bmm(first, second.transpose(1, 2)).square().mean()
+    return inner_products(first, second).square().mean()
 
 
 class NST(Method):

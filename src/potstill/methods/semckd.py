@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from potstill.errors import UsageError
 from potstill.features import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -138,9 +139,8 @@ class Calibration(nn.Module):
 
 
 def _similarity(features: Tensor) -> Tensor:
-    flat = at_least_float32(features).flatten(1)
-    with torch.autocast(flat.device.type, enabled=False):  # it would lower products to half precision
-        return flat @ flat.T
+    flat = features.flatten(1)
+    return inner_products(flat, flat)
 
 
 class SemCKD(Method):

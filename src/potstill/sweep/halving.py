@@ -299,12 +299,7 @@ class HalvingSearch:
             self._save()
             return
         self.state = read_checksummed_json(path)
-        if lines := study.differences(self.state["settings"], self.description):
-            raise UsageError(
-                f"{self.folder} holds a search with other settings:\n"
-                + "\n".join(lines[:8])
-                + "\nRepeat the command with which it began, or give this one another --name"
-            )
+        study.check_same_search(self.folder, self.state["settings"], self.description)
         self._spent = float(self.state.get("spent", 0.0))
 
     def _elapsed(self) -> float:

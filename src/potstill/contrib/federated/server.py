@@ -317,11 +317,13 @@ class Server:
 
     def evaluate(self, loader: Loader) -> dict[str, float]:
         """Return top-1 (a share) and negative log-likelihood (nats) of the student."""
-        probabilities, labels, _ = predict_probabilities(
+        found = predict_probabilities(
             self.student.module.to(self.compute.device),
             loader,
             classes=len(self.student.class_names),
         )
+        assert found is not None  # of a single process
+        probabilities, labels, _ = found
         probabilities = np.nan_to_num(probabilities)  # finite weights may still give outputs that are not
         label_probabilities = probabilities[np.arange(len(labels)), labels]
         return {
