@@ -32,8 +32,7 @@ from potstill.methods import list_own_methods, method_class, method_info
 from potstill.options import RENAMED_OPTIONS
 from potstill.training.settings import TrainingSettings
 
-from .conftest import few_digits
-from .conftest import whole_runs
+from .conftest import few_digits, whole_runs
 from .test_readme import carry_out
 from .test_setting_names import exists
 
