@@ -80,9 +80,11 @@ def _run(path: Path, count: int, classes: int, stages: tuple[str, ...]) -> None:
         for split in SPLITS:
             file = run.stage(stage) / f"log_probabilities_{split}.npy"
             kept = split != "train" or not large
-            found[split] = predict_split(
+            predictions = predict_split(
                 Logits(classes, seed), images, classes=classes, file=file if kept and large else None
             )
+            assert predictions is not None  # of a single process
+            found[split] = predictions
             clock.lap(f"{stage}: predictions on {split}")
             run.write_confusion(stage, split, found[split], class_names)
             if kept:

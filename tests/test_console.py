@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from potstill.cli.results import metrics_lines, print_results, results_table
-from potstill.console import Progress, escape_control, format_bytes, format_duration, format_percent
+from potstill.console import Progress, escape_control
 from potstill.experiment.estimate import StageTime
 
 STAGES: dict[str, Any] = {
@@ -48,7 +48,7 @@ def test_elsewhere_than_on_a_terminal_an_epoch_is_one_plain_line() -> None:
         "teacher epoch 2/2  loss 0.5124  val top-1 88.0 %  1,234 images/s  3.2 s",
         "warning: the teacher\\x1b[2J is [bold]worse[/bold]",
         "teacher: done in 1 min 05 s, best epoch 1, val top-1 89.0 %",
-        "baseline: done in 0.5 s",
+        "baseline: done in 500 ms",
     ]
 
 
@@ -154,8 +154,24 @@ def test_the_table_aligns_stages_and_leaves_absent_ones_out() -> None:
     assert results_table(STAGES) == [
         "            top-1    top-3  macro F1     AUC  parameters     file  latency",
         "teacher    98.8 %  100.0 %    98.7 %  0.9995   3,965,258  15.9 MB  3.14 ms",
-        "distilled  50.0 %   90.0 %    40.0 %       -      78,042    329 B  0.50 ms",
+        "distilled  50.0 %   90.0 %    40.0 %       –      78,042    329 B  0.50 ms",
     ]
+
+
+def test_a_student_without_classes_has_a_cosine_and_a_loss() -> None:
+    stage = {**STAGES["distilled"], "test": {"count": 9, "cosine": {"teacher": {"value": 0.61234}}}}
+    assert results_table({"distilled": stage}, agreement=True) == [
+        "           cosine to teacher  parameters   file  latency",
+        "distilled             0.6123      78,042  329 B  0.50 ms",
+    ]
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=120))
+    progress.stage("distilled", "")
+    progress.epoch_end({"epoch": 1, "best": True, "val": {"top1": None, "count": 0, "loss": 1.5}})
+    progress.stage_end("distilled", 2.0)
+    assert "val loss 1.5000" in out.getvalue()
+    assert "best epoch 1, val loss 1.5000" in out.getvalue()
+    assert "top-1" not in out.getvalue()
 
 
 def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
@@ -164,29 +180,6 @@ def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str],
     lines = capsys.readouterr().out.splitlines()
     verdict = ["It helped. " * 8 + "It helped.", "It helped. It helped. It helped."]  # 98 characters, then the rest
     assert lines == ["", *results_table(STAGES), "", *verdict, "", f"report: {tmp_path}/report.html"]
-
-
-def test_numbers_for_people() -> None:
-    assert [format_percent(0.12345), format_percent(None)] == ["12.3 %", "-"]
-    assert [
-        format_bytes(999),
-        format_bytes(1_500),
-        format_bytes(2_345_678),
-        format_bytes(3_000_000_000),
-        format_bytes(None),
-    ] == [
-        "999 B",
-        "1.5 kB",
-        "2.3 MB",
-        "3.0 GB",
-        "-",
-    ]
-    assert [format_duration(s) for s in (0.04, 59.96, 245.4, 7384)] == [
-        "0.0 s",
-        "1 min 00 s",
-        "4 min 05 s",
-        "2 h 03 min",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -145,12 +145,7 @@ def permit_code(names: Iterable[str]) -> None:
 
 
 def is_permitted(name: str, *, itself: bool = False) -> bool:
-    """Whether code that a file names may be loaded.
-
-    Args:
-        name: of the code.
-        itself: whether this name was permitted, not all names.
-    """
+    """Whether code that a file names may be loaded."""
     return name in _permitted or (os.environ.get(PERMISSION) == "1" and not itself)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from potstill.formatting import format_duration, format_percent
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -116,17 +118,20 @@ class Progress:
 
     def epoch_end(self, record: dict[str, Any]) -> None:
         """Show the metrics of an epoch, a line of metrics.jsonl."""
-        val = format_percent(record.get("val", {}).get("top1"))
+        measured = record.get("val", {})
+        val = f"val top-1 {format_percent(measured.get('top1'))}"
+        if measured.get("count") == 0:  # no image has a class
+            val = f"val loss {measured['loss']:.4f}"
         if record.get("best"):
-            self._best = f"best epoch {record['epoch']}, val top-1 {val}"
+            self._best = f"best epoch {record['epoch']}, {val}"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._epoch * self._images, val=f"val top-1 {val}", refresh=True)
+            self._bar.update(self._task, completed=self._epoch * self._images, val=val, refresh=True)
             return
         loss = record.get("train", {}).get("loss")
         parts = [
             f"{self._stage} epoch {record['epoch']}/{self._epochs}",
             f"loss {loss:.4f}" if isinstance(loss, float) else "",
-            f"val top-1 {val}",
+            val,
             f"{record['images_per_second']:,.0f} images/s" if record.get("images_per_second") else "",
             format_duration(record["seconds"]) if record.get("seconds") is not None else "",
             "best" if record.get("best") else "",
@@ -246,31 +251,6 @@ def print_section(title: str, lines: Iterable[str]) -> None:
 def print_next_command(command: list[str]) -> None:
     """Print a suggested next command."""
     print_lines([f"next:   {escape_control(shlex.join(command))}"])
-
-
-def format_percent(share: float | None) -> str:
-    """Format ``0.9731`` as ``97.3 %``; None as ``-``."""
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def format_bytes(count: int | None) -> str:
-    """Format bytes in powers of 1000."""
-    if count is None:
-        return "-"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds: ``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def print_lines(lines: Iterable[str]) -> None:

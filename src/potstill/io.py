@@ -86,11 +86,7 @@ def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write an iterator of chunks like ``write_bytes``; return the SHA-256 of the file in hex.
-
-    Raises:
-        StorageError: as ``write_bytes``.
-    """
+    """Write an iterator of chunks like ``write_bytes``; return the SHA-256 of the file in hex."""
     sha256 = hashlib.sha256()
 
     def digested() -> Iterator[bytes]:
@@ -146,11 +142,7 @@ def sha256_hex(data: bytes) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file of any size.
-
-    Raises:
-        ArtifactError: missing or unreadable.
-    """
+    """Return the SHA-256 of a file of any size."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -264,9 +256,6 @@ def write_checksummed(path: Path, content: bytes, *, keep_previous: bool = False
         path: of a file that ``read_checksummed`` reads.
         content: any bytes.
         keep_previous: the older file stays as ``NAME-previous.SUFFIX``.
-
-    Raises:
-        StorageError: as ``write_bytes``.
     """
     previous = path.with_name(f"{path.stem}-previous{path.suffix}") if keep_previous else None
     write_bytes(path, sha256_hex(content).encode(), b"\n", content, previous=previous)
@@ -287,11 +276,7 @@ def read_checksummed(path: Path) -> bytes:
 
 
 def write_checksummed_text(path: Path, text: str) -> None:
-    """Write UTF-8 ``text`` after a first line ``# SHA-256 of the lines below: ...``.
-
-    Raises:
-        StorageError: as ``write_bytes``.
-    """
+    """Write UTF-8 ``text`` after a first line ``# SHA-256 of the lines below: ...``."""
     content = encode_text(text)
     write_bytes(path, _TEXT, sha256_hex(content).encode(), b"\n", content)
 
@@ -314,9 +299,6 @@ def read_checksummed_text(path: Path) -> str:
 def write_checksummed_json(path: Path, value: dict[str, Any]) -> None:
     """Put an object that is not empty at ``path`` as indented JSON, with a last entry ``checksum``: the SHA-256 of the
     file without this entry.
-
-    Raises:
-        StorageError: as ``write_bytes``.
     """
     body = encode_json(value)
     write_bytes(path, body.removesuffix(_END), _CHECKSUM_PREFIX, sha256_hex(body).encode(), _CHECKSUM_SUFFIX)
@@ -347,9 +329,6 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
 
     Returns:
         16 hex digits for each line, the beginning of its SHA-256; for ``verify_json_lines``.
-
-    Raises:
-        StorageError: as ``write_bytes``.
     """
     lines = [encode_text(json.dumps(value, ensure_ascii=False, allow_nan=False)) for value in values]
     write_bytes(path, b"".join(line + b"\n" for line in lines))

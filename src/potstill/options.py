@@ -210,13 +210,7 @@ RENAMED_OPTIONS = {
 def option_problems(
     options: Mapping[str, Option], given: Mapping[str, Any], filled: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """Everything that is wrong with what is given for options, as (option, sentence).
-
-    Args:
-        options: those that there are.
-        given: values by name.
-        filled: names that get their value from elsewhere, so that nothing is missing.
-    """
+    """Everything that is wrong with what is given for options, as (option, sentence)."""
     problems = []
     for key, value in given.items():
         if key in options:

@@ -91,14 +91,14 @@ def test_verify_says_how_far_the_records_are(
     path = make(tmp_path)
     assert main(["cache", "verify", path.name[:6], "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{path.name}: 10,000 records are intact, 0 blocks are damaged",
+        f"{path.name}: 10,000 records are intact, 0 are damaged",
         "256 of them recomputed: same top class for 99.6 %, largest difference of a logit 0.0123",
     ]
     assert main(["cache", "verify", path.name, "--folder", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "key": path.name,
         "intact": 10_000,
-        "damaged_blocks": 0,
+        "damaged": 0,
         "compared": 256,
         "largest_difference": 0.0123,
         "same_class": 0.996,
@@ -114,21 +114,21 @@ def test_verify_fails_where_the_records_are_not_the_teachers(
     assert "does not agree with its teacher" in capsys.readouterr().err
 
 
-def test_verify_finds_a_damaged_block(tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: Again) -> None:
+def test_verify_finds_a_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: Again) -> None:
     path = make(tmp_path)
     with (path / "logits.bin").open("r+b") as file:
         file.seek(1000)
         file.write(b"\1")
     assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 4
     captured = capsys.readouterr()
-    assert "5,904 records are intact, 1 blocks are damaged" in captured.out
-    assert "1 blocks are damaged; their records are not used" in captured.err
+    assert "9,999 records are intact, 1 are damaged" in captured.out
+    assert "1 records are damaged; they are not used" in captured.err
 
 
 def test_a_store_without_records_asks_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, views=0)
     assert main(["cache", "verify", path.name, "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{path.name}: 0 records are intact, 0 blocks are damaged\n"
+    assert capsys.readouterr().out == f"{path.name}: 0 records are intact, 0 are damaged\n"
 
 
 def test_rm_removes_what_is_named_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -689,14 +689,14 @@ def test_without_room_everything_is_decoded_again(
 ) -> None:
     expected = loaded(photographs, cache, None)
 
-    def full(handle: int, data: memoryview, at: int) -> None:
+    def full(handle: int, at: int, data: memoryview) -> None:
         if at > 20_000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(handle, data, at)
+        write(handle, at, data)
 
-    write = decoded_cache._write_at
+    write = decoded_cache.pwrite
     with monkeypatch.context() as patch:
-        patch.setattr(decoded_cache, "_write_at", full)
+        patch.setattr(decoded_cache, "pwrite", full)
         assert same(loaded(photographs, cache, StagedSquares(SQUARES, 0.3)), expected)
     monkeypatch.setattr(decoded_cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10_000))
     staged = StagedSquares(SQUARES, 0.3)

@@ -83,10 +83,36 @@ def test_training_is_that_of_one_process(found, alone):
 
 def test_evaluation_counts_each_image_once(found, alone):
     """45 images in batches of 8: three batches for the one, three for the other."""
+    _, labels, index = found[0]["training"]["predicted"]
+    assert index == list(range(two.IMAGES))
+    assert labels == alone["predicted"][1]
+
+
+def test_predictions_are_gathered_to_the_first_process_alone(found):
+    """By rows and in bins; what is wrong with them is raised in both, in the same words."""
+    assert found[1]["training"]["predicted"] is None
+    by_rows, in_bins = found[0]["evaluation"]["predicted"]
+    assert by_rows[0] == in_bins[0]
+    assert by_rows[1] == pytest.approx(in_bins[1], abs=1e-3)
+    assert found[1]["evaluation"]["predicted"] == [None, None]
+    assert [each["evaluation"]["first"] for each in found] == [0, None]
+    assert found[0]["evaluation"]["errors"] == found[1]["evaluation"]["errors"]
+    (kind, text, code), (_, other, _) = found[0]["evaluation"]["errors"]
+    assert (kind, code) == ("NonFiniteError", 6)
+    assert text == "a logit of x is NaN or infinite (21 of 45 images)"
+    assert "image 8 is NaN" in other  # the second batch of 8, the first of the second process
+
+
+def test_a_step_reduces_gradients_and_nothing_else(found):
+    """As many all-reduces as torch's DDP of the student alone; factors of terms are measured in the first steps of an
+    epoch, one small all-reduce each."""
     for each in found:
-        assert each["training"]["index"] == list(range(two.IMAGES))
-        assert each["training"]["labels"] == alone["labels"]
-    assert found[0]["training"]["probabilities"] == found[1]["training"]["probabilities"]
+        counts = each["reductions"]
+        for static in (True, False):
+            assert counts[f"distiller {static}"] == counts[f"plain {static}"]
+            assert min(counts[f"plain {static}"]) >= 1
+        more = np.subtract(counts["scaling auto"], counts["scaling None"]).tolist()
+        assert more == [1] * two.MEASURED_STEPS + [0] * 3
 
 
 def test_only_the_first_writes(found):

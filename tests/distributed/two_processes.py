@@ -3,6 +3,7 @@
 Not a test by itself: ``python two_processes.py FOLDER``, by torchrun.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
-from potstill.distillation.distiller import Distiller, TermScaling
+from potstill.distillation.distiller import MEASURED_STEPS, Distiller, TermScaling
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distributed.group import ProcessGroup, process_group
+from potstill.errors import PotstillError
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
-from potstill.evaluation.predictions import predict_probabilities
+from potstill.evaluation.predictions import predict_probabilities, predict_split
 from potstill.input_spec import InputSpec
+from potstill.methods.cosine import Cosine
 from potstill.methods.kd import KD
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute, DistributedDistiller, gather_metrics
@@ -86,17 +90,78 @@ def train(processes, folder):
         found, *loaders, settings, compute, folder=folder, observer=SilentObserver(), classes=CLASSES
     )  # fmt: skip
     history = training.run()
-    probabilities, labels, index = predict_probabilities(
-        found.student, loaders[1], classes=CLASSES, processes=processes
-    )
+    predicted = predict_probabilities(found.student, loaders[1], classes=CLASSES, processes=processes)
     return {
         "weights": [parameter.tolist() for parameter in found.student.parameters()],
         "records": [{key: record[key] for key in ("train", "val", "best")} for record in history.records],
-        "probabilities": probabilities.tolist(),
-        "labels": labels.tolist(),
-        "index": index.tolist(),
+        "predicted": None if predicted is None else [each.tolist() for each in predicted],
         "wrote": sorted(path.name for path in folder.rglob("*") if path.is_file()),
     }
+
+
+def evaluate(processes, folder):
+    """What each process gets of an evaluation by rows and in bins, and of one that fails in the second's images."""
+    network = distiller().student
+    split = [
+        predict_split(
+            network, loader(processes, "listed"), classes=CLASSES, processes=processes, file=folder / f"{at}.npy",
+            max_values=at,
+        )
+        for at in (10**6, 0)
+    ]  # fmt: skip
+    with torch.no_grad():
+        network[3].bias.fill_(torch.nan if processes.rank else 0.0)
+    errors = []
+    for names in (["x"] * IMAGES, None):
+        try:
+            predict_probabilities(
+                network, loader(processes, "listed"), classes=CLASSES, processes=processes, names=names
+            )
+        except PotstillError as error:
+            errors.append([type(error).__name__, str(error), error.exit_code])
+    return {
+        "predicted": [None if each is None else [each.predicted.tolist(), each.auc_micro] for each in split],
+        "errors": errors,
+        "first": processes.run_on_first(lambda: processes.rank),
+    }
+
+
+def reductions(processes):
+    """How many all-reduces each training step has, of every kind and of any origin, as torch's profiler sees them."""
+
+    def count(module, call, sync=lambda: None):
+        optimizer, counts = torch.optim.SGD(module.parameters(), 0.1), []
+        for batch in itertools.islice(itertools.cycle(list(loader(processes).epoch(0))), MEASURED_STEPS + 3):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                call(batch)
+                optimizer.step()
+                sync()
+            counts.append(sum(each.count for each in profile.key_averages() if each.key == "c10d::allreduce_"))
+        return counts
+
+    def of(sharing):
+        def step(batch):
+            with processes.stepping(), sharing.step(True):
+                sharing.call(batch.images, batch.labels).loss.backward()
+
+        return count(sharing.distiller.student, step, sharing.sync_method_buffers)
+
+    found = {}
+    for static in (True, False):
+        student = distiller().student
+        plain = DistributedDataParallel(student, static_graph=static, find_unused_parameters=not static)
+        found[f"plain {static}"] = count(
+            student,
+            lambda batch, plain=plain: torch.nn.functional.cross_entropy(plain(batch.images), batch.labels).backward(),
+        )
+        found[f"distiller {static}"] = of(DistributedDistiller(distiller(), processes, static_graph=static))
+    for scaling in (None, "auto"):
+        network = distiller()
+        hinted = Distiller(
+            network.student, network.teacher.networks[0], Cosine(), example=torch.zeros(2, 3, 4, 4), scaling=scaling
+        )
+        found[f"scaling {scaling}"] = of(DistributedDistiller(hinted, processes))
+    return found
 
 
 def held_back(processes):
@@ -162,6 +227,8 @@ def main(folder):
             "terms": terms_of(processes),
             "training": train(processes, own),
             "held back": held_back(processes),
+            "evaluation": evaluate(processes, folder),
+            "reductions": reductions(processes),
             "scaled": scaled(processes),
             "store": fill(processes, folder / "store"),
         }

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import entropy
 
 from potstill.errors import UsageError
-from potstill.evaluation.fidelity import agreement, class_order
+from potstill.evaluation.fidelity import agreement, class_order, cosine_agreement
 
 
 def test_agreement_counts_equal_top_classes_right_or_wrong():
@@ -36,6 +36,20 @@ def test_no_images_and_wrong_shapes():
     assert agreement(np.zeros((0, 3)), np.zeros((0, 3))) == {"agreement": None, "kl_to_teacher": None}
     with pytest.raises(UsageError, match="same"):
         agreement(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_embeddings_agree_as_far_as_a_linear_map_reaches():
+    """Of a teacher with two independent directions of equal spread, a student that knows one has cosine 2 / pi: the
+    mean of |cos| over all angles.  The teacher's mean, common to all images, counts nothing."""
+    angles = np.random.default_rng(0).uniform(0, 2 * np.pi, 6000)
+    teacher = np.stack([np.cos(angles), np.sin(angles)], axis=1) + 100
+    half = 5 * teacher[:, :1] - 7
+    noise = np.random.default_rng(1).normal(size=(6000, 1))
+    found = [
+        float(cosine_agreement((student[:3000], teacher[:3000]), (student[3000:], teacher[3000:])).mean())
+        for student in (half, noise, np.concatenate([half, 3 * teacher[:, 1:]], axis=1))
+    ]
+    assert found == pytest.approx([2 / np.pi, 0.0, 1.0], abs=0.02)
 
 
 def test_two_classes_that_are_swapped_are_found():

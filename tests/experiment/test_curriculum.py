@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from potstill.config.recipe import CurriculumSettings, load_recipe
+from potstill.distributed.group import SINGLE_PROCESS
 from potstill.errors import UsageError
 from potstill.experiment import curriculum as module
 from potstill.experiment import pipeline
@@ -182,6 +183,6 @@ def test_several_teachers_are_asked_as_one(monkeypatch):
     teacher = SimpleNamespace(module=torch.nn.Identity(), input=None)
     made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}})
     data = SimpleNamespace(train=SimpleNamespace(names=["a"], labels=[0]), class_names=("a", "b"))
-    compute = SimpleNamespace(device="cpu", processes=None)
+    compute = SimpleNamespace(device="cpu", processes=SINGLE_PROCESS)
     found = module._predict_difficulty(data, [teacher, teacher], CurriculumSettings(), made, compute)
     assert found == pytest.approx([0.693147], abs=1e-6)  # -ln 0.5

@@ -1,14 +1,17 @@
 """Images without labels: a ready teacher names the classes, and no accuracy is claimed."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
 from potstill.config.recipe import load_recipe
-from potstill.errors import DataError, UsageError
+from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiment import pipeline
+from potstill.experiment.builders import build_network
+from potstill.export.loading import load_classifier
 from potstill.models.model_file import load_model
 from potstill.report.compare import compare
 from potstill.report.render import render
@@ -206,6 +209,111 @@ def test_a_teacher_without_class_names_gets_them_from_the_recipe(without_labels,
     assert load_model(path / "distilled").class_names == ("azure", "lime", "scarlet")
     merged = without_labels("teacher.classes={cold: [0, 1], warm: [2]}", **bare)
     assert merged.data.classes == ["cold", "warm"]
+
+
+@pytest.fixture
+def embeddings(without_labels):
+    """A recipe without labels whose teacher has no classes."""
+
+    def make(*changes, **flags):
+        return without_labels("teacher.head=none", *changes, **{"method": "cosine"} | flags)
+
+    return make
+
+
+def test_embeddings_alone_train_a_student_that_gets_its_head_from_labels(embeddings, recipe, tmp_path):
+    listening = Listening()
+    made = embeddings()
+    assert made.method == {"name": "cosine", "ce_weight": 0.0, "kd_weight": 0.0}
+    path = pipeline.run(made, output_dir=tmp_path, observer=listening)
+    found = results(path)
+    assert list(found["stages"]) == ["distilled"]
+    assert found["comparison"] is None
+    assert found["data"]["class_names"] == []
+    assert found["data"]["counts"] == {"train": {"images": 42}, "val": {"images": 9}, "test": {"images": 9}}
+    known, test = found["without_labels"], found["stages"]["distilled"]["test"]
+    cosine = test["cosine"]["teacher"]
+    assert cosine["low"] < cosine["value"] < cosine["high"]
+    assert cosine["difference"][0] == pytest.approx(cosine["value"] - cosine["before"])
+    assert cosine["value"] != cosine["before"]
+    assert "top1" not in test
+    assert (known["test_labeled"], known["classes"]) == (False, False)
+    assert "Accuracy is unknown" in " ".join(known["sentences"])
+    epochs = [json.loads(line) for line in (path / "distilled" / "metrics.jsonl").read_text().splitlines()]
+    assert {each["val"]["top1"] for each in epochs} == {None}
+    assert epochs[0]["train"]["terms"].keys() == epochs[0]["val"]["terms"].keys() == {"embedding"}
+    losses = [each["val"]["loss"] for each in epochs]
+    student = load_model(path / "distilled")
+    assert student.facts["training"]["best_epoch"] == 1 + losses.index(min(losses))
+    assert student.facts["training"]["selection_metric"] == "loss"
+    page = render(path).read_text()
+    assert "No labels and no classes: cosine agreement with the teacher" in page
+    assert f"{cosine['value']:.3f}" in page
+    assert f"{cosine['value']:.3f}" in (path / "distilled" / "metrics.txt").read_text()
+    assert "predicts no classes" in (path / "report.md").read_text()
+    assert compare([path, path], tmp_path / "compared.html").is_file()
+    assert summary("none", path)["state"] == "finished"
+    with pytest.raises(ArtifactError, match=r"predicts nothing.*--student"):
+        load_classifier(path)
+    for head, wanted in (("null", "has no classes: .* NEW HEAD"), ("finetune", None)):
+        taught = recipe(**{"student": f"{{weights: {path}, head: {head}}}", "training.epochs": 1})
+        start = build_network(taught, taught.student, CLASSES)
+        ours, theirs = student.module.state_dict(), start.module.state_dict()
+        assert ours["head.weight"].shape != theirs["head.weight"].shape
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith("head."))
+        assert bool(start.warnings) == bool(wanted)
+        assert wanted is None or re.search(wanted, start.warnings[0])
+    ended = pipeline.run(taught, output_dir=tmp_path, name="taught", stages=("baseline",))
+    assert load_model(ended / "baseline").class_names == CLASSES
+
+
+def test_a_killed_training_of_embeddings_ends_the_same(embeddings, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Killer(SilentObserver):
+        def epoch_start(self, epoch, *_):
+            if epoch == 2:
+                raise Killed
+
+    made = embeddings("method.name=rkd", "seeds=2")
+    whole = pipeline.run(made, output_dir=tmp_path, name="whole")
+    with pytest.raises(Killed):
+        pipeline.run(made, output_dir=tmp_path, name="cut", observer=Killer())
+    cut = pipeline.run(made, output_dir=tmp_path, name="cut", resume=True)
+    ours, theirs = (load_model(path / "distilled").module.state_dict() for path in (cut, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not ours["head.weight"].any()  # nothing trains the head
+    ours, theirs = (results(path)["without_labels"]["sentences"] for path in (cut, whole))
+    assert [each.replace("runs/cut", "runs/whole") for each in ours] == theirs
+    assert "With further seeds: " in " ".join(ours)
+    assert results(whole)["repeats"]["distilled-2"]["test"]["cosine"]["teacher"]["value"]
+
+
+def test_what_needs_classes_is_refused_where_there_are_none(
+    embeddings, without_labels, teacher, labeled_test, tmp_path
+):
+    for changes, flags, message in (
+        ((), {"labeled_test": str(labeled_test)}, r"data\.labeled_test: the teacher has no classes"),
+        (("data.classes=[a, b]",), {}, r"data\.classes: the teacher has no classes"),
+        (("student.weights=pretrained", "student.head=finetune"), {}, "student.head: the probe that it"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            embeddings(*changes, **flags)
+    with pytest.raises(UsageError, match="either every teacher names the classes, or none does"):
+        without_labels("teacher.0.head=none", "teacher.1.head=null", teacher=[str(teacher)] * 2)
+    for changes, flags, message in (
+        ((), {"method": "kd"}, "method kd reads the classes of the teacher, which has none .* cosine"),
+        (("method.ce_weight=1",), {}, r"gives the labels the weight 1.*use --method cosine or srd"),
+        ((), {"method": "semckd"}, "SemCKD measures nothing on val but labels"),
+        (("student={model: cifar/resnet8, training: {freeze: 1}}",), {}, "freeze"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pipeline.run(embeddings(*changes, **flags), output_dir=tmp_path)
+
+
+def test_auto_is_a_method_on_embeddings_where_the_teacher_has_no_classes(embeddings):
+    assert embeddings(method="auto").method["name"] == "srd"
 
 
 def test_several_teachers_vote(without_labels, teacher, recipe, tmp_path):

@@ -148,7 +148,7 @@ def test_damaged_embeddings_are_computed_again(teach, tmp_path, capsys):
     assert embedded == BOTH
     assert all(torch.equal(first.module.state_dict()[key], value) for key, value in again.module.state_dict().items())
     assert main(["cache", "verify", caches[0].parent.name]) == 0
-    assert "0 blocks are damaged" in capsys.readouterr().out
+    assert "0 are damaged" in capsys.readouterr().out
 
 
 def test_without_disk_space_the_encoder_runs_again(teach, monkeypatch):

@@ -192,14 +192,14 @@ def test_one_changed_image_makes_another_store(first, recipe, photographs, tmp_p
     assert asked_and_read(changed)[0] > 0
 
 
-def test_a_damaged_block_is_asked_for_again(first, stores):
+def test_a_damaged_record_is_asked_for_again(first, stores):
     done, again = first
     (store,) = train_stores(stores)
     content = bytearray((store / "logits.bin").read_bytes())
     content[5] ^= 1
     (store / "logits.bin").write_bytes(content)
     second = again("second")
-    assert asked_and_read(second)[0] == 42  # the view whose block it was
+    assert asked_and_read(second)[0] == 16  # the batch whose record it was
     assert weights(second) == weights(done)
 
 

@@ -163,10 +163,6 @@ def test_wrong_heads(plain, table, tmp_path):
         np.savez(logits, paths=arrays["paths"], logits=arrays["embeddings"][:, :3], classes=["blue", "green", "red"])
     with pytest.raises(UsageError, match="has logits, and a teacher without classes"):
         run(load_recipe(plain | {"teacher": {"weights": str(logits), "head": "none"}}), output_dir=tmp_path)
-    with pytest.raises(UsageError, match=r"teacher.head: none: without labels \(--no-labels\)"):
-        load_recipe(
-            plain | {"teacher": {"weights": str(table), "head": "none"}, "data": plain["data"] | {"labeled": False}}
-        )
     with pytest.raises(UsageError, match=r"student.head: none leaves nothing"):
         load_recipe(plain | {"student": {"model": "cifar/resnet8", "weights": "x.pt", "head": "none"}})
 

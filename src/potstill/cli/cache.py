@@ -60,7 +60,7 @@ def verify(
         recorded, damaged = sum(cache.coverage()), cache.damaged()
     finally:
         cache.close()
-    found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged_blocks": len(damaged)}
+    found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged": len(damaged)}
     if recorded and cache.record.classes:  # embeddings are compared with their checksums only
         from potstill.experiment.cache_verification import verify_cache
 
@@ -73,7 +73,7 @@ def verify(
     sys.stdout.flush()
     if damaged:
         raise ArtifactError(
-            f"{path}: {len(damaged)} blocks are damaged; their records are not used, and the next run replaces them"
+            f"{path}: {len(damaged):,} records are damaged; they are not used, and the next run replaces them"
         )
     if found.get("same_class", 1.0) < MIN_AGREEMENT:
         raise ArtifactError(f"{path} does not agree with its teacher; remove it with `potstill cache rm {path.name}`")
@@ -86,8 +86,8 @@ def rm(
     folder: Folder = None,
 ) -> None:
     """Remove teacher caches; the next run that needs one builds it again."""
-    from potstill.console import format_bytes
     from potstill.distillation.teacher_cache.cache import delete_leftovers, find_cache, list_caches, remove_cache
+    from potstill.formatting import format_scaled
 
     root = _root(folder)
     if everything == bool(keys):
@@ -95,7 +95,7 @@ def rm(
     paths = [find_cache(root, key) for key in keys] if keys else [each.path for each in list_caches(root)]
     for path in dict.fromkeys(paths):
         freed = remove_cache(path)
-        sys.stdout.write(f"removed {path.name} ({format_bytes(freed)})\n")
+        sys.stdout.write(f"removed {path.name} ({format_scaled(freed, 'B')})\n")
     if not paths:
         sys.stdout.write(f"no teacher caches in {root}\n")
     delete_leftovers(root)
@@ -107,12 +107,12 @@ def clear() -> None:
 
     The next run that needs them makes them again.  Decoded images that a process is writing are left alone.
     """
-    from potstill.console import format_bytes
     from potstill.data.decoded_cache import remove_decoded_pixels
     from potstill.data.parquet_tables import remove_unpacked_images
+    from potstill.formatting import format_scaled
 
     for what, freed in (("decoded images", remove_decoded_pixels()), ("unpacked tables", remove_unpacked_images())):
-        sys.stdout.write(f"{what}: {format_bytes(freed)} removed\n")
+        sys.stdout.write(f"{what}: {format_scaled(freed, 'B')} removed\n")
 
 
 def _root(folder: Path | None) -> Path:
@@ -122,7 +122,8 @@ def _root(folder: Path | None) -> Path:
 
 
 def _cache_table(caches: "list[CacheEntry]") -> list[str]:
-    from potstill.console import escape_control, format_bytes
+    from potstill.console import escape_control
+    from potstill.formatting import format_scaled
 
     rows: list[tuple[str, ...]] = [("key", "size", "views", "recorded", "record", "last use", "teacher", "data")]
     for each in caches:
@@ -130,7 +131,7 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
         rows.append(
             (
                 each.key,
-                format_bytes(each.size),
+                format_scaled(each.size, "B"),
                 *columns[:3],
                 _format_time(each.last_used),
                 *map(escape_control, columns[3:]),
@@ -144,12 +145,12 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
     ]
     total = sum(each.size for each in caches)
     count = f"{len(caches)} teacher cache{'s' if len(caches) > 1 else ''}"
-    return [*(line.rstrip() for line in lines), f"{count}, {format_bytes(total)} in {caches[0].path.parent}"]
+    return [*(line.rstrip() for line in lines), f"{count}, {format_scaled(total, 'B')} in {caches[0].path.parent}"]
 
 
 def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:
     """Return the columns views, recorded, record, teacher, data."""
-    from potstill.console import format_percent
+    from potstill.formatting import format_percent
 
     if cache.manifest is None:
         return "-", "-", "-", cache.error.splitlines()[0], ""
@@ -172,9 +173,9 @@ def _format_time(seconds: float) -> str:
 
 
 def _verification_lines(found: dict[str, Any]) -> list[str]:
-    from potstill.console import format_percent
+    from potstill.formatting import format_percent
 
-    lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged_blocks']} blocks are damaged"]
+    lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged']:,} are damaged"]
     if "compared" in found:
         lines.append(
             f"{found['compared']:,} of them recomputed: same top class for {format_percent(found['same_class'])}, "

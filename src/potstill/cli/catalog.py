@@ -41,11 +41,7 @@ def method_rows() -> list[tuple[str, str, str]]:
 
 
 def method_text(name: str) -> str:
-    """Return the text of `potstill methods NAME`.
-
-    Raises:
-        UsageError: unknown name; names the nearest known one.
-    """
+    """Return the text of `potstill methods NAME`."""
     info, cost = method_info(name), step_costs().get(name)
     sections = [
         _wrapped(info.summary),

@@ -29,12 +29,7 @@ MAX_SHOWN = 20  # files that are listed
 
 
 def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
-    """List on stderr the files that are left out.
-
-    Args:
-        source: the data, as given by the user.
-        skipped: (path, reason) of each file.
-    """
+    """List on stderr the files that are left out."""
     from potstill.console import escape_control
 
     number = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"

@@ -35,6 +35,17 @@ Classes = Annotated[
     ),
 ]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the code that the model file names.")]
+WithCascade = Annotated[
+    bool, typer.Option("--cascade", help="Let the teacher answer where the student is not confident.")
+]
+Risk = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Of a cascade: largest share of images that the student gets wrong and the teacher would have got "
+        "right.  [default: 0.05]",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,17 +64,8 @@ def predict(
         typer.Option(metavar="P", min=0.0, max=1.0, help='Below this probability the prediction is "unknown".'),
     ] = None,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Of videos, every N-th frame.")] = 1,
-    cascade: Annotated[
-        bool, typer.Option("--cascade", help="Let the teacher answer where the student is not confident.")
-    ] = False,
-    risk: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Of a cascade: largest share of images that the student gets wrong and the teacher would have got "
-            "right.  [default: 0.05]",
-        ),
-    ] = None,
+    cascade: WithCascade = False,
+    risk: Risk = None,
     classes: Classes = None,
     allow_code: AllowCode = False,
     skip_bad: SkipBad = False,
@@ -76,16 +78,13 @@ def predict(
     """
     from potstill.console import escape_control
     from potstill.data.sources import ignored_files_note
-    from potstill.evaluation.cascade import DEFAULT_RISK
     from potstill.export import predict as predicting
 
-    if risk is not None and not cascade:
-        raise UsageError(f"--risk {risk:g} is for a cascade of student and teacher: add --cascade")
+    promised = _promised_risk(cascade, risk)
     if output is not None and as_json:
         raise UsageError("--output writes a table and --json prints: give one of them")
     if output is not None:
         predicting.check_table(output)
-    promised = (DEFAULT_RISK if risk is None else risk) if cascade else None
     found = predicting.find_images(paths, follow_links=follow_links)
     videos = [path for path in found.images if predicting.is_video(path)]
     if output is not None and any(path.is_char_device() for path in videos):
@@ -177,7 +176,7 @@ class _Counts:
         return self.images / max(self._end - self._start, 1e-9)
 
     def _progress(self) -> str:
-        from potstill.console import format_duration
+        from potstill.formatting import format_duration
 
         speed = self._speed()
         if self.total is None:
@@ -407,18 +406,28 @@ def push(
 
     The way back: potstill predict hf-hub:REPO IMAGE
     """
-    from potstill.console import escape_control, format_bytes
+    from potstill.console import escape_control
     from potstill.export import push as publishing
+    from potstill.formatting import format_scaled
 
     publication = publishing.prepare(run, repository)
     if dry_run:
         kind = "private " if private else ""
         lines = [f"would be sent to the {kind}repository {repository}:", ""]
-        lines += [f"  {name:<18} {format_bytes(len(content))}" for name, content in publication.files.items()]
+        lines += [f"  {name:<18} {format_scaled(len(content), 'B')}" for name, content in publication.files.items()]
         sys.stdout.write(escape_control("\n".join([*lines, "", publication.card]), keep="\n"))
         return
     address = publishing.push(publication, private=private, update=update)
     sys.stdout.write(f"pushed: {escape_control(address)}\nnext:   potstill predict hf-hub:{repository} IMAGE\n")
+
+
+def _promised_risk(cascade: bool, risk: float | None) -> float | None:
+    """Return the risk of a cascade, given or the default; None without ``--cascade``."""
+    from potstill.evaluation.cascade import DEFAULT_RISK
+
+    if risk is not None and not cascade:
+        raise UsageError(f"--risk {risk:g} is for a cascade of student and teacher: add --cascade")
+    return (DEFAULT_RISK if risk is None else risk) if cascade else None
 
 
 def serve(
@@ -433,10 +442,14 @@ def serve(
     output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the runs to show.")] = Path(
         "runs"
     ),
+    cascade: WithCascade = False,
+    risk: Risk = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Serve a run's models on a local web page."""
     from potstill.console import escape_control
+
+    promised = _promised_risk(cascade, risk)
 
     try:
         from potstill.serve.server import serve as serve_page
@@ -458,6 +471,7 @@ def serve(
                 port=port,
                 output_dir=output_dir,
                 on_start=print_address,
+                risk=promised,
             )
     except Stopped as stopped:  # the normal end: no message
         raise RemoteFailure(stopped.exit_code) from None

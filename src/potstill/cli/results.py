@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from potstill.config import sort_stages
-from potstill.console import TEXT_WIDTH, escape_control, format_bytes, format_percent, print_lines, print_report_path
+from potstill.console import TEXT_WIDTH, escape_control, print_lines, print_report_path
 from potstill.experiment.verdict import seeds_lines
-from potstill.formatting import format_names
+from potstill.formatting import (
+    format_count,
+    format_decimal,
+    format_milliseconds,
+    format_names,
+    format_percent,
+    format_scaled,
+)
 
 
 def print_results(results: Mapping[str, Any], page: Path | None) -> None:
@@ -35,26 +42,34 @@ def print_results(results: Mapping[str, Any], page: Path | None) -> None:
 def results_table(stages: Mapping[str, Any], *, agreement: bool = False) -> list[str]:
     """Return the stages' test metrics as aligned lines.
 
-    ``agreement``: the labels are the teacher's predictions, so that top-1 is the agreement with it.
+    ``agreement``: the labels are the teacher's predictions, so that top-1 is the agreement with it.  Students without
+    classes have the cosine agreement with each teacher.
     """
-    rows = [("", "agreement", *_COLUMNS[2:]) if agreement else _COLUMNS]
+    tests = [stage.get("test") or {} for stage in stages.values()]
+    rows: list[tuple[str, ...]] = [("", "agreement", *_COLUMNS[2:]) if agreement else _COLUMNS]
+    teachers: dict[str, Any] = next((test["cosine"] for test in tests if "cosine" in test), {})
+    if teachers:
+        rows = [("", *(f"cosine to {name}" for name in teachers), *_COLUMNS[5:])]
     for name in sort_stages(stages):
         stage = stages[name]
         test, model = stage.get("test") or {}, stage.get("model") or {}
         p50 = (stage.get("latency_ms") or {}).get("p50")
+        metrics = [
+            *(format_percent(test.get(key)) for key in ("top1", "top3", "f1_macro")),
+            format_decimal(test.get("auc_macro")),
+        ]
+        if teachers:
+            metrics = [format_decimal(test["cosine"][teacher]["value"]) for teacher in teachers]
         rows.append(
             (
                 name,
-                format_percent(test.get("top1")),
-                format_percent(test.get("top3")),
-                format_percent(test.get("f1_macro")),
-                _format_metric(test.get("auc_macro")),
-                _format_count(model.get("parameters")),
-                format_bytes(model.get("file_bytes")),
-                "-" if p50 is None else f"{p50:.2f} ms",
+                *metrics,
+                format_count(model.get("parameters")),
+                format_scaled(model.get("file_bytes"), "B"),
+                format_milliseconds(p50),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in rows
@@ -71,7 +86,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
     for key in percentages:
         yield f"{key:<16} {format_percent(metrics.get(key)):>8}"
     for key in numbers:
-        yield f"{key:<16} {_format_metric(metrics.get(key)):>8}"
+        yield f"{key:<16} {format_decimal(metrics.get(key)):>8}"
     names = [escape_control(str(row["class"])) for row in metrics.get("per_class", ())]
     width = max([len("class"), *map(len, names)])
     if names:
@@ -95,11 +110,3 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:
 
 
 _COLUMNS = ("", "top-1", "top-3", "macro F1", "AUC", "parameters", "file", "latency")
-
-
-def _format_metric(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _format_count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"

@@ -30,11 +30,7 @@ def rank_prefix() -> str:
 
 
 def check_torchrun_command(arguments: list[str]) -> None:
-    """Raise an error if torchrun starts a command that does not train.
-
-    Raises:
-        UsageError: such a command; in all processes but the first, ``RemoteFailure``.
-    """
+    """Raise an error if torchrun starts a command that does not train."""
     if is_torchrun_launched() and arguments and arguments[0] not in DISTRIBUTED_COMMANDS:
         if not is_first_process():
             raise RemoteFailure(UsageError.exit_code)
@@ -51,9 +47,6 @@ def processes_to_start(gpus: str | None, device: str | None, settings: list[str]
         gpus: value of ``--gpus``: a number or "all"; None: not given.
         device: value of ``--device``; with cpu, the processes compute on the CPU.
         settings: values of ``--set``, of which ``training.device`` counts too.
-
-    Raises:
-        UsageError: not a number of at least 1, or more than there are GPUs.
     """
     if gpus is None or is_torchrun_launched():  # the processes that were started have the same arguments
         return 1
@@ -518,6 +511,8 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         name = f"{folder.resolve().name[:60]}-all"
         root = [] if folder.parent == Path("runs") else ["--output-dir", str(folder.parent)]
         next_command = ["potstill", "run", str(folder / "recipe.yaml"), "--set", "data.fold=all", "--name", name, *root]
+    if (results.get("without_labels") or {}).get("classes") is False:
+        next_command = ["potstill", "run", "RECIPE", "--data", "LABELED", "--student", str(folder)]
     models = (stage.get("model") or {} for stage in results["stages"].values())
     if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
         next_command = [*next_command, "--allow-code"]

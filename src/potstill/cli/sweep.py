@@ -256,9 +256,6 @@ SLURM_MINUTES = 720  # default of a SLURM job; submitit's own is 5
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """Parse ``KEY=VALUE`` texts; integers become numbers.
 
-    Raises:
-        UsageError: one without "=".
-
     Example:
         >>> parse_options(["slurm_partition=gpu", "timeout_min=90"])
         {'slurm_partition': 'gpu', 'timeout_min': 90}
@@ -280,9 +277,6 @@ def submit_to_slurm(arguments: Sequence[str], jobs: int, folder: Path, options: 
         jobs: how many.
         folder: receives submitit's files and what the jobs print.
         options: of submitit's executor: timeout_min, slurm_partition, gpus_per_node, cpus_per_task, ...
-
-    Raises:
-        UsageError: no submitit, no SLURM, an option that submitit does not know, or SLURM refuses.
     """
     _require("submitit", "--slurm")
     import shutil
@@ -313,10 +307,6 @@ def run_on_ray(arguments: Sequence[str], jobs: int, options: Mapping[str, Any]) 
         arguments: of ``potstill``.
         jobs: how many tasks.
         options: of a Ray task: num_cpus, num_gpus, ...  A task that dies is started again by Ray.
-
-    Raises:
-        UsageError: no Ray, no cluster, or an option that Ray does not know.
-        WorkerError: a task ended with an error; the message has its last lines.
     """
     _require("ray", "--ray")
     import socket

@@ -10,7 +10,7 @@ from typing import Any
 
 from potstill.code_references import is_code_reference, is_from_caller, permit_code
 from potstill.config.settings_errors import dotted_key
-from potstill.config.validation import network_sections
+from potstill.config.validation import has_classless_teacher, network_sections
 from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
@@ -325,9 +325,10 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
 def choose_method(value: dict[str, Any]) -> None:
     """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
 
-    ``srd`` if the student starts from scratch and its one teacher has weights and embeddings, else ``kd``, both at
-    T = 1.  From few images, a network without pretrained weights learns more from a pretrained teacher's embeddings
-    than from its probabilities alone; a pretrained student has such features already.
+    ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
+    weights and embeddings; else ``kd``; both at T = 1.  From few images, a network without pretrained weights learns
+    more from a pretrained teacher's embeddings than from its probabilities alone; a pretrained student has such
+    features already.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -340,7 +341,8 @@ def choose_method(value: dict[str, Any]) -> None:
     ready = isinstance(teacher, dict) and teacher.get("weights") is not None
     embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
     scratch = isinstance(student, dict) and student.get("weights") is None
-    name, label_weight = ("srd", "ce_weight") if embeds and scratch else ("kd", "alpha")
+    by_embeddings = (embeds and scratch) or has_classless_teacher(value)
+    name, label_weight = ("srd", "ce_weight") if by_embeddings else ("kd", "alpha")
     unlabeled = isinstance(data, dict) and data.get("labeled") is False
     defaults = {"temperature": 1.0} | ({label_weight: 0.0} if unlabeled else {})
     owner[key] = {"name": name} | defaults | {option: each for option, each in method.items() if option != "name"}
@@ -348,9 +350,8 @@ def choose_method(value: dict[str, Any]) -> None:
 
 def drop_soft_targets(value: dict[str, Any]) -> None:
     """Set, in place, ``method.kd_weight`` to 0 if it is not given and a teacher has no classes (``head: none``)."""
-    teacher, method = value.get("teacher"), value.get("method")
-    teachers = teacher if isinstance(teacher, list) else [teacher]
-    if not any(isinstance(each, dict) and each.get("head") == "none" for each in teachers):
+    method = value.get("method")
+    if not has_classless_teacher(value):
         return
     name = method.get("name") if isinstance(method, dict) else method
     if name in list_own_methods() and "kd_weight" in method_info(str(name)).options:
@@ -383,11 +384,6 @@ def fill_architectures(
     value: dict[str, Any], *, allow_code: bool = False, recorded: bool = False
 ) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
-
-    Args:
-        value: the recipe's plain values.
-        allow_code: whether a model file may name code.
-        recorded: whether the recipe is that of a run folder, whose networks are not looked for.
 
     Returns:
         The keys whose weights cannot be used, each with the error.
@@ -430,13 +426,13 @@ def fill_architectures(
 def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
     """Fill in, in place, ``data.classes`` of data without labels: the classes of the first teacher.
 
-    Call it after ``fill_architectures``.
+    Call it after ``fill_architectures``.  Teachers without classes (``head: none``) give none.
 
     Returns:
         ``data.classes`` with an error, if its file cannot be read.
     """
     data = value.get("data")
-    if not isinstance(data, dict) or data.get("labeled") is not False:
+    if not isinstance(data, dict) or data.get("labeled") is not False or has_classless_teacher(value, every=True):
         return []
     if isinstance(data.get("classes"), str):
         try:
@@ -535,15 +531,7 @@ def _listed_prompts(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_class_file(file: str, key: str) -> list[str]:
-    """Return the class names in a text file, one per line.
-
-    Args:
-        file: its path.
-        key: the setting or flag that names the file, for messages.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """Return the class names in a text file, one per line."""
     path = Path(file).expanduser()
     try:
         text = path.read_bytes()[:_MAX_CLASS_FILE_BYTES].decode("utf-8-sig")

@@ -154,6 +154,18 @@ def domain_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 _NO_LABELS = "data.labeled: false (--no-labels)"
+_NO_CLASSES = "the teacher has no classes (teacher.head: none)"
+_NEXT = "A head follows from labeled images: `potstill run RECIPE --data LABELED --student RUN`"
+
+
+def has_classless_teacher(value: dict[str, Any], *, every: bool = False) -> bool:
+    """Return whether a teacher, or each of them, has no classes (``head: none``)."""
+    teacher = value.get("teacher")
+    found = [
+        isinstance(each, dict) and each.get("head") == "none"
+        for each in (teacher if isinstance(teacher, list) else [teacher])
+    ]
+    return all(found) and bool(found) if every else any(found)
 
 
 def label_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
@@ -183,8 +195,16 @@ def label_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         why = f"method {describe_method(normalize_method(value.get('method')))} learns from labels alone"
         yield ("method",), f"{_NO_LABELS} needs a teacher, and {why}; use kd with alpha: 0"
     ready = True
+    if has_classless_teacher(value, every=True):
+        for key in ("classes", "labeled_test"):
+            if section.get(key) is not None:
+                yield ("data", key), f"data.{key}: {_NO_CLASSES}, so the student has none either: leave it out. {_NEXT}"
+        ready = False
     for path, network in network_sections(value):
         key = dotted_key(path)
+        if path[0] == "student" and network.get("head") == "finetune":
+            why = "the probe that it starts from is fitted on labels"
+            yield (*path, "head"), f"{key}.head: {why}, and there are none with {_NO_LABELS}: leave it out"
         if path[0] != "teacher":
             continue
         head = network.get("head")
@@ -400,11 +420,11 @@ def _no_head_problems(section: dict[str, Any], value: dict[str, Any], path: KeyP
         yield (*path, "classes"), f"{network}.classes has no effect with {network}.head: none: leave one of them out"
     if section.get("new_head"):
         yield (*path, "new_head"), f"{network}.new_head has no effect with {network}.head: none: leave one of them out"
-    if given.get("labeled") is False:
+    if given.get("labeled") is False and not has_classless_teacher(value, every=True):
         yield (
             (*path, "head"),
-            f"{network}.head: none: without labels (--no-labels) the teacher names the classes, and this one has none. "
-            "Give labeled images with --data, even if they are few, and the others with --unlabeled",
+            f"{network}.head: none: without labels (--no-labels) either every teacher names the classes, or none does: "
+            "set it for all teachers, or for none",
         )
     if given.get("target") is not None:
         yield (*path, "head"), f"{network}.head: none: data.target needs a teacher that predicts its classes"

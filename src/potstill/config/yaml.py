@@ -96,11 +96,7 @@ class Document:
 
 
 def parse_yaml(text: str, label: str) -> Document:
-    """Parse one YAML document.  ``label``: the file's name in messages, or the flag's text.
-
-    Raises:
-        UsageError: invalid YAML; names line and column.
-    """
+    """Parse one YAML document.  ``label``: the file's name in messages, or the flag's text."""
     document = Document(label, locations=KeyLocations(label))
     try:
         node = _Loader(text).get_single_node()

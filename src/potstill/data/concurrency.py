@@ -154,11 +154,6 @@ def interprocess_lock(path: Path, what: str, progress: ProgressReporter | None) 
     """Let only one process of this machine run the block at a time, so that the others find its cached results.
 
     Does nothing if the file cannot be locked.
-
-    Args:
-        path: of the lock file.
-        what: what the other process does, for a note if this process waits long.
-        progress: receives the note.
     """
     polls = itertools.count(1)
 

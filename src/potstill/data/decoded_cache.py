@@ -3,12 +3,10 @@
 Files are in the cache folder, ``pixels/<key>/``; the key depends on everything that determines the pixels.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
 import tempfile
@@ -16,9 +14,8 @@ import threading
 import time
 import warnings
 import weakref
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -43,155 +40,72 @@ from potstill.data.preprocessing import square_shape
 from potstill.errors import StorageError
 from potstill.formatting import format_scaled
 from potstill.io import cache_folder, write_text
+from potstill.record_file import RecordFile, pwrite
 
 BLOCK = 2**20  # bytes, approximately
 _BLOCKS_PER_CHECK = 16  # blocks that a thread checks at a time
-_WRITTEN = 2**32  # a bit above the checksum
-_UINT32_MAX = 0xFFFFFFFF
 
 Pixels = NDArray[np.uint8]
 
 
 class PixelFile:
-    """A file of N images of one size in blocks with a checksum each.
+    """N images of one size, ``pixels.bin`` (uint8 [N, 3, H, W]) with checksums ``done.bin``; see ``RecordFile``.
 
-    A half-filled or damaged file is never taken for complete.  ``pixels.bin``: uint8 [N, 3, H, W].  ``done.bin``: 8
-    bytes a block: 1 and a CRC-32 of its bytes, or zeros.  Blocks are synced before they are marked, and compared with
-    their marks before they are used.  A block's bytes depend only on the key, so rewriting one changes nothing for
-    processes that read it at the same time.
+    A record is a block of images.  Its bytes depend only on the key, so rewriting one changes nothing for processes
+    that read it at the same time.
 
     Args:
         folder: of the two files.
         images: N.
         shape: (3, H, W).
         key: hex digits; part of the checksums, so that another file's blocks do not match.
-
-    Raises:
-        OSError: from all methods.
     """
 
     def __init__(self, folder: Path, images: int, shape: tuple[int, int, int], key: str) -> None:
-        self.pixels, self.marks = folder / "pixels.bin", folder / "done.bin"
-        self.shape = (images, *shape)
-        self._image = math.prod(shape)
-        self.rows = max(1, BLOCK // self._image)
+        self.pixels, self.shape = folder / "pixels.bin", (images, *shape)
+        self.rows = max(1, BLOCK // math.prod(shape))
+        self.block_bytes = self.rows * math.prod(shape)  # the last may be smaller
         self.blocks = -(-images // self.rows)
+        self.nbytes = math.prod(self.shape)
         self._seed = int(key[:8], 16)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pixels."""
-        return self.shape[0] * self._image
+    def open(self, *, write: bool = True) -> RecordFile:
+        """Open both files.
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block; the last may be smaller."""
-        return self.rows * self._image
+        Raises:
+            OSError: one is missing, if not ``write``; or it cannot be opened.
+        """
+        checksums = self.pixels.with_name("done.bin")
+        return RecordFile(self.pixels, checksums, self.block_bytes, self._seed, size=self.nbytes, write=write)
 
     def ids_of(self, block: int) -> range:
         """Return the images of a block."""
         return range(block * self.rows, min(self.shape[0], (block + 1) * self.rows))
 
-    def read_marks(self) -> NDArray[np.int64]:
-        """Return the marks [blocks]: 0, or 2**32 + checksum."""
-        try:
-            content = self.marks.read_bytes()[: 8 * self.blocks]
-        except FileNotFoundError:
-            content = b""
-        return np.frombuffer(content.ljust(8 * self.blocks, b"\0"), "<i8").astype(np.int64)
+    def marked(self) -> int:
+        """Return the number of blocks with a checksum."""
+        with suppress(FileNotFoundError), self.open(write=False) as file:
+            return int(np.count_nonzero(file.read_checksums(0, self.blocks)))
+        return 0
 
     def intact(self, on_progress: Callable[[int], None] = lambda blocks: None) -> NDArray[np.bool_]:
-        """Return which blocks match their marks, [blocks].  Reads the whole file.
-
-        Args:
-            on_progress: called with the number of blocks read since the last call.
-        """
-        marks = self.read_marks()
+        """Return which blocks match their checksums, [blocks].  Reads the whole file."""
         is_intact = np.zeros(self.blocks, np.bool_)
-        marked = np.flatnonzero(marks)
-        if not len(marked):
-            return is_intact
-        pieces = [marked[start : start + _BLOCKS_PER_CHECK] for start in range(0, len(marked), _BLOCKS_PER_CHECK)]
-        with _open_file(self.pixels, os.O_RDONLY) as handle:
-
-            def check(piece: NDArray[np.int64]) -> list[bool]:
-                buffer = bytearray(self.block_bytes)
-                return [self._read_check(handle, int(block), buffer) == marks[block] for block in piece]
-
-            for piece, same in zip(pieces, threaded_map(check, pieces), strict=True):
+        with suppress(FileNotFoundError), self.open(write=False) as file:
+            checksums = file.read_checksums(0, self.blocks)
+            marked = np.flatnonzero(checksums)
+            pieces = [marked[start : start + _BLOCKS_PER_CHECK] for start in range(0, len(marked), _BLOCKS_PER_CHECK)]
+            found = threaded_map(lambda piece: file.intact(piece, checksums[piece]), pieces)
+            for piece, same in zip(pieces, found, strict=True):
                 is_intact[piece] = same
                 on_progress(len(piece))
         return is_intact
 
-    def reserve(self) -> None:
-        """Allocate the disk space, so that a full disk is an error now."""
-        with _open_file(self.pixels, os.O_RDWR | os.O_CREAT) as handle:
-            if os.fstat(handle).st_size > self.nbytes:
-                os.ftruncate(handle, self.nbytes)
-            if hasattr(os, "posix_fallocate"):  # elsewhere a full disk is found while writing
-                os.posix_fallocate(handle, 0, self.nbytes)
-
-    @contextmanager
-    def filling(self) -> Iterator[Callable[[int, Pixels], int]]:
-        """Yield a thread-safe function that writes a block's pixels [rows, 3, H, W] and returns its mark."""
-        with _open_file(self.pixels, os.O_RDWR | os.O_CREAT) as handle:
-
-            def put(block: int, pixels: Pixels) -> int:
-                _write_at(handle, pixels.reshape(-1).data, block * self.block_bytes)
-                return self._mark(block, pixels.reshape(-1).data)
-
-            yield put
-
-    def mark(self, marks: Mapping[int, int]) -> None:
-        """Sync the filled blocks to disk, then write their marks.
-
-        Args:
-            marks: block -> its mark.
-        """
-        with _open_file(self.pixels, os.O_RDWR) as handle:
-            os.fsync(handle)
-        with _open_file(self.marks, os.O_RDWR | os.O_CREAT) as handle:
-            for block, mark in marks.items():
-                _write_at(handle, memoryview(mark.to_bytes(8, "little")), 8 * block)
-            os.fsync(handle)
-
     def tensor(self) -> Tensor:
         """Return uint8 [N, 3, H, W], memory-mapped and read-only: the system can reclaim its memory."""
-        with _open_file(self.pixels, os.O_RDONLY) as handle:
-            # Not copy-on-write, for which the system may reserve memory.
-            mapped = mmap.mmap(handle, self.nbytes, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            return torch.frombuffer(mapped, dtype=torch.uint8).view(self.shape)
-
-    def _read_check(self, handle: int, block: int, buffer: bytearray) -> int:
-        size = len(self.ids_of(block)) * self._image
-        view = memoryview(buffer)[:size]
-        done = 0
-        while done < size:
-            count = os.preadv(handle, [view[done:]], block * self.block_bytes + done)
-            if count == 0:
-                return 0
-            done += count
-        return self._mark(block, view)
-
-    def _mark(self, block: int, pixels: memoryview) -> int:
-        return _WRITTEN | zlib.crc32(pixels, (self._seed + block) & _UINT32_MAX)
-
-
-@contextmanager
-def _open_file(path: Path, flags: int) -> Iterator[int]:
-    handle = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _write_at(handle: int, data: memoryview, at: int) -> None:
-    while len(data):
-        step = os.pwrite(handle, data, at)
-        data, at = data[step:], at + step
+        with self.open(write=False) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            return torch.from_numpy(file.mapped(0, self.blocks)).view(self.shape)
 
 
 _STALE_SECONDS = 30 * 86_400.0  # without use, after which pixels are removed when others are written
@@ -238,7 +152,7 @@ def _neighbours(folder: Path) -> list[tuple[float, Path]]:
     neighbours = []
     for path in folder.parent.glob("*/manifest.json"):
         if path.parent != folder:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 neighbours.append((path.stat().st_mtime, path.parent))
     return neighbours
 
@@ -247,7 +161,7 @@ def _allocated_bytes(folder: Path) -> int:
     """Return the allocated bytes; a file may have holes."""
     total = 0
     for path in folder.iterdir():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             total += getattr(path.stat(), "st_blocks", 0) * 512
     return total
 
@@ -360,11 +274,6 @@ class DecodeRequest:
 def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
     """Return the squares from a file of the cache, which is filled first if necessary.
 
-    Args:
-        request: the images.
-        share: of the free disk that they may take.
-        progress: receives the size, the progress, and a warning if the cache cannot be used.
-
     Returns:
         uint8 [N, *square_shape], memory-mapped and read-only; None if they cannot be cached on disk.
 
@@ -382,7 +291,7 @@ def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressRep
             _read(folder / MANIFEST) == text and file.intact(_check_progress(file, progress)).all()
         ) and not _fill_file(file, folder, text, request, share, progress):
             return None
-        with contextlib.suppress(OSError):  # time of the last use; a cache may be read-only
+        with suppress(OSError):  # time of the last use; a cache may be read-only
             os.utime(folder / MANIFEST)
         return file.tensor()
     except (OSError, StorageError) as error:
@@ -413,7 +322,6 @@ def _fill_file(
             if _read(folder / MANIFEST) != text:
                 write_text(folder / MANIFEST, text)
             if len(missing):
-                file.reserve()
                 _decode_missing(file, missing.tolist(), request, progress)
         except (OSError, StorageError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
@@ -433,7 +341,8 @@ def _decode_missing(
         progress.note(
             f"decoding {total:,} images once, into {file.pixels} ({format_scaled(file.nbytes, 'B')}){existing}"
         )
-    with file.filling() as put:
+    with file.open() as records:
+        records.reserve(0, file.blocks)
 
         def fill(block: int) -> tuple[int, int]:
             ids = file.ids_of(block)
@@ -441,20 +350,22 @@ def _decode_missing(
             for position, i in enumerate(ids):
                 with one_large_image():
                     squares[position] = read_square(images, i, request.side, request.resize_mode)
-            return block, put(block, squares)
+            content = squares.reshape(-1).data
+            records.write(block, content)
+            return block, records.checksum(block, content)
 
         filled: dict[int, int] = {}
         synced = time.monotonic()
         # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.
-        for block, mark in threaded_map(fill, missing, threads=None if is_file_based(images) else 1):
-            filled[block] = mark
+        for block, checksum in threaded_map(fill, missing, threads=None if is_file_based(images) else 1):
+            filled[block] = checksum
             done += len(file.ids_of(block))
             if progress is not None:
                 progress.wait("decoding images", done, total)
             if time.monotonic() - synced > _SYNC_SECONDS or len(filled) * file.block_bytes > _SYNC_BYTES:
-                file.mark(filled)
+                records.mark(np.array(list(filled)), np.array(list(filled.values())))
                 filled, synced = {}, time.monotonic()
-        file.mark(filled)
+        records.mark(np.array(list(filled), np.int64), np.array(list(filled.values()), np.uint32))
 
 
 class _StallDetector:
@@ -471,7 +382,7 @@ class _StallDetector:
             self.progress.wait(self.WHAT, self.file.blocks, self.file.blocks)
 
     def check(self) -> None:
-        marked = int(np.count_nonzero(self.file.read_marks()))
+        marked = self.file.marked()
         if marked != self.marked:
             self.marked, self.since = marked, time.monotonic()
             if self.progress is not None:
@@ -582,7 +493,7 @@ class StagedSquares:
             at = self._end
             self._end += pixels.nbytes
         try:
-            _write_at(self._handle, pixels.reshape(-1).data, at)
+            pwrite(self._handle, at, pixels.reshape(-1).data)
         except OSError:  # the disk is full
             self._wanted = {}
         else:
@@ -597,7 +508,7 @@ class StagedSquares:
         shape = square_shape(side, resize_mode)
         found = os.pread(self._handle, math.prod(shape), at)
         if not any(self._rows.values()):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.ftruncate(self._handle, 0)  # frees the space
         return np.frombuffer(found, np.uint8).reshape(shape) if len(found) == math.prod(shape) else None
 

@@ -284,10 +284,6 @@ class Listing:
     def link_problem(self, path: str, root: str) -> tuple[str, str] | None:
         """Return kind and reason of the finding if a link must not be followed; None if it leads to a file below the
         root or, with ``follow_links``, to any file or folder.
-
-        Args:
-            path: the link.
-            root: real path of the data folder.
         """
         target = os.path.realpath(path)
         if os.path.islink(target):

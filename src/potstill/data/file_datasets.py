@@ -38,6 +38,7 @@ from potstill.data.settings import AugmentSettings, DataSettings, Options, read_
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
 from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
 from potstill.data.splits import (
+    NO_CLASSES,
     SPLITS,
     DataSplits,
     SplitAssignment,
@@ -182,12 +183,12 @@ def load_without_labels(
     ``settings.val`` and ``settings.test`` are shares of all images; with ``settings.labeled_test``, test has these
     images and their labels, and copies of them are left out of the others.
 
+    The classes are ``settings.classes``, or ``NO_CLASSES``.
+
     Raises:
-        UsageError: no class names.
         DataError: fewer than three images, files that are none, or test images of unknown classes.
     """
-    assert settings.classes is not None  # the recipe has been checked
-    root, class_names = Path(settings.source).expanduser(), tuple(settings.classes)
+    root, class_names = Path(settings.source).expanduser(), tuple(settings.classes or NO_CLASSES)
     names, skipped = list_images(root, settings)
     bad: dict[str, str] | None = {} if settings.skip_bad else None
     if staged is not None:

@@ -139,10 +139,6 @@ def to_uint8(values: NDArray[Any], ends: ValueRange) -> NDArray[np.uint8]:
 
     Integers lose their low bits, so that 8-bit images that were stored in 16 bits, as v * 257 or as v * 256, are
     restored exactly; floats are rounded.
-
-    Args:
-        values: of any shape and type.
-        ends: low and high.
     """
     low, high = ends
     floats = values.astype(np.float64) - low
@@ -289,20 +285,12 @@ def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | Non
 
 
 def decode_bytes(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
-    """Decode the content of a file; ``name`` is used in messages, the rest as in ``decode``.
-
-    Raises:
-        DataError: as ``decode``.
-    """
+    """Decode the content of a file; ``name`` is used in messages, the rest as in ``decode``."""
     return read_image(content, name, ends, side).pixels
 
 
 def read_image(content: bytes, name: str, ends: ValueRange | None = None, side: int | None = None) -> DecodedImage:
-    """Decode the content of a file, with the span of its values.
-
-    Raises:
-        DataError: as ``decode``.
-    """
+    """Decode the content of a file, with the span of its values."""
     raise_if_cancelled()
     if not content:
         raise DataError(f"{name}: empty file")

@@ -37,19 +37,19 @@ from potstill.data.image_io import (
 )
 from potstill.data.image_sets import ImageSet
 from potstill.errors import ArtifactError, DataError, StorageError
-from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
+from potstill.io import cache_folder, read_checksummed, sha256_hex, write_checksummed
 
 if TYPE_CHECKING:
     from potstill.data.decoded_cache import StagedSquares
 
-FORMAT = 2
+FORMAT = 3
 RACY = 2_000_000_000  # nanoseconds; FAT has the coarsest clock, of two seconds
-_STATE = 4  # numbers
-_SHA256 = 32  # bytes
-_SPAN = 3  # numbers
+# Of a file: its state, the SHA-256 of its content, and the span of its values: number of the kind in
+# ``image_io.SPAN_KINDS`` from 1, 0 for images of 8 bits; low; high.
+_ROW = np.dtype([("state", "<i8", (4,)), ("digest", "u1", (32,)), ("span", "<f8", (3,))])
 
 FileState = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
-_MISSING: FileState = (-1, 0, 0, 0)
+UNKNOWN_STATE: FileState = (-1, 0, 0, 0)  # of no file, or of one that cannot be trusted
 
 
 @dataclass
@@ -59,16 +59,12 @@ class FileIndex:
     Args:
         path: of the file that stores the index.
         names: [N].
-        states: int64 [N, 4], as ``file_state``.
-        digests: uint8 [N, 32], SHA-256 of the content.
-        spans: float64 [N, 3]: number of the kind in ``image_io.SPAN_KINDS`` from 1, 0 for images of 8 bits; low; high.
+        rows: [N] of ``_ROW``.
     """
 
     path: Path
     names: Sequence[str] = ()
-    states: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, _STATE), np.int64))
-    digests: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, _SHA256), np.uint8))
-    spans: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, _SPAN), np.float64))
+    rows: NDArray[np.void] = field(default_factory=lambda: np.empty(0, _ROW))
 
     @classmethod
     def load(cls, root: Path, *, decoded: bool) -> "FileIndex":
@@ -81,21 +77,25 @@ class FileIndex:
         subject = json.dumps([FORMAT, str(root.resolve()), decoder_version() if decoded else None])
         path = cache_folder("known-files", f"{sha256_hex(os.fsencode(subject))[:16]}.bin")
         try:
-            return cls(path, *_parse(read_bytes(path)))
-        except (ArtifactError, ValueError):
+            content = read_checksummed(path)
+        except ArtifactError:
             return cls(path)
+        rows = np.frombuffer(content, _ROW, int.from_bytes(content[:8], "little"), 8)
+        return cls(path, os.fsdecode(content[8 + rows.nbytes :]).split("\0"), rows)
 
     def unchanged(self, root: Path, names: Sequence[str]) -> dict[str, str]:
         """Return name -> content description, as given to ``update``, of indexed files that have not changed since."""
         if not self.names:
             return {}
-        rows = {name: row for row, name in enumerate(self.names)}
-        indexed = [(name, rows[name]) for name in names if name in rows]
-        now = np.array([file_state(os.path.join(root, name)) for name, _ in indexed], np.int64).reshape(-1, _STATE)
-        unchanged = (now == self.states[[row for _, row in indexed]]).all(axis=1)
+        places = {name: at for at, name in enumerate(self.names)}
+        indexed = [(name, places[name]) for name in names if name in places]
+        now = np.array([file_state(os.path.join(root, name)) for name, _ in indexed], np.int64).reshape(-1, 4)
+        known = self.rows[[at for _, at in indexed]]
+        unchanged = (now == known["state"]).all(axis=1)
+        columns = (known["digest"], known["span"], unchanged.tolist(), now[:, 0].tolist())
         return {
-            name: f"{size} {self.digests[row].tobytes().hex()}{_format_span(self.spans[row])}"
-            for (name, row), same, size in zip(indexed, unchanged.tolist(), now[:, 0].tolist(), strict=True)
+            name: f"{size} {digest.tobytes().hex()}{_format_span(span)}"
+            for (name, _), digest, span, same, size in zip(indexed, *columns, strict=True)
             if same
         }
 
@@ -111,17 +111,15 @@ class FileIndex:
         old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(os.path.join(root, name))]
         if not new and len(old) == len(self.names):
             return
-        hexed = "".join(word.split()[1] for _, word in new.values())
-        digests = np.frombuffer(bytes.fromhex(hexed), np.uint8).reshape(-1, _SHA256)
-        states = np.array([state for state, _ in new.values()], np.int64).reshape(-1, _STATE)
+        rows = np.zeros(len(new), _ROW)
+        for row, (state, word) in zip(rows, new.values(), strict=True):
+            row["state"], row["span"] = state, _span_to_row(word)
+            row["digest"] = np.frombuffer(bytes.fromhex(word.split()[1]), np.uint8)
         self.names = [*(self.names[i] for i in old), *new]
-        self.states = np.concatenate([self.states[old], states])
-        self.digests = np.concatenate([self.digests[old], digests])
-        spans = np.array([_span_to_row(word) for _, word in new.values()], np.float64).reshape(-1, _SPAN)
-        self.spans = np.concatenate([self.spans[old], spans])
-        content = _render(self.names, self.states, self.digests, self.spans)
+        self.rows = np.concatenate([self.rows[old], rows])
+        count = len(self.names).to_bytes(8, "little")
         with contextlib.suppress(StorageError):
-            write_bytes(self.path, hashlib.sha256(content).digest(), content)
+            write_checksummed(self.path, count + self.rows.tobytes() + os.fsencode("\0".join(self.names)))
 
 
 def file_state(path: str | Path) -> FileState:
@@ -129,7 +127,7 @@ def file_state(path: str | Path) -> FileState:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return _MISSING
+        return UNKNOWN_STATE
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & (2**63 - 1)
 
 
@@ -142,7 +140,7 @@ def stable_state(before: FileState, after: FileState, read_at: int) -> FileState
         read_at: nanoseconds since 1970, when ``before`` was taken.
     """
     _, modified, changed, _ = before
-    return before if before == after != _MISSING and read_at - max(modified, changed) >= RACY else None
+    return before if before == after != UNKNOWN_STATE and read_at - max(modified, changed) >= RACY else None
 
 
 def _span_to_row(word: str) -> tuple[float, float, float]:
@@ -153,30 +151,6 @@ def _span_to_row(word: str) -> tuple[float, float, float]:
 def _format_span(row: NDArray[np.float64]) -> str:
     kind, low, high = row.tolist()
     return f" {SPAN_KINDS[int(kind) - 1]} {low!r} {high!r}" if kind else ""
-
-
-def _render(
-    names: Sequence[str], states: NDArray[np.int64], digests: NDArray[np.uint8], spans: NDArray[np.float64]
-) -> bytes:
-    joined = os.fsencode("\0".join(names))
-    count = np.int64(len(names)).astype("<i8").tobytes()
-    return b"".join((count, states.astype("<i8").tobytes(), digests.tobytes(), spans.astype("<f8").tobytes(), joined))
-
-
-def _parse(data: bytes) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8], NDArray[np.float64]]:
-    content = memoryview(data)[_SHA256:]
-    if hashlib.sha256(content).digest() != data[:_SHA256]:
-        raise ValueError("damaged")
-    count = int(np.frombuffer(content, "<i8", 1)[0])
-    states = np.frombuffer(content, "<i8", _STATE * count, 8).reshape(count, _STATE).astype(np.int64)
-    start = 8 * (1 + _STATE * count)
-    digests = np.frombuffer(content, np.uint8, _SHA256 * count, start).reshape(count, _SHA256)
-    start += _SHA256 * count
-    spans = np.frombuffer(content, "<f8", _SPAN * count, start).reshape(count, _SPAN).astype(np.float64)
-    names = os.fsdecode(bytes(content[start + 8 * _SPAN * count :])).split("\0")
-    if len(names) != count:
-        raise ValueError("damaged")
-    return names, states, digests, spans
 
 
 MOST_BYTES = 8 * 2**20  # of a file that is not large, like an image of at most ``image_io.MOST_PIXELS``
@@ -276,11 +250,7 @@ def _read(path: Path, name: str, decode: bool, staged: "StagedSquares | None") -
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:
-    """Read every image of a set; return the shape and SHA-256 of its pixels for each.
-
-    Raises:
-        DataError: images that cannot be read, as ``check_files``.
-    """
+    """Read every image of a set; return the shape and SHA-256 of its pixels for each."""
 
     def describe(i: int) -> str:
         pixels = images.pixels(i)
@@ -313,8 +283,6 @@ FORMAT_BY_SUFFIX = {
 }  # fmt: skip
 
 MIN_SIDE = 8  # pixels: the smallest data.size
-
-UNKNOWN_STATE: FileState = (-1, 0, 0, 0)
 
 # Part of the decoder's message -> kind of finding; the first match counts.
 _REASON_KINDS = (

@@ -84,7 +84,8 @@ class DataSettings(BaseModel):
     )
     labeled: bool = Field(
         True,
-        description="false: source is a folder of images at any depth, without labels; the teacher names the classes",
+        description="false: source is a folder of images at any depth, without labels; the teacher names the classes, "
+        "if it has any",
     )
     classes: Annotated[list[str], Field(min_length=2)] | None = Field(
         None, description="class names of data without labels, in the order of the outputs; null: the teacher's"

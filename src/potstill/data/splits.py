@@ -38,11 +38,15 @@ class ImagePool:
     fingerprint: str  # of the data with its own splits
 
 
+# Of images without labels whose teacher names no classes either: networks have a head of two outputs, always 0.
+NO_CLASSES = ("no class 1", "no class 2")
+
+
 @dataclass(frozen=True)
 class DataSplits:
     """Classes and the images of train, val and test."""
 
-    class_names: tuple[str, ...]  # class id -> name
+    class_names: tuple[str, ...]  # class id -> name; NO_CLASSES: there are none
     train: ImageSet
     val: ImageSet
     test: ImageSet
@@ -66,6 +70,11 @@ class DataSplits:
         return self if self.target is None else self.target
 
     @property
+    def has_classes(self) -> bool:
+        """Whether labels or a teacher name classes."""
+        return self.class_names != NO_CLASSES
+
+    @property
     def all_skipped(self) -> tuple[SkippedFile, ...]:
         """Files that were left out, including the target's."""
         return (*self.skipped, *(() if self.target is None else self.target.skipped))
@@ -75,7 +84,9 @@ class DataSplits:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return the number of images by split and class name."""
+        """Return the number of images by split and class name; of images without classes, under "images"."""
+        if not self.has_classes:
+            return {name: {"images": len(self.split(name))} for name in SPLITS}
         known = {name: np.asarray(self.split(name).labels) for name in SPLITS}
         counted = {name: np.bincount(ids[ids >= 0], minlength=len(self.class_names)) for name, ids in known.items()}
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
@@ -288,11 +299,6 @@ def fingerprint(
     parts: Mapping[str, ImageSet], class_names: Sequence[str], contents: Mapping[str, Sequence[str]]
 ) -> str:
     """Return the SHA-256 of a data set's names, contents, labels and splits, independent of the order of its files.
-
-    Args:
-        parts: split -> images.
-        class_names: class id -> name.
-        contents: split -> content description of each image (size and hash).
 
     Returns:
         64 hex digits.

@@ -184,12 +184,7 @@ class DecodeWorkers:
             return
 
     def _fetch(self, member: "_WorkerProcess", *, drop: bool = False) -> None:
-        """Wait until a process has decoded its oldest batch.
-
-        Args:
-            member: the process.
-            drop: ignore an error.
-        """
+        """Wait until a process has decoded its oldest batch."""
         number = self._members.index(member)
         decoded, since = -1, time.monotonic()
         while True:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,33 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.distillation.distiller import Distiller
+from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_cache.record_format import RecordFormat
 from potstill.distillation.teachers import ForwardOutput, Teachers, TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError
 from potstill.types import Batch, Outputs
 
+if TYPE_CHECKING:
+    from potstill.data.loader import Loader
+
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
 _PendingRecords = tuple[int, int, Ids, Bytes]  # position of the cache, view, sample ids [B], records [B, nbytes]
-
-
-class TeacherCacheProtocol(Protocol):
-    """The part of a ``TeacherCache`` that is needed here."""
-
-    record: RecordFormat
-
-    def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]: ...
-
-    def write(self, view: int, ids: Ids, records: Bytes) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def coverage(self, views: int | None = None) -> list[int]: ...
 
 
 class NullTeacherCache:
@@ -66,12 +54,7 @@ class NullTeacherCache:
         return [0] * (views or 0)
 
 
-class SampleSchedule(Protocol):
-    """The part of a ``Loader`` that is needed here: sample ids and views of an epoch's batches."""
-
-    def ids_of(self, epoch: int) -> list[Ids]: ...
-
-    def views_of(self, epoch: int) -> list[int | Ids]: ...
+AnyTeacherCache = TeacherCache | NullTeacherCache
 
 
 @dataclass
@@ -102,9 +85,9 @@ class CachedTeacherOutputs:
     def __init__(
         self,
         distiller: Distiller,
-        loader: SampleSchedule,
-        caches: Sequence[TeacherCacheProtocol],
-        second: Sequence[TeacherCacheProtocol] = (),
+        loader: "Loader",
+        caches: Sequence[AnyTeacherCache],
+        second: Sequence[AnyTeacherCache] = (),
         *,
         autocast: Callable[[], AbstractContextManager[object]],
         warn: Callable[[str], None],
@@ -115,8 +98,8 @@ class CachedTeacherOutputs:
         self.training = training
         self.distiller, self.loader, self.autocast, self.warn = distiller, loader, autocast, warn
         self.views = views
-        self.caches: list[TeacherCacheProtocol] = list(caches)
-        self.second: list[TeacherCacheProtocol] = list(second)
+        self.caches: list[AnyTeacherCache] = list(caches)
+        self.second: list[AnyTeacherCache] = list(second)
         self.processes = processes
         self.counts = CacheCounts()
         self.disabled = any(isinstance(cache, NullTeacherCache) for cache in self.caches)
@@ -178,7 +161,7 @@ class CachedTeacherOutputs:
             second = self._read_or_compute(self.second, ids, batch.second)
         return self.distiller.router.teacher_outputs(teachers, outputs, second)
 
-    def _read_or_compute(self, caches: Sequence[TeacherCacheProtocol], ids: Ids, images: Tensor) -> list[ForwardOutput]:
+    def _read_or_compute(self, caches: Sequence[AnyTeacherCache], ids: Ids, images: Tensor) -> list[ForwardOutput]:
         teachers = self.distiller.teacher
         assert teachers is not None  # caches are opened only for methods with a teacher
         read = [_read(cache, self._views, ids) for cache in caches]
@@ -204,7 +187,7 @@ class CachedTeacherOutputs:
 
     def _compute_missing(
         self,
-        caches: Sequence[TeacherCacheProtocol],
+        caches: Sequence[AnyTeacherCache],
         read: Sequence[tuple[Bytes, NDArray[np.bool_]]],
         ids: Ids,
         images: Tensor,
@@ -260,7 +243,7 @@ def _rows_by_view(views: int | Ids, count: int) -> list[tuple[int, Ids]]:
     return [(int(view), np.flatnonzero(views == view)) for view in np.unique(views)]
 
 
-def _read(cache: TeacherCacheProtocol, views: int | Ids, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
+def _read(cache: AnyTeacherCache, views: int | Ids, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
     """Read the records of a batch; as ``TeacherCache.read`` of one view."""
     if isinstance(views, int):
         return cache.read(views, ids)

@@ -150,13 +150,7 @@ class OutputRouter:
     def teacher_outputs(
         self, teachers: Teachers, outputs: list[ForwardOutput], second: list[ForwardOutput] | None = None
     ) -> Outputs:
-        """Return the teachers' outputs, new or cached; the logits of several are combined.
-
-        Args:
-            teachers: whose outputs these are.
-            outputs: of each teacher for the images.
-            second: of each teacher for the second images, if the method needs them.
-        """
+        """Return the teachers' outputs, new or cached; the logits of several are combined."""
         if second is not None:
             return attach_second_outputs(
                 self.teacher_outputs(teachers, outputs), self.teacher_outputs(teachers, second)

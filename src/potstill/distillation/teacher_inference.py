@@ -80,10 +80,6 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> int:
     other operation used that output, and the fused layer gives the same output.  What such a module does besides
     (timm's has an activation) stays.
 
-    Args:
-        network: changed in place.
-        images: a few typical inputs.
-
     Returns:
         Number of folded BatchNorms.  The caller compares the whole network with the original.
     """

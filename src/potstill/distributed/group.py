@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,10 +54,6 @@ _CONNECTION_ERROR = re.compile(
 
 class Watchdog:
     """The thread that sends and checks heartbeats; ``end`` returns how this process ends.
-
-    Args:
-        store: that all processes of the run reach.
-        rank, count: of this process, and how many there are.
 
     Attributes:
         place: how many exchanges have begun or ended; comparable between processes.
@@ -346,6 +342,26 @@ class ProcessGroup:
         found: list[Any] | None = [None] * self.count if self.first else None
         with self.together():
             dist.gather_object(value, found, dst=0)
+        return found
+
+    def run_on_first(self, work: Callable[[], Value]) -> Value | None:
+        """Return what a function returns in the first process, which alone calls it; None in the others.
+
+        Raises:
+            PotstillError: the function has raised it; in all processes, so that none waits for the first.
+        """
+        if not self.several:
+            return work()
+        found, problem = None, None
+        if self.first:
+            try:
+                found = work()
+            except PotstillError as error:
+                problem = type(error), str(error)
+        problem = self.share(problem)
+        if problem is not None:
+            kind, text = problem
+            raise kind(text)
         return found
 
     def highest(self, *values: int) -> tuple[int, ...]:

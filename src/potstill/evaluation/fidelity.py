@@ -49,6 +49,44 @@ def agreement(student: Probabilities | Array, teacher: Probabilities | Array) ->
     return {"agreement": same / student.shape[0], "kl_to_teacher": divergence / student.shape[0]}
 
 
+MAX_READ_OUT_IMAGES = 4_000  # that a linear map of embeddings is fitted on
+_PENALTIES = tuple(10.0**exponent for exponent in range(-2, 6))
+
+
+def cosine_agreement(fitted: tuple[Array, Array], held_out: tuple[Array, Array]) -> Array:
+    """Return how well a student's embeddings say linearly what its teacher's do: a cosine for each held-out image.
+
+    A linear map (ridge regression, whose penalty is chosen by leave-one-out error) from the student's to the teacher's
+    embeddings is fitted on other images.  The cosine is that of its output and the teacher's embedding, both minus the
+    teacher's mean embedding of the images that it was fitted on: the mean itself, which all images may have largely in
+    common, counts nothing.
+
+    Args:
+        fitted: embeddings of the same images by student [N, D] and teacher [N, E].
+        held_out: the same of other images, [M, D] and [M, E].
+
+    Returns:
+        [M], -1 to 1; 0 where an embedding is the mean.
+
+    Example:
+        >>> random = np.random.default_rng(0)
+        >>> teacher = random.normal(size=(60, 3)) + 9.0
+        >>> student = teacher @ random.normal(size=(3, 4))  # the same, in another basis
+        >>> cosine_agreement((student[:40], teacher[:40]), (student[40:], teacher[40:])).min() > 0.999
+        True
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (ours, theirs), (new, wanted) = (tuple(each.astype(np.float64) for each in pair) for pair in (fitted, held_out))
+    center = theirs.mean(axis=0)
+    read_out = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES)).fit(ours, theirs - center)
+    found, wanted = read_out.predict(new), wanted - center
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    return np.asarray((found * wanted).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny))
+
+
 def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     """Return the class order of a model's outputs if it seems to differ from that of the labels.
 
@@ -107,30 +145,6 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
     rows, columns = k.sum(dim=0), m.sum(dim=0)
     total = (k * m).sum() + rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 * (rows @ columns) / (n - 2)
     return total / (n * (n - 3))
-
-
-def linear_cka(first: Tensor, second: Tensor) -> float | None:
-    """Return the linear CKA of two representations of the same images, by the unbiased estimator.
-
-    1: equal up to rotation and scale; 0: unrelated (estimates may be slightly negative).
-
-    Args:
-        first: [n, ...], flattened to vectors.
-        second: [n, ...], vectors of any length.
-
-    Returns:
-        None if one of them is the same for all images.
-
-    Raises:
-        UsageError: fewer than 4 images, or different numbers.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [1.0, 3.0], [0.0, 0.0]])
-        >>> round(linear_cka(x, 3 * x @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])), 6)
-        1.0
-    """
-    a, b = _gram_matrix(first), _gram_matrix(second)
-    return _normalized_hsic(float(hsic(a, b)), float(hsic(a, a)), float(hsic(b, b)))
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,6 @@ def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str
 def split_metrics(predictions: Predictions, class_names: Sequence[str]) -> dict[str, Any]:
     """Return the metrics of ``StreamingMetrics``, those of each class, and diagnostics.
 
-    Args:
-        predictions: for each image of the split.
-        class_names: K names, by index.
-
     Returns:
         The flat metrics;
         ``per_class``: for each a dict of ``class``, ``precision``, ``recall``, ``f1``, ``auc`` (or None), ``support``;

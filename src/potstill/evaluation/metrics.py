@@ -341,10 +341,6 @@ class TermAverages:
     def compute(self, where: str, images: Callable[[int], Sequence[str]] | None = None) -> dict[str, float]:
         """Return the mean of each term, weighted by the images of each step.
 
-        Args:
-            where: names the epoch and split in an error message.
-            images: returns the names of a step's images for an error message.
-
         Raises:
             NonFiniteError: a term was NaN or infinite; names the first such step (from 1), the terms and images.
         """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +23,8 @@ from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
 from potstill.types import Batch
 
-
-class EvaluationLoader(Protocol):
-    """The part of a ``Loader`` that evaluation needs."""
-
-    @property
-    def count(self) -> int:
-        """Images in the split."""
-
-    def epoch(self) -> Iterator[Batch]:
-        """Batches with ``index``, each image in one of them."""
+if TYPE_CHECKING:
+    from potstill.data.loader import Loader
 
 
 @contextmanager
@@ -63,19 +55,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 def predict_probabilities(
     model: nn.Module,
-    loader: EvaluationLoader,
+    loader: "Loader",
     *,
     classes: int,
     processes: ProcessGroup = SINGLE_PROCESS,
     names: Sequence[str] | Callable[[int], str] | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array] | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Args:
         model: maps images [B, 3, S, S] to logits [B, classes]; on the device of the batches.
         loader: in listed order, without augmentation.
         classes: K.
-        processes: each has some of the batches; all get the whole result.
+        processes: each has some of the batches; only the first gets the whole result, the others None.
         names: [N] names of the images for messages, or a function from index to name.
 
     Returns:
@@ -93,11 +85,14 @@ def predict_probabilities(
             parts.append((logits.softmax(dim=1), batch.labels, index, logits.isfinite().all(dim=1)))
             processes.progress()
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    probabilities, labels, images = _gather_columns(columns, loader.count, processes, names)
+    gathered = _gather_columns(columns, loader.count, processes, names)
+    if gathered is None:
+        return None
+    probabilities, labels, images = gathered
     return probabilities, labels, images
 
 
-def _iterate_logits(model: nn.Module, loader: EvaluationLoader, classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield each batch, its image indices [B] and float32 logits [B, K]."""
     for batch in loader.epoch():
         if batch.index is None:
@@ -114,8 +109,10 @@ def _gather_columns(
     count: int,
     processes: ProcessGroup,
     names: Sequence[str] | Callable[[int], str] | None,
-) -> list[Array]:
+) -> list[Array] | None:
     """Concatenate the columns of all processes in order of the images, and check that all is there and finite.
+
+    Only the first process gets the rows of the others.  What it finds wrong is raised in all.
 
     Args:
         columns: a row per image of this process; the last two are index [n] and whether all logits are finite [n].
@@ -124,9 +121,16 @@ def _gather_columns(
         names: of the images, for messages.
 
     Returns:
-        The columns in order, without the last one.
+        The columns in order, without the last one; None in all processes but the first.
     """
-    gathered = [each for each in processes.gather(columns) if each]
+    gathered = processes.collect(columns) or []
+    return processes.run_on_first(lambda: _in_order([each for each in gathered if each], count, names))
+
+
+def _in_order(
+    gathered: list[list[Array]], count: int, names: Sequence[str] | Callable[[int], str] | None
+) -> list[Array]:
+    """Do as ``_gather_columns``, from the columns of each process."""
     if not any(len(each[0]) for each in gathered):
         raise DataError("there is no image to evaluate")
     *values, finite = (np.concatenate(column) for column in zip(*gathered, strict=True))
@@ -298,7 +302,7 @@ class Predictions:
 
 def predict_split(
     model: nn.Module,
-    loader: EvaluationLoader,
+    loader: "Loader",
     *,
     classes: int,
     device: torch.device | str = "cpu",
@@ -307,7 +311,7 @@ def predict_split(
     file: Path | None = None,
     labels: Array | None = None,
     max_values: int = MAX_VALUES_IN_MEMORY,
-) -> Predictions:
+) -> Predictions | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Args:
@@ -315,7 +319,7 @@ def predict_split(
         loader: in listed order, without augmentation.
         classes: K.
         device: of model and batches.
-        processes: each has some of the batches; all get the whole result.
+        processes: each has some of the batches; only the first gets the whole result, the others None.
         names: returns the name of an image for messages.
         file: receives all probabilities, see ``FileProbabilities``, if there are more than ``max_values``.
         labels: [N] int64; overrides those of the loader.
@@ -329,9 +333,10 @@ def predict_split(
     """
     count = loader.count
     if count * classes <= max_values:
-        probabilities, loader_labels, _ = predict_probabilities(
-            model, loader, classes=classes, processes=processes, names=names
-        )
+        found = predict_probabilities(model, loader, classes=classes, processes=processes, names=names)
+        if found is None:
+            return None
+        probabilities, loader_labels, _ = found
         return Predictions.of(probabilities, loader_labels if labels is None else labels)
     columns, metrics = _ColumnBuffer(count, classes, device), StreamingMetrics(classes, device=device)
     given = torch.from_numpy(np.zeros(0, np.int64) if labels is None else labels).to(device)
@@ -343,11 +348,14 @@ def predict_split(
             metrics.update(logits, batch_labels)
             writer.write(index, logs)
             processes.progress()
-        *values, all_labels, _ = _gather_columns(columns.arrays(), count, processes, names)
+        gathered = _gather_columns(columns.arrays(), count, processes, names)
     if processes.several:
-        merged = StreamingMetrics(classes, device=device)
-        merged.merge(processes.add(metrics.state()))
-        metrics = merged
+        sums = processes.add_on_first(metrics.state())
+        metrics = StreamingMetrics(classes, device=device)
+        metrics.merge(sums)
+    if gathered is None:
+        return None
+    *values, all_labels, _ = gathered
     auc_per_class, auc_micro = metrics.auc_per_class()
     rows = None if file is None else FileProbabilities(file, (count, classes))
     return _from_columns(all_labels, values, auc_per_class, auc_micro, rows)

@@ -49,6 +49,25 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
     return Interval((only_b - only_a) / count, max(-1.0, middle - half), min(1.0, middle + half))
 
 
+def mean_interval(values: Array) -> Interval:
+    """Return the mean of values, one for each image, with Student's 95 % interval over images.
+
+    Raises:
+        UsageError: fewer than two values.
+
+    Example:
+        >>> [round(each, 3) for each in mean_interval(np.array([0.5, 0.7, 0.9]))]  # t = 4.303, deviation 0.2
+        [0.7, 0.203, 1.197]
+    """
+    from scipy import special
+
+    if len(values) < 2:
+        raise UsageError(f"an interval of a mean needs two images or more, got {len(values)}")
+    half = float(special.stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    return Interval(mean, mean - half, mean + half)
+
+
 def paired_loss_bound(only_a: int, only_b: int, count: int, confidence: float = 0.95) -> float:
     """Return the upper end of the one-sided interval of the loss in accuracy of b against a, over images.
 

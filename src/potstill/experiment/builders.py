@@ -17,7 +17,7 @@ from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_io import ValueRange, format_range
 from potstill.data.image_sets import FileSet, ImageSet
 from potstill.data.loader import Loader
-from potstill.data.splits import DataSplits
+from potstill.data.splits import NO_CLASSES, DataSplits
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teachers import TeacherViews
 from potstill.errors import ArtifactError, UsageError, did_you_mean
@@ -56,7 +56,7 @@ from potstill.models.families.opaque_models import (
     find_table,
 )
 from potstill.models.families.own_models import GIVEN, given_input
-from potstill.models.model_file import Classifier, load_model
+from potstill.models.model_file import Classifier, load_model, predicts_classes
 from potstill.models.output_groups import OutputGroups
 from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model, input_spec, own_size, resolve
@@ -92,15 +92,11 @@ def build_network(
     Args:
         recipe: of the run.
         network: one of its networks.
-        classes: of the data, in order.
+        classes: of the data, in order; ``NO_CLASSES``: the network gets a head that stays 0 and is not trained.
         value_range: [black, white] of the data's images of more than 8 bits; None: there are none.
-
-    Raises:
-        ArtifactError: weights of other classes without ``new_head``, or of another range; unreadable files.
-        UsageError: pretrained weights that are not available; class names that do not fit.
     """
     start = _build_network(recipe, network, classes)
-    if network.head == "none":
+    if network.head == "none" or classes == NO_CLASSES:
         _take_classes_away(start, network_key(recipe, network))
     own = start.input.range
     if value_range is None or own == value_range:
@@ -116,18 +112,19 @@ def build_network(
 
 
 def _take_classes_away(start: InitialNetwork, key: str) -> None:
-    """Set the head of a network to 0, so that only its embeddings and maps teach."""
+    """Set the head of a network to 0 and freeze it, so that only its embeddings and maps teach or are trained."""
     if find_opaque(start.module) is None:
         example = torch.randn(2, 3, start.input.size, start.input.size, generator=torch.Generator().manual_seed(0))
         path = find_stages(start.module, example).head
         if path is None:
+            other = "a function of images that returns embeddings, or " if key.startswith("teacher") else ""
             raise UsageError(
-                f"{key}.head: none reads the embedding in front of the last linear layer, and {start.architecture} has "
-                "none: give a function of images that returns embeddings, or another network"
+                f"{key}: without classes, the embedding in front of the last linear layer counts, and "
+                f"{start.architecture} has none: give {other}another network"
             )
         head = start.module.get_submodule(path)
         assert isinstance(head, nn.Linear)  # see ``find_head``
-        clear_head(head)
+        clear_head(head).requires_grad_(False)
     start.ready, start.warnings = True, []
     start.notes = [note for note in start.notes if "px" in note]
     start.facts["head"] = {"kind": "none"}
@@ -199,7 +196,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
         start.notes += [
             *loaded.notes,
             f"{_weights_label(network)} has no class names: its outputs are assumed to be, in this order, "
-            f"{_names(classes)}; {key}.classes gives another order",
+            f"{format_names(classes, 12)}; {key}.classes gives another order",
         ]
     return start
 
@@ -246,22 +243,18 @@ def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str,
 def _class_prompts(
     prompts: list[str] | dict[str, list[str]], classes: tuple[str, ...], key: str
 ) -> dict[str, list[str]]:
-    """Return the texts of each class; ``{}`` stands for its name, with spaces for underscores.
-
-    Raises:
-        UsageError: a class without prompts, or prompts of no class.
-    """
+    """Return the texts of each class; ``{}`` stands for its name, with spaces for underscores."""
     if isinstance(prompts, list):
         prompts = dict.fromkeys(classes, prompts)
     missing = [name for name in classes if name not in prompts]
     unknown = [name for name in prompts if name not in classes]
     if missing or unknown:
-        problems = [f"has no prompts for {_names(tuple(missing))}"] if missing else []
-        problems += [f"has prompts for {_names(tuple(unknown))}, of which the data has no images"] if unknown else []
+        problems = [f"has no prompts for {format_names(missing, 12)}"] if missing else []
+        problems += [f"has prompts for {format_names(unknown, 12)}, of which the data has no images"] if unknown else []
         near = did_you_mean(unknown[0], missing or classes) if unknown else ""
         raise UsageError(
             f"{key} {' and '.join(problems)}{near}\n"
-            f"It must name every class of this data: {_names(classes)}; or give templates for all, such as "
+            f"It must name every class of this data: {format_names(classes, 12)}; or give templates for all, such as "
             f'["{DEFAULT_PROMPT}"]'
         )
     return {name: [text.replace("{}", name.replace("_", " ")) for text in prompts[name]] for name in classes}
@@ -382,16 +375,7 @@ def _file_groups(
     key: str,
     notes: list[str],
 ) -> list[list[int]] | None:
-    """Return the outputs of a file that belong to each class; None if they are assumed to be in the data's order.
-
-    Args:
-        network: its settings.
-        names: of the outputs, as the file gives them.
-        count: of the outputs.
-        classes: of the data.
-        key: of the settings, for messages.
-        notes: receives what was assumed.
-    """
+    """Return the outputs of a file that belong to each class; None if they are assumed to be in the data's order."""
     source, theirs = str(network.weights), network.classes or (None if names is None else list(names))
     if theirs is not None:
         names = class_list(theirs) if isinstance(theirs, str) else theirs if isinstance(theirs, list) else names
@@ -405,7 +389,7 @@ def _file_groups(
             f"{key}.classes={_likely_classes(classes)}"
         )
     notes.append(
-        f"{source} has no class names: its outputs are assumed to be, in this order, {_names(classes)}; "
+        f"{source} has no class names: its outputs are assumed to be, in this order, {format_names(classes, 12)}; "
         f"{key}.classes gives another order"
     )
     return None
@@ -435,14 +419,16 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         raise ArtifactError(f"{path} has several outputs per class: it cannot get a new head for other classes")
     if key == "previous":
         raise ArtifactError(_class_difference(path, model.class_names, classes))
-    if not network.new_head and network.head is None:
+    if not network.new_head and network.head is None and predicts_classes(model.facts) and classes != NO_CLASSES:
         raise ArtifactError(
             f"{path} has other classes than this data, or another order.\n"
-            f"It has {len(model.class_names)}: {_names(model.class_names)}\n"
-            f"The data has {len(classes)}: {_names(classes)}\n"
+            f"It has {len(model.class_names)}: {format_names(model.class_names, 12)}\n"
+            f"The data has {len(classes)}: {format_names(classes, 12)}\n"
             f"Use data with the same class names, or train it with a new head: {_new_head_setting(key)}"
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
+    if not predicts_classes(model.facts):
+        warning = f"{path} has no classes: {warning}. --set {key}.head=finetune starts from a linear probe"
     module = create_model(model.architecture, len(classes), size=model.input.size)
     module = module if model.pruned is None else cut_channels(module, model.pruned)
     own = module.state_dict()
@@ -460,7 +446,7 @@ def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) ->
     what = f"the previous model, {path}, must have the classes of the data, in their order"
     lost, new = ([name for name in one if name not in other] for one, other in ((theirs, ours), (ours, theirs)))
     if not lost and not new:
-        return f"{what}; it has them in another order: {_names(tuple(theirs))}"
+        return f"{what}; it has them in another order: {format_names(theirs, 12)}"
     differ = [f"only it has {format_names(lost)}"] if lost else []
     differ += [f"only the data has {format_names(new)}"] if new else []
     return f"{what}: {'; '.join(differ)}"
@@ -518,11 +504,6 @@ def _is_potstill_model(path: Path) -> bool:
         return False
 
 
-def _names(names: tuple[str, ...], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
-
-
 def train_loader(
     planned: PlannedStage,
     needs: Requirements,
@@ -574,11 +555,7 @@ def train_loader(
 
 
 def table_answers(network: nn.Module | None, images: ImageSet, unlabeled: ImageSet | None = None) -> Tensor | None:
-    """Return the answers of a table in the place of images, [N + M, K, 1, 1]; None if ``network`` is no table.
-
-    Raises:
-        DataError: an image without a row.
-    """
+    """Return the answers of a table in the place of images, [N + M, K, 1, 1]; None if ``network`` is no table."""
     table = None if network is None else find_table(network)
     if table is None:
         return None
@@ -601,12 +578,6 @@ def folder_name(images: ImageSet) -> str:
 
 def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
     """Return what identifies the views that a student is trained on.
-
-    Args:
-        loader: of its training images.
-        recipe: with the stage's seed.
-        data: the splits of the loader.
-        epochs: planned epochs.
 
     Returns:
         ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` of all that determines the
@@ -702,11 +673,7 @@ def build_distiller(
     example: Tensor,
     label_loss: nn.Module,
 ) -> Distiller:
-    """Return a Distiller on the compute's device; each teacher gets images of its own size and normalisation.
-
-    Raises:
-        UsageError: networks that do not fit the method.
-    """
+    """Return a Distiller on the compute's device; each teacher gets images of its own size and normalisation."""
     if planned.feature_pairs and method.needs.maps == "none":
         raise UsageError(
             f"feature_pairs: method {describe_method(recipe.method)} compares no feature maps of student and "

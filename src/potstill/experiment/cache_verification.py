@@ -44,16 +44,7 @@ class CacheVerification:
 
 
 def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
-    """Recompute some of the records of a teacher cache, evenly spaced.
-
-    Args:
-        path: folder of the cache.
-        samples: largest number of records.
-
-    Raises:
-        ArtifactError: no cache, a damaged one, or one whose teacher is missing or has changed.
-        DataError: images are missing or have changed.
-    """
+    """Recompute some of the records of a teacher cache, evenly spaced."""
     cache = TeacherCache.open_existing(path)
     try:
         facts, identity = cache.facts, cache.identity

@@ -90,16 +90,21 @@ def _predict_difficulty(
         loader = split_loader(
             data, "train", teacher.input, recipe, settings_of_student, compute, network=teacher.module
         )
-        of_teacher, _, _ = predict_probabilities(
+        found = predict_probabilities(
             teacher.module,
             loader,
             classes=len(data.class_names),
             processes=compute.processes,
             names=[f"the teacher on train, {name}," for name in data.train.names],
         )
-        probabilities.append(of_teacher)
-    mean = average_probabilities(probabilities, recipe.teachers)
-    return image_difficulty(np.asarray(mean), np.asarray(data.train.labels), settings.score)
+        probabilities += [] if found is None else [found[0]]
+    difficulty: Array | None = None
+    if compute.processes.first:
+        mean = average_probabilities(probabilities, recipe.teachers)
+        difficulty = image_difficulty(np.asarray(mean), np.asarray(data.train.labels), settings.score)
+    difficulty = compute.processes.share(difficulty)
+    assert difficulty is not None  # the first process has computed it
+    return difficulty
 
 
 def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:

@@ -74,9 +74,6 @@ def select_pseudo_labels(probabilities: Array, labels: Ids, confidence: float) -
         probabilities: [N, K], the teacher's; ties go to the lower class.
         labels: [N] class ids if they may be used, else -100.
         confidence: least probability of the top class, from 0 to 1.
-
-    Raises:
-        UsageError: no image is left; gives the counts at lower thresholds.
     """
     top, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1).astype(np.int64)
     known = labels != UNLABELED
@@ -111,15 +108,7 @@ class Domains:
     trusted: PseudoLabels | None = field(default=None, init=False)  # set for the first student
 
     def stage_data(self, stage: PlannedStage, models: Mapping[str, Classifier]) -> DataSplits:
-        """Return the splits of a stage.
-
-        Args:
-            stage: to be trained.
-            models: trained models by stage, with the stage's teachers.
-
-        Raises:
-            UsageError: no prediction of the teacher is confident enough.
-        """
+        """Return the splits of a stage."""
         source, target = self.data, self.data.target
         if target is None:
             return source
@@ -184,7 +173,12 @@ class Domains:
         labels = np.full(len(self.candidates), UNLABELED, dtype=np.int64)
         labels[known] = self.candidates.labels[known]
         confidence, names = self.recipe.domain_settings.confidence, self.data.class_names
-        found = select_pseudo_labels(average_probabilities(probabilities, self.recipe.teachers), labels, confidence)
+        selected: PseudoLabels | None = None
+        if self.compute.processes.first:
+            known_ones = [each for each in probabilities if each is not None]
+            selected = select_pseudo_labels(average_probabilities(known_ones, self.recipe.teachers), labels, confidence)
+        found = self.compute.processes.share(selected)
+        assert found is not None  # the first process has selected them
         self.observer.note(found.sentence(names, len(self.candidates), confidence))
         if unseen := [name for name, count in found.counts(names).items() if count == 0]:
             self.warn(
@@ -193,16 +187,16 @@ class Domains:
             )
         return found
 
-    def _predict(self, model: Classifier, name: str) -> "np.ndarray[Any, Any]":
+    def _predict(self, model: Classifier, name: str) -> "np.ndarray[Any, Any] | None":
         model.module.to(self.compute.device)
-        probabilities, _, _ = predict_probabilities(
+        found = predict_probabilities(
             model.module,
             self._loader(model),
             classes=len(model.class_names),
             processes=self.compute.processes,
             names=[f"the {name} on the target, {image}," for image in self.candidates.names],
         )
-        return probabilities
+        return None if found is None else found[0]
 
     def _loader(self, model: Classifier, shuffled: int | None = None) -> Loader:
         """Return a loader of the candidates, without augmentation: in order, or shuffled and complete in each
@@ -329,11 +323,14 @@ def describe_domains(
 
 def _evaluate_test(name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute) -> dict[str, Any]:
     settings = recipe.stage_training("student")
-    probabilities, labels, _ = predict_probabilities(
+    predicted = predict_probabilities(
         model.module.to(compute.device),
         split_loader(data, "test", model.input, recipe, settings, compute),
         classes=len(model.class_names),
         processes=compute.processes,
         names=[f"the {name} on {data.source}, {image}," for image in data.test.names],
     )
-    return final_metrics(probabilities, labels, data.class_names)
+    metrics = None if predicted is None else final_metrics(predicted[0], predicted[1], data.class_names)
+    metrics = compute.processes.share(metrics)
+    assert metrics is not None  # the first process has computed them
+    return metrics

@@ -54,10 +54,6 @@ def ensemble_predictions(
 
     A single teacher is returned unchanged; a single generation is left out, as are splits without probabilities.
     Averaged logits are, after softmax, the weighted geometric mean of the probabilities.
-
-    Args:
-        stages: stage -> split -> predictions.
-        settings: how teachers are combined.
     """
     groups: dict[str, SplitPredictions] = {}
     for group in ("teachers", "generations"):

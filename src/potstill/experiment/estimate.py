@@ -203,12 +203,6 @@ def estimate_stages(
     """Return the seconds that each stage will take, from one small batch of each of its networks with random weights.
 
     A stage whose networks cannot be built here, such as those of the user's own code, is left out.
-
-    Args:
-        recipe: of the run.
-        planned: the stages.
-        data: the splits.
-        compute: device, precision and process group.
     """
     seconds, known = dict[str, StageTime](), dict[tuple[str, int], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
@@ -251,9 +245,6 @@ def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Co
     """Return the seconds per image of a training step and of a forward pass alone.
 
     A network with hidden layers has no step, and a table takes no time.
-
-    Raises:
-        PotstillError: a network that cannot be built here, or needs its file.
     """
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)

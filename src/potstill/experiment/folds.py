@@ -35,11 +35,7 @@ def fold_recipe(recipe: Recipe, fold: int) -> Recipe:
 
 
 def is_finished(run: RunFolder, recipe: Recipe, planned: Sequence[PlannedStage]) -> bool:
-    """Return whether the results of a fold are those of all planned stages, with all their epochs.
-
-    Raises:
-        ArtifactError: its results are damaged.
-    """
+    """Return whether the results of a fold are those of all planned stages, with all their epochs."""
     if not run.results.is_file():
         return False
     results = run.read_results()
@@ -54,11 +50,7 @@ def is_finished(run: RunFolder, recipe: Recipe, planned: Sequence[PlannedStage])
 
 
 def check_poolable(data: DataSplits) -> None:
-    """Check that the predictions for all images can be kept in memory.
-
-    Raises:
-        UsageError: they cannot.
-    """
+    """Check that the predictions for all images can be kept in memory."""
     assert data.pool is not None
     images, classes = len(data.pool.images), len(data.class_names)
     if images * classes > MAX_VALUES_IN_MEMORY:
@@ -105,9 +97,6 @@ def pool_folds(
         looks: at the test images, for results.json.
         seconds: that the run took.
         warnings: of the cross-validation itself.
-
-    Raises:
-        ArtifactError: a damaged file of a fold.
     """
     assert data.pool is not None
     assert recipe.data.folds is not None

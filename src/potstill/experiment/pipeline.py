@@ -75,6 +75,7 @@ from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,
     describe_unlabeled,
+    evaluate_embeddings,
     evaluate_stages,
 )
 from potstill.experiment.resume import (
@@ -114,19 +115,7 @@ _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another mac
 def open_run_folder(
     output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """Open the folder of a new or resumed run; it is locked inside the block.
-
-    Args:
-        output_dir: folder of the run folders.
-        name: name of the run folder.
-        processes: the process group, of which the first writes.
-        resume: continue an existing run.
-        overwrite: replace an existing run.
-
-    Raises:
-        UsageError, StorageError, ArtifactError: as ``RunFolder.create``.
-        StorageError: a process does not see the folder that the first one has created.
-    """
+    """Open the folder of a new or resumed run; it is locked inside the block."""
     if processes.first:
         with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
             processes.share(None)
@@ -178,10 +167,6 @@ def run(
         reproduce: record of a run to repeat, on the same images and with the same number of threads.
         evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
         baseline: folder of another run, whose baseline is used in place of training the same one again.
-
-    Raises:
-        PotstillError: any error that the user can correct; see ``potstill.errors`` for classes and exit codes.
-        Stopped: after a signal.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
@@ -337,9 +322,11 @@ def run(
             facts_of_run["views_differ"] = _view_differences(models)
             for sentence in facts_of_run["views_differ"]:
                 experiment.warn(sentence)
-            if splits.teacher_labels:
-                splits = experiment.predicted
-            evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            if splits.has_classes:
+                splits = experiment.predicted if splits.teacher_labels else splits
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+            else:
+                evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
@@ -543,18 +530,21 @@ class _Experiment:
 
         The training images stay without labels for the losses.
         """
-        if self.predicted is not self.data:
+        if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
         found: dict[str, Any] = {}
         for split in self.data.teacher_labels:
             images = self.data.split(split)
-            probabilities = average_probabilities(
-                [self._probabilities(name, split)[0] for name in teachers], self.recipe.teachers
-            )
-            found[split] = RelabeledSet(images, probabilities.argmax(axis=1).astype(np.int64))
-            if split == "val":
-                self._describe_predictions(probabilities)
+            predicted = [self._probabilities(name, split) for name in teachers]
+            labels: Any = None
+            if self.compute.processes.first:
+                each = [rows[0] for rows in predicted if rows is not None]
+                probabilities = average_probabilities(each, self.recipe.teachers)
+                labels = probabilities.argmax(axis=1).astype(np.int64)
+                if split == "val":
+                    self._describe_predictions(probabilities)
+            found[split] = RelabeledSet(images, self.compute.processes.share(labels))
         self.predicted = replace(self.data, **found)
         self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
         self.domains.data = self.data
@@ -761,11 +751,11 @@ class _Experiment:
             self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
-        if self.data.teacher_labels:
-            return  # its accuracy is unknown
         if _has_no_classes(self.recipe, name):
             self.observer.note(f"{name}: no classes, so no accuracy: its embeddings teach")
             return
+        if self.data.teacher_labels:
+            return  # its accuracy is unknown
         labels = np.asarray(self.data.val.labels)
         chance = np.bincount(labels).max() / len(labels)
         if "training" not in self.models[name].facts and "val" not in self.models[name].facts:
@@ -841,23 +831,27 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            probabilities, labels = self._probabilities(stage, "val")
-            predicted = probabilities.argmax(axis=1)
-            model.facts["val"] = {"top1": float((predicted == labels).mean())}
-            self._check_class_order(stage, predicted, labels)
+            found, top1 = self._probabilities(stage, "val"), 0.0
+            if found is not None:
+                predicted, labels = found[0].argmax(axis=1), found[1]
+                top1 = float((predicted == labels).mean())
+                self._check_class_order(stage, predicted, labels)
+            model.facts["val"] = {"top1": self.compute.processes.share(top1)}
         return float(model.facts["val"]["top1"])
 
-    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any]:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation."""
+    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
+        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
+        processes but the first.
+        """
         model, settings = self.models[stage], self.recipe.stage_training(stage)
-        probabilities, labels, _ = predict_probabilities(
+        found = predict_probabilities(
             model.module,
             split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
             classes=len(model.class_names),
             processes=self.compute.processes,
             names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
         )
-        return probabilities, labels
+        return None if found is None else (found[0], found[1])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         """Warn if a pretrained teacher has the right classes in another order."""

@@ -121,9 +121,6 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Return the recipe with the first of each network's alternatives whose weights can be had, and what was replaced.
 
     Published weights that are not on this machine are downloaded.  A network without ``fallback`` is left alone.
-
-    Raises:
-        UsageError: no alternative has its weights; names all of them.
     """
     texts: list[str] = []
 
@@ -152,10 +149,6 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
     """Return the recipe with as many epochs for each network as ``training.min_steps`` requires.
-
-    Args:
-        recipe: of the run.
-        images: of the training split.
 
     Example:
         >>> from potstill.config.recipe import load_recipe

@@ -68,10 +68,6 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
     Returns:
         For each distilling stage: the text on its feature pairs and adapters, "" if there are none.
-
-    Raises:
-        UsageError: a stage that cannot be trained.
-        ArtifactError: weights that do not fit.
     """
     texts, networks = {}, dict[str, Classifier]()
     computes = [create_compute(recipe.stage_training(stage.name)) for stage in planned]
@@ -265,6 +261,7 @@ def check_data_requirements(
     batch_size: int,
     target: bool = False,
     labeled: bool = True,
+    classes: bool = True,
 ) -> None:
     """Check that a method fits the training images.
 
@@ -276,11 +273,10 @@ def check_data_requirements(
         batch_size: of the student's training.
         target: whether the student learns on another domain, whose images have no labels.
         labeled: False: no image has a label.
-
-    Raises:
-        UsageError: all conflicts, with what to do.
+        classes: False: nor does the teacher have any.
     """
     needs, name = method.needs, type(method).__name__
+    instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
     if mixes and needs.second != "none":
         problems.append(
@@ -289,11 +285,11 @@ def check_data_requirements(
     if mixes and needs.index:
         problems.append(f"{name} has a memory by sample, and a mixed image is no sample: switch mixup and cutmix off")
     if not labeled and (reason := _why_not_unlabeled(method)):
-        problems.append(f"{name} {reason}, and there are none (--no-labels): use --method kd --alpha 0")
+        problems.append(f"{name} {reason}, and there are none (--no-labels): use {instead}")
     elif not labeled and (weight := method.label_weight) > 0:
         problems.append(
             f"{name} gives the labels the weight {weight:g}, and there are none (--no-labels): set it to 0, with "
-            "--alpha 0 for kd or method.ce_weight=0, or use --method kd --alpha 0"
+            f"--alpha 0 for kd or method.ce_weight=0, or use {instead}"
         )
     if target and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
@@ -337,9 +333,6 @@ def check_all(
 
     Returns:
         Data, device, and the texts of ``dry_run``.
-
-    Raises:
-        PotstillError: all problems in one message; its class, and so the exit code, is that of the first.
     """
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
@@ -372,7 +365,10 @@ def check_all(
     if recipe.domain is not None and splits.target is None:
         raise UsageError(TARGET_MISSING)
     for stage in planned:
-        _check_metric(settings[stage.name], len(splits.class_names))
+        if splits.has_classes:
+            _check_metric(settings[stage.name], len(splits.class_names))
+        elif stage.distils:
+            _check_without_classes(method, settings[stage.name], splits)
     if not any(stage.distils for stage in planned):
         for stage in planned:
             network = recipe.network(stage.name)
@@ -390,10 +386,30 @@ def check_all(
         batch_size=recipe.stage_training("student").batch_size,
         target=splits.target is not None,
         labeled=recipe.data.labeled,
+        classes=splits.has_classes,
     )
     if recipe.teacher_cache.mode == "auto" and is_cacheable(method):
         record_kind(recipe, method, len(splits.class_names))
     return splits, compute, dry_run(recipe, planned, splits)
+
+
+def _check_without_classes(method: Method, training: TrainingSettings, data: DataSplits) -> None:
+    """Check that a training without labels and classes can be done and measured, and its best epoch be chosen."""
+    if min(len(data.train), len(data.test)) < 2:
+        raise DataError(
+            f"{data.source}: embeddings are compared on two test images or more, and there are {len(data.train)} in "
+            f"train, {len(data.test)} in test: give a folder with more"
+        )
+    if method.needs.training_only:
+        raise UsageError(
+            f"{type(method).__name__} measures nothing on val but labels, and there are none (--no-labels), so no "
+            "epoch could be selected: use another method, such as cosine or srd"
+        )
+    if training.freeze:
+        raise UsageError(
+            f"training.freeze: {training.freeze} trains the head alone at first, and without labels and classes there "
+            "is none: set it to 0"
+        )
 
 
 def _check_metric(training: TrainingSettings, classes: int) -> None:

@@ -34,7 +34,6 @@ from potstill.data.splits import DataSplits
 from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
 from potstill.distillation.teachers import ExtractionRequest, FeatureExtractor, FoldHeads
-from potstill.distributed.group import ProcessGroup
 from potstill.errors import ArtifactError, NonFiniteError, StorageError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.evaluation.predictions import check_complete, evaluation_mode
@@ -96,11 +95,7 @@ class Probe:
 
 
 def check_probe_labels(labels: "np.ndarray[tuple[int], np.dtype[np.int64]]", class_names: Sequence[str]) -> None:
-    """Refuse training labels by which no head can be fitted and cross-validated.
-
-    Raises:
-        UsageError: a class with no image, or with one.
-    """
+    """Refuse training labels by which no head can be fitted and cross-validated."""
     counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
     for least, what in ((0, "no image"), (1, "one image")):
         found = [name for name, count in zip(class_names, counts, strict=True) if count == least]
@@ -344,10 +339,6 @@ def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits,
         start: the network as it was built.
         data: of the run.
         key: of the settings, for messages.
-
-    Raises:
-        UsageError: weights of the data's classes, a network without linear head, a class with fewer than two training
-            images.
     """
     if start.ready:
         raise UsageError(
@@ -388,15 +379,12 @@ def probe_teacher(
         compute: device, precision and process group.
         folder: of the stage.
         observer: its methods are called with progress and result.
-
-    Raises:
-        NonFiniteError: an embedding is NaN or infinite.
     """
     started = time.monotonic()
     settings = recipe.stage_training(stage.name)
     model.module.to(compute.device).to(memory_format=compute.memory_format)
     network, inference = _convert(stage, model, layer, recipe, data, compute)
-    embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True
+    embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True  # embeddings in the first process only
     # Of a cross-validation, all images are embedded at once, and every fold reads its own from the cache.
     whole = data if data.pool is None else replace(data, train=data.pool.images, fingerprint=data.pool.fingerprint)
     for split in ("train", "val") if data.pool is None else ("train",):
@@ -414,29 +402,36 @@ def probe_teacher(
             observer=observer,
         )
         label = f"{stage.name}: embeddings of {split if data.pool is None else 'all images'}"
-        run = partial(_embed, network, inference, layer, loader, label, observer, compute)
-        embeddings[split], found = _read_or_run(cache, run, observer, compute)
+        run = partial(embed_images, network, inference, layer, loader, label, observer, compute)
+        read, found = _read_or_run(cache, run, observer, compute)
+        embeddings |= {} if read is None else {split: read}
         labels[split], cached = loader.labels, cached and found
     if data.pool is not None:
         for split in ("val", "train"):  # train last, which holds all images until then
             images = data.split(split)
             assert isinstance(images, Subset)
             index = torch.from_numpy(images.index)
-            embeddings[split], labels[split] = embeddings["train"][index], labels["train"][index]
+            embeddings |= {split: embeddings["train"][index]} if embeddings else {}
+            labels[split] = labels["train"][index]
     balance = recipe.data.class_balance != "none" if data.draws is None else False
     labeled = labels["train"][labels["train"] >= 0]
-    probe = fit_probe(
-        embeddings["train"].to(compute.device),
-        labels["train"],
-        len(data.class_names),
-        seed=derive_seed(recipe.seed, f"{stage.seed}/folds"),  # baseline and distilled start from one probe
-        class_weights=balanced_class_weights(labeled.bincount(minlength=len(data.class_names))) if balance else None,
-    )
-    probe = compute.processes.share(probe)
+    fitted: tuple[Probe, dict[str, Any]] | None = None
+    if compute.processes.first:
+        weights = balanced_class_weights(labeled.bincount(minlength=len(data.class_names))) if balance else None
+        probe = fit_probe(
+            embeddings["train"].to(compute.device),
+            labels["train"],
+            len(data.class_names),
+            seed=derive_seed(recipe.seed, f"{stage.seed}/folds"),  # baseline and distilled start from one probe
+            class_weights=weights,
+        )
+        val = StreamingMetrics(len(data.class_names))
+        val.update(probe.logits(embeddings["val"]), labels["val"])
+        fitted = probe, val.compute()
+    fitted = compute.processes.share(fitted)
+    assert fitted is not None  # the first process has fitted it
+    probe, figures = fitted
     _set_head(model.module, layer, probe)
-    val = StreamingMetrics(len(data.class_names))
-    val.update(probe.logits(embeddings["val"]), labels["val"])
-    figures = val.compute()
     heads = FoldHeads(layer, probe.weight, probe.bias, probe.fold)
     content = safetensors.torch.save(dict(heads.state_dict()))
     if compute.processes.first:
@@ -451,7 +446,7 @@ def probe_teacher(
             "C": float(f"{probe.C:.3g}"),
             "folds": probe.folds,
             "images": len(labeled),
-            "embedding": embeddings["train"].shape[1],
+            "embedding": probe.weight.shape[2],
             "cross_validated": {"top1": probe.top1, "nll": probe.nll},
             "learning_curve": [{"images": count, "top1": top1} for count, top1 in probe.learning_curve.items()],
             "val_top1": figures["top1"],
@@ -472,16 +467,7 @@ def probe_teacher(
 
 
 def load_fold_heads(folder: Path, facts: dict[str, Any], data: DataSplits) -> FoldHeads | None:
-    """Return the cross-fitted heads of a probe for these training images; None if there are none.
-
-    Args:
-        folder: of the model.
-        facts: of its model.json.
-        data: with these training images.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-    """
+    """Return the cross-fitted heads of a probe for these training images; None if there are none."""
     known = facts["head"] if isinstance(facts.get("head"), dict) else {}
     described = known.get("fold_heads")
     if not isinstance(described, dict) or described.get("train") != _train_digest(data):
@@ -529,24 +515,24 @@ def _convert(
 
 
 def _read_or_run(
-    cache: TeacherCache | None, run: Callable[[], Tensor], observer: Observer, compute: Compute
-) -> tuple[Tensor, bool]:
+    cache: TeacherCache | None, run: Callable[[], Tensor | None], observer: Observer, compute: Compute
+) -> tuple[Tensor | None, bool]:
     """Return embeddings [N, D] from the cache if it has all of them, else from ``run``; and whether they were cached.
 
-    ``run``: called by all processes, or by none.
+    Only the first process gets them.  ``run``: called by all processes, or by none.
     """
     embeddings: Tensor | None = None
     try:
-        if cache is not None:
+        if cache is not None and compute.processes.first:
             with contextlib.suppress(StorageError):  # an unreadable file: the encoder runs
                 records, present = cache.read(0, np.arange(cache.samples, dtype=np.int64))
                 found = cache.record.decode(records)[1]
                 embeddings = torch.from_numpy(found) if found is not None and present.all() else None
-        (missing,) = compute.processes.highest(int(embeddings is None))
-        if embeddings is not None and not missing:
+        (missing,) = compute.processes.highest(int(compute.processes.first and embeddings is None))
+        if not missing:
             return embeddings, True
         embeddings = run()
-        if cache is not None and compute.processes.first:
+        if cache is not None and embeddings is not None:
             try:
                 values = embeddings.numpy()
                 records = cache.record.encode(np.zeros((len(values), 0), np.float32), values)
@@ -560,7 +546,7 @@ def _read_or_run(
             cache.close()
 
 
-def _embed(
+def embed_images(
     network: nn.Module,
     inference: InferenceSettings,
     layer: str,
@@ -568,8 +554,15 @@ def _embed(
     label: str,
     observer: Observer,
     compute: Compute,
-) -> Tensor:
-    """Return embeddings [N, D] float32 of all images, on the CPU, in the order of their ids."""
+) -> Tensor | None:
+    """Return embeddings [N, D] float32 of all images, on the CPU, in the order of their ids.
+
+    Only the first process gets them, the others None.  What is wrong with them is raised in all.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+        DataError: an image was left out or came twice.
+    """
     extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
     parts: list[tuple[Tensor, Tensor]] = []
     done = 0
@@ -582,19 +575,22 @@ def _embed(
             compute.processes.progress()
             done += len(batch)
             observer.wait(label, min(done * compute.processes.count, loader.count), loader.count)
-    embeddings, index = _gather(parts, compute.processes)
+    own = [torch.cat(column) for column in zip(*parts, strict=True)]
+    gathered = compute.processes.collect(own) or []
+    return compute.processes.run_on_first(
+        lambda: _in_order([columns for columns in gathered if columns], loader, label)
+    )
+
+
+def _in_order(gathered: list[list[Tensor]], loader: Loader, label: str) -> Tensor:
+    """Return embeddings in the order of their ids, from embeddings and ids of each process that has images."""
+    embeddings, index = (torch.cat(column) for column in zip(*gathered, strict=True))
     check_complete(index.numpy(), loader.count)
     embeddings = embeddings[index.argsort()]
     if not (finite := embeddings.isfinite().all(dim=1)).all():
         first = int((~finite).nonzero()[0])
         raise NonFiniteError(f"{label}: that of {loader.images.names[first]} is NaN or infinite")
     return embeddings
-
-
-def _gather(parts: list[tuple[Tensor, Tensor]], processes: ProcessGroup) -> list[Tensor]:
-    own = [torch.cat(column) for column in zip(*parts, strict=True)]
-    gathered = [columns for columns in processes.gather(own) if columns]  # processes without images have none
-    return [torch.cat(column) for column in zip(*gathered, strict=True)]
 
 
 @torch.no_grad()

@@ -70,12 +70,7 @@ class ReproductionResult:
 
 
 def read_run_record(path: Path) -> RunRecord:
-    """Return the record of a run.
-
-    Raises:
-        ArtifactError: there is none, it is damaged, or the run is not finished.
-        UsageError: a stage was extended, or taken from another run.
-    """
+    """Return the record of a run."""
     folder = RunFolder(path)
     if not folder.known:
         raise ArtifactError(f"{path} is not a run folder: it needs recipe.yaml and environment.json")
@@ -109,11 +104,7 @@ def read_run_record(path: Path) -> RunRecord:
 
 
 def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
-    """Check that a run is not repeated in its own folder.
-
-    Raises:
-        UsageError: ``output_dir/name`` is the run's folder.
-    """
+    """Check that a run is not repeated in its own folder."""
     if (output_dir / name).resolve() == record.folder.path.resolve():
         raise UsageError(
             f"--reproduce compares with {record.folder.path}, so it needs another folder; give another --name"
@@ -121,16 +112,7 @@ def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
 
 
 def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Check that the data are those of the recorded run.
-
-    Args:
-        record: of the run.
-        fingerprint: of the present data.
-        rows: (split, name, class) of each present image.
-
-    Raises:
-        DataError: the data have changed; lists some of the changes.
-    """
+    """Check that the data are those of the recorded run."""
     if record.environment.get("data_fingerprint") == fingerprint:
         return
     raise DataError(
@@ -141,11 +123,7 @@ def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[
 
 
 def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
-    """Compare two runs of one recipe, model by model.
-
-    Raises:
-        ArtifactError: a file of either is damaged.
-    """
+    """Compare two runs of one recipe, model by model."""
     before, after = _stage_metrics(record.folder), _stage_metrics(repeated)
     weights = _weights(repeated, repeated.read_results()["planned"])
     lines, equal = [], True
@@ -156,9 +134,10 @@ def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
             lines.append(f"{stage}: the same weights, byte for byte")
         else:
             difference = largest_weight_difference(record.folder.stage(stage), repeated.stage(stage))
-            top1 = after[stage]["test"]["top1"] - before[stage]["test"]["top1"]
+            top1 = [found[stage]["test"].get("top1") for found in (before, after)]
+            changed = "" if None in top1 else f"top-1 on test {100 * (top1[1] - top1[0]):+.2f} points; "
             lines.append(
-                f"{stage}: other weights, by {difference:.3g} at most; top-1 on test {100 * top1:+.2f} points; "
+                f"{stage}: other weights, by {difference:.3g} at most; {changed}"
                 + largest_metric_difference(before[stage], after[stage])
             )
     changes = environment_differences(record.environment, repeated.read_environment())
@@ -210,11 +189,7 @@ def largest_metric_difference(before: Mapping[str, Any], after: Mapping[str, Any
 
 
 def largest_weight_difference(first: Path, second: Path) -> float:
-    """Return the largest absolute difference of two models' weights; infinite if shapes differ.
-
-    Raises:
-        ArtifactError: damaged files.
-    """
+    """Return the largest absolute difference of two models' weights; infinite if shapes differ."""
     from potstill.models.model_file import load_model
 
     one, two = (load_model(folder).module.state_dict() for folder in (first, second))

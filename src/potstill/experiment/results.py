@@ -1,34 +1,42 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
-from potstill.data.image_sets import ImageSet, image_sizes
+from potstill.data.image_sets import ImageSet, Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
+from potstill.distillation.teacher_inference import InferenceSettings
+from potstill.evaluation import Array
 from potstill.evaluation.cascade import Cascade, CascadeCalibration, cascade_figures
 from potstill.evaluation.cost import count_flops, known_parameters, measure_latency, measure_memory, model_summary
-from potstill.evaluation.fidelity import agreement
+from potstill.evaluation.fidelity import MAX_READ_OUT_IMAGES, agreement, cosine_agreement
 from potstill.evaluation.final_metrics import calibration_report, split_intervals, split_metrics
-from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, predict_split
-from potstill.evaluation.significance import paired_interval, wilson_interval
-from potstill.experiment.builders import split_loader
+from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, evaluation_mode, predict_split
+from potstill.evaluation.significance import mean_interval, paired_interval, wilson_interval
+from potstill.experiment.builders import build_network, split_loader
 from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
 from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members
 from potstill.experiment.examples import describe_examples
+from potstill.experiment.plan import derive_seed
+from potstill.experiment.probe import embed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
+from potstill.features.stages import find_stages
 from potstill.io import write_text
-from potstill.models.families.opaque_models import FunctionNetwork, find_opaque, find_table
+from potstill.models.families.opaque_models import FunctionNetwork, example_answers, find_opaque, find_table
 from potstill.models.model_file import Classifier
+from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import Compute
 
 LATENCY_BATCH = 16  # batch size of latency_batch_ms
@@ -61,7 +69,7 @@ def evaluate_stages(
     groups = ensemble_predictions({name: found[name] for name in once}, recipe.teachers)
     entries = {}
     for name, model in models.items():
-        folder, own = run.stage(name), found[name]
+        own = found[name]
         learns = stage_role(name) not in ("teacher", "previous", "baseline")
         metrics = {
             split: describe_metrics(own[split], data.class_names)
@@ -69,26 +77,8 @@ def evaluate_stages(
             for split in SPLITS
         }
         run.write_metrics(name, metrics)
-        is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
-        parameters = known_parameters(model.module)
-        flops = None if parameters is None else count_flops(model.module, model.input)
-        summary = model_summary(model.module, model.input, model.class_names, flops=flops)
-        write_text(folder / "summary.txt", summary)
         entries[name] = {
-            **({"seed": recipe.seed + repeat_index(name)} if repeat_index(name) else {}),
-            "model": {
-                "architecture": model.architecture,
-                **({} if model.remodelled is None else {"remodelled": model.remodelled["name"]}),
-                "parameters": parameters,
-                "flops": flops,
-                "file_bytes": None if is_function else (folder / "model.safetensors").stat().st_size,
-                "size": model.input.size,
-            },
-            "training": model.facts.get("training"),
-            **({"head": model.facts["head"]} if "head" in model.facts else {}),
-            **({"reused_from": model.facts["reused_from"]} if "reused_from" in model.facts else {}),
-            **({"views": model.facts["views"]} if "views" in model.facts else {}),
-            **({"teaching": model.facts["teaching"]} if "teaching" in model.facts else {}),
+            **_describe_stage(run, name, model, recipe),
             **costs.get(name, {}),
             **{split: without_per_class(metrics[split]) for split in SPLITS},
             **({"source_test": without_per_class(before[name])} if name in before else {}),
@@ -132,6 +122,144 @@ def evaluate_stages(
         "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),
     }
+
+
+def evaluate_embeddings(
+    run: RunFolder,
+    models: dict[str, Classifier],
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Do as ``evaluate_stages`` for images without labels and teachers without classes: compare embeddings.
+
+    ``test`` of each student has ``cosine``: the mean ``cosine_agreement`` with each teacher, by its name, with the 95 %
+    interval over images, that of the student ``before`` its training, and the paired difference of the two.
+    """
+    parts = data
+    if len(data.train) > MAX_READ_OUT_IMAGES:
+        chosen = np.linspace(0, len(data.train) - 1, MAX_READ_OUT_IMAGES).round()
+        parts = replace(data, train=Subset(data.train, chosen), fingerprint=f"{data.fingerprint}/read-out")
+    teachers = {name: model for name, model in models.items() if stage_role(name) == "teacher"}
+    students = {name: model for name, model in models.items() if name not in teachers}
+    theirs = {name: _embeddings(name, model, recipe, parts, compute) for name, model in teachers.items()}
+    cosines: dict[str, dict[str, tuple[Array, Array]]] = {}
+    for name, model in students.items():
+        own = recipe.model_copy(update={"seed": recipe.seed + repeat_index(name)})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(own.seed, "student" if stage_role(name) == "distilled" else name))
+            start = build_network(own, own.network(name), data.class_names, data.range)
+        first = Classifier(start.module, start.architecture, data.class_names, start.input)
+        after, before = (_embeddings(name, each, recipe, parts, compute) for each in (model, first))
+        if compute.processes.first:
+            cosines[name] = {
+                teacher: tuple(  # type: ignore[misc]
+                    cosine_agreement((each["train"], found["train"]), (each["test"], found["test"]))
+                    for each in (after, before)
+                )
+                for teacher, found in theirs.items()
+            }
+    if not compute.processes.first:
+        return {}
+    once = {name: model for name, model in students.items() if not repeat_index(name)}
+    costs, entries = _costs(once), dict[str, Any]()
+    for name, model in students.items():
+        test = {
+            "count": len(data.test),
+            "cosine": {key: _describe_cosines(*each) for key, each in cosines[name].items()},
+        }
+        entries[name] = _describe_stage(run, name, model, recipe) | costs.get(name, {}) | {"test": test}
+    stages = {name: entries.pop(name) for name in once}
+    return {
+        "stages": stages,
+        "repeats": entries,
+        "together": {},
+        "comparison": None,
+        "without_labels": _describe_embeddings(run, stages, entries, data),
+        "cascade": None,
+        "cka": describe_similarity(models, recipe, data, compute),
+        **(known or {}),
+    }
+
+
+def _describe_stage(run: RunFolder, name: str, model: Classifier, recipe: Recipe) -> dict[str, Any]:
+    """Write the summary of a stage's network; return its entry of results.json without costs and metrics."""
+    folder = run.stage(name)
+    is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
+    parameters = known_parameters(model.module)
+    flops = None if parameters is None else count_flops(model.module, model.input)
+    write_text(folder / "summary.txt", model_summary(model.module, model.input, model.class_names, flops=flops))
+    return {
+        **({"seed": recipe.seed + repeat_index(name)} if repeat_index(name) else {}),
+        "model": {
+            "architecture": model.architecture,
+            **({} if model.remodelled is None else {"remodelled": model.remodelled["name"]}),
+            "parameters": parameters,
+            "flops": flops,
+            "file_bytes": None if is_function else (folder / "model.safetensors").stat().st_size,
+            "size": model.input.size,
+        },
+        "training": model.facts.get("training"),
+        **{key: model.facts[key] for key in ("head", "reused_from", "views", "teaching") if key in model.facts},
+    }
+
+
+def _embeddings(name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute) -> dict[str, Array]:
+    """Return the embeddings [N, D] of train and test by a network, float32; nothing in all processes but the first."""
+    module, size = model.module.to(compute.device).to(memory_format=compute.memory_format), model.input.size
+    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(compute.device)
+    with evaluation_mode(module), example_answers([module]):
+        layer = find_stages(module, example).head
+    assert layer is not None  # networks without a linear head were refused
+    settings, inference = recipe.stage_training(name), InferenceSettings(memory_format=compute.memory_format)
+    found = dict[str, Array]()
+    for split in ("train", "test"):
+        loader = split_loader(data, split, model.input, recipe, settings, compute, network=module)
+        label = f"{name}: embeddings of {split}"
+        embeddings = embed_images(module, inference, layer, loader, label, SilentObserver(), compute)
+        if embeddings is not None:
+            found[split] = embeddings.numpy()
+    return found
+
+
+def _describe_cosines(after: Array, before: Array) -> dict[str, Any]:
+    """Return the mean cosine with its interval, that before the training, and the difference."""
+    value, low, high = mean_interval(after)
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "before": float(before.mean()),
+        "difference": list(mean_interval(after - before)),
+    }
+
+
+def _describe_embeddings(
+    run: RunFolder, stages: Mapping[str, Any], repeats: Mapping[str, Any], data: DataSplits
+) -> dict[str, Any]:
+    """Return ``without_labels`` of results.json: what is known of a student of teachers without classes."""
+    sentences = list[str]()
+    for teacher, each in stages["distilled"]["test"]["cosine"].items():
+        value, low, high = each["difference"]
+        sentences.append(
+            f"Cosine agreement with the {teacher} on {len(data.test):,} held-out images: {each['value']:.3f} (95 % "
+            f"interval {each['low']:.3f} to {each['high']:.3f}), {each['before']:.3f} before the training; difference "
+            f"{value:+.3f} ({low:+.3f} to {high:+.3f})."
+        )
+        further = [entry["test"]["cosine"][teacher]["value"] for name, entry in repeats.items()]
+        if further:
+            sentences.append(f"With further seeds: {', '.join(f'{each:.3f}' for each in further)}.")
+    sentences += [
+        "It is the mean cosine of the teacher's embedding and a linear map of the student's, fitted on training "
+        "images; both without the teacher's mean embedding. 1: the student's embedding says linearly all that the "
+        "teacher's does; 0: nothing.",
+        "Accuracy is unknown: neither the images nor the teacher have classes, so the student predicts none. Whether "
+        "its embedding serves a task is seen once a head is fitted on labeled images: `potstill run RECIPE --data "
+        f"LABELED --student runs/{run.path.name}`; the same command without --student shows what this training gained.",
+        "There is no baseline, since it learns from labels.",
+    ]
+    return {"test_labeled": False, "classes": False, "sentences": sentences}
 
 
 def _calibrate_cascade(
@@ -186,7 +314,7 @@ def describe_run(
             "source": data.source,
             "origin": data.origin,
             "fingerprint": data.fingerprint,
-            "class_names": list(data.class_names),
+            "class_names": list(data.class_names) if data.has_classes else [],
             "counts": data.counts(),
             **({"teacher_labels": list(data.teacher_labels)} if data.teacher_labels else {}),
             "size": recipe.data.size,
@@ -205,6 +333,11 @@ def describe_run(
 
 def describe_missing_labels(data: DataSplits) -> str:
     """Return what the metrics of data without labels mean, for warnings."""
+    if not data.has_classes:
+        return (
+            "accuracy is unknown, as neither the images nor the teacher have classes: the student learns embeddings, "
+            "and predicts nothing until a head is fitted on labeled images (--student RUN)"
+        )
     splits = " and ".join(data.teacher_labels) if len(data.teacher_labels) < 3 else "train, val and test"
     known = "" if "test" in data.teacher_labels else "; test has labels of its own"
     unknown = "accuracy is unknown, as the images have no labels" if not known else "the training images have no labels"
@@ -323,7 +456,10 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 def _predict(
     run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> SplitPredictions:
-    """Predict all splits and write the predictions; those on a large train only if the recipe requests them."""
+    """Predict all splits and write the predictions; those on a large train only if the recipe requests them.
+
+    Only the first process gets predictions.
+    """
     settings = recipe.stage_training(name)
     # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
     model.module.to(compute.device).to(memory_format=compute.memory_format)
@@ -333,7 +469,7 @@ def _predict(
         large = len(images) * classes > MAX_VALUES_IN_MEMORY
         kept = split != "train" or recipe.train_predictions or not large
         path = run.stage(name) / f"log_probabilities_{split}.npy"
-        found[split] = predict_split(
+        predictions = predict_split(
             model.module,
             split_loader(data, split, model.input, recipe, settings, compute, network=model.module),
             classes=classes,
@@ -342,10 +478,11 @@ def _predict(
             names=partial(_image_label, f"the {name} on {split}, ", images),
             file=path if kept and large else None,
         )
-        if compute.processes.first:
-            run.write_confusion(name, split, found[split], model.class_names)
+        if predictions is not None:
+            found[split] = predictions
+            run.write_confusion(name, split, predictions, model.class_names)
             if kept:
-                run.write_predictions(name, split, images.names, found[split], model.class_names)
+                run.write_predictions(name, split, images.names, predictions, model.class_names)
             if kept and large:
                 run.add_file(f"{name}/{path.name}")
     return found

@@ -46,11 +46,6 @@ def describe_test_evaluations(
 ) -> dict[str, Any]:
     """Return ``looks`` of results.json.
 
-    Args:
-        evaluations: as recorded, oldest first.
-        recipe: of the run.
-        planned: its stages.
-
     Returns:
         ``test_evaluations``: how often different sets of trained stages were evaluated on test; ``seeds``, and of these
         ``seeds_at_first_look`` and ``seeds_added_after_look``; ``epochs_added_after_look``; ``test_every_epoch``:
@@ -123,11 +118,7 @@ _NEUTRAL_SECTION = "tracker"
 
 
 def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    """Check that a resumed run has the same recipe; it may have more seeds, and more epochs in every stage.
-
-    Raises:
-        UsageError: settings differ; lists them.
-    """
+    """Check that a resumed run has the same recipe; it may have more seeds, and more epochs in every stage."""
     former = _with_defaults(parse_yaml(folder.read_recipe(), str(folder.recipe)).value)
     before = flatten_settings(former)
     after = flatten_settings(_plain_settings(recipe))
@@ -150,11 +141,7 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[PlannedStage]) -> dict[str, list[int]]:
-    """Return the finished stages that now get more epochs, with their numbers of epochs so far.
-
-    Raises:
-        UsageError: such a stage was taken from another run.
-    """
+    """Return the finished stages that now get more epochs, with their numbers of epochs so far."""
     found: dict[str, list[int]] = {}
     for stage in planned:
         if not folder.trained(stage.name):
@@ -173,17 +160,7 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
 
 
 def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> None:
-    """Check that the baseline of another run was trained as this run's would be.
-
-    Args:
-        folder: of the other run.
-        recipe: of this run, with its number of views.
-        data: of this run.
-
-    Raises:
-        UsageError: there is no baseline, or a setting of its training differs; names them.
-        ArtifactError: a damaged file.
-    """
+    """Check that the baseline of another run was trained as this run's would be."""
     if not folder.known or not folder.trained("baseline"):
         raise UsageError(f"--baseline {folder.path}: there is no trained baseline; give the folder of a run with one")
     theirs = _baseline_settings(load_recipe(folder.recipe, data_needed=False, recorded=True))
@@ -205,11 +182,7 @@ def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> 
 
 
 def check_same_data(folder: RunFolder, data: DataSplits) -> None:
-    """Check that a resumed run has the same images.
-
-    Raises:
-        UsageError: they have changed; lists some of the changes.
-    """
+    """Check that a resumed run has the same images."""
     before = folder.read_environment().get("data_fingerprint")
     if before != data.fingerprint:
         raise UsageError(
@@ -220,12 +193,7 @@ def check_same_data(folder: RunFolder, data: DataSplits) -> None:
 
 
 def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
-    """Return lines on the differences between a run's splits.csv and the present images.
-
-    Args:
-        folder: the run's.
-        rows: (split, name, class) of every image now.
-    """
+    """Return lines on the differences between a run's splits.csv and the present images."""
     try:
         known = _rows_by_name(read_bytes(folder.path / "splits.csv").decode("utf-8", "replace"))
     except (ArtifactError, csv.Error):
@@ -241,11 +209,7 @@ def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> l
 
 
 def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
-    """Check that ``--overwrite`` does not delete weights from which the new run starts.
-
-    Raises:
-        UsageError: it would.
-    """
+    """Check that ``--overwrite`` does not delete weights from which the new run starts."""
     for name in (*(stage.name for stage in plan_stages(recipe)), "student"):
         weights = recipe.network(name).weights
         if (

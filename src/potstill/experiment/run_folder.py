@@ -56,17 +56,20 @@ _MAX_HOLDER_BYTES = 1000  # of .lock-holder
 
 
 class RunLock:
-    """The lock of an existing folder; not reentrant."""
+    """The lock of an existing folder, held inside a ``with`` block; not reentrant.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the folder.
+        wait: wait for a process that has the lock, in place of an error.
+    """
+
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.folder = folder
+        self._timeout = -1 if wait else 0
         self._lock: BaseFileLock = FileLock(folder / LOCK_FILE, mode=0o644, fallback_to_soft=False)
 
     def acquire(self, advice: str = "wait for it") -> None:
         """Acquire the lock.
-
-        Args:
-            advice: what to do, for the error message.
 
         Raises:
             StorageError: another process has the lock, or may have it.
@@ -74,12 +77,12 @@ class RunLock:
         """
         try:
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=self._timeout)
             except OSError as error:
                 if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
                     raise
                 self._lock = SoftFileLock(self.folder / LOCK_HOLDER_FILE, mode=0o644)
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=self._timeout)
         except Timeout:
             message = f"{self.folder} is being written by another process; {advice}{self._stale_lock_hint()}"
             raise StorageError(message) from None
@@ -87,6 +90,15 @@ class RunLock:
     def release(self) -> None:
         """Release the lock; may be called twice."""
         self._lock.release()
+
+    def __enter__(self) -> "RunLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def _stale_lock_hint(self) -> str:
         """Return what to do about a stale lock, on a file system without locks."""
@@ -272,11 +284,7 @@ class RunFolder:
         write_checksummed_text(self.recipe, text)
 
     def read_recipe(self) -> str:
-        """Return the text of recipe.yaml.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the text of recipe.yaml."""
         return read_checksummed_text(self.recipe)
 
     def write_environment(self, facts: dict[str, Any]) -> None:
@@ -284,11 +292,7 @@ class RunFolder:
         write_checksummed_json(self.environment, facts)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return the content of environment.json.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the content of environment.json."""
         return read_checksummed_json(self.environment)
 
     def add_to_environment(self, facts: dict[str, Any]) -> None:
@@ -391,11 +395,7 @@ class RunFolder:
         write_checksummed_json(self.results, results | {"files": dict(sorted(files.items()))})
 
     def read_results(self) -> dict[str, Any]:
-        """Return the content of results.json.
-
-        Raises:
-            ArtifactError: missing or damaged.
-        """
+        """Return the content of results.json."""
         results = read_checksummed_json(self.results)
         if results.get("schema") != 1:
             raise ArtifactError(f"{self.results} has another schema than 1, which this version reads")

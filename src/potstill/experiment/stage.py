@@ -308,7 +308,7 @@ def training_facts(history: History, settings: TrainingSettings, extended_from: 
         "best_epoch": history.best_epoch,
         "seconds": round(history.seconds, 3),
         "images_per_second": history.images_per_second,
-        "selection_metric": settings.selection_metric,
+        "selection_metric": settings.selection_metric if history.records[-1]["val"]["count"] else "loss",
         **({"term_factors": factors} if (factors := history.records[history.best_epoch - 1].get("scaling")) else {}),
     }
 

@@ -21,7 +21,7 @@ from torch import nn
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.cached_outputs import CachedTeacherOutputs, NullTeacherCache, TeacherCacheProtocol
+from potstill.distillation.cached_outputs import AnyTeacherCache, CachedTeacherOutputs, NullTeacherCache
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teacher_cache.cache import TeacherCache, copy_from_wider
 from potstill.distillation.teacher_cache.record_format import FEW_CLASSES, RecordFormat, RecordKind
@@ -79,11 +79,7 @@ def is_cacheable(method: Method) -> bool:
 
 
 def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
-    """How many views are drawn in turn, and whether and how answers are kept.
-
-    Raises:
-        UsageError: a kind of record that does not suffice for the method.
-    """
+    """How many views are drawn in turn, and whether and how answers are kept."""
     views = count_views(recipe)
     if recipe.teacher_cache.mode == "off" or not is_cacheable(method):
         return ViewPlan(views, None, False)
@@ -124,11 +120,7 @@ def count_views(recipe: Recipe) -> Views:
 
 
 def record_kind(recipe: Recipe, method: Method, classes: int) -> RecordKind:
-    """What the recipe keeps of a teacher's logits; float16 where it leaves that open.
-
-    Raises:
-        UsageError: the 16 largest do not suffice for this method, or are all there are.
-    """
+    """What the recipe keeps of a teacher's logits; float16 where it leaves that open."""
     kind = recipe.teacher_cache.record
     if kind != "top16":
         return "float16" if kind == "auto" else kind
@@ -157,12 +149,7 @@ def apply_view_plan(recipe: Recipe, plan: ViewPlan) -> Recipe:
 
 
 def restore_view_plan(path: Path, recipe: Recipe) -> Recipe:
-    """For a run that goes on: "auto" means what it meant when the run began, whatever the number of epochs now.
-
-    Args:
-        path: recipe.yaml of the run folder.
-        recipe: as it is given now.
-    """
+    """For a run that goes on: "auto" means what it meant when the run began, whatever the number of epochs now."""
     before = load_recipe(path, data_needed=False, recorded=True).teacher_cache
     kept = {
         key: getattr(before, key)
@@ -266,8 +253,8 @@ def open_caches(
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[TeacherCache] = []
 
-    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[TeacherCacheProtocol]]:
-        caches: dict[bool, list[TeacherCacheProtocol]] = {False: [], True: []}
+    def shelves_of(split: str, loader: Loader, kept: bool) -> dict[bool, list[AnyTeacherCache]]:
+        caches: dict[bool, list[AnyTeacherCache]] = {False: [], True: []}
         for second in (False, True) if split == "train" and method.needs.second == "strong" else (False,):
             for teacher, description, width in zip(teachers, described, widths, strict=True):
                 record = RecordFormat(kind, classes, width)
@@ -427,12 +414,7 @@ def embedding_widths(distiller: Distiller) -> list[int]:
 
 
 def module_digest(module: nn.Module, without: str | None = None) -> str:
-    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function.
-
-    Args:
-        module: the network.
-        without: name of a module whose tensors are left out.
-    """
+    """SHA-256 over names, kinds, shapes and bytes of a network's tensors, and the outputs of a plain function."""
     found = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if without is not None and name.rpartition(".")[0] == without:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from potstill.config import sort_stages, stage_role
 from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
-from potstill.formatting import format_points as points
 
 MIN_SEEDS, MIN_FOLDS = 3, 5  # for "helped" and "hurt"
 
@@ -225,12 +224,7 @@ def cost_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def time_sentence(stages: Mapping[str, Any], *, folds: bool = False) -> str:
-    """Return the training time beyond the baseline's, with that of teachers that were trained in this run.
-
-    Args:
-        stages: of results.json.
-        folds: they are those of the first fold.
-    """
+    """Return the training time beyond the baseline's, with that of teachers that were trained in this run."""
     taken = {name: finite_figure((stages[name] or {}).get("training"), "seconds") for name in sort_stages(stages)}
     baseline, distilled = taken.get("baseline"), taken.get("distilled")
     if baseline is None or distilled is None:
@@ -305,11 +299,7 @@ def unlabeled_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def domain_sentence(comparison: Mapping[str, Any]) -> str:
-    """Return the results of domain adaptation: AdaBN alone, top-1 on the source, training images; "" without a target.
-
-    Args:
-        comparison: of results.json.
-    """
+    """Return what domain adaptation gave (AdaBN alone, top-1 on the source, images); "" without a target."""
     found = comparison.get("domain")
     if not found:
         return ""
@@ -411,8 +401,8 @@ def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = N
         return "Whether distillation helped is unknown: it takes test results of baseline and distilled student."
     whole = average_over_seeds(comparison)
     gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
-    size, images = points(abs(gain), signed=False), format_test_images(whole)
-    ends = f"{points(low)} to {points(high)}"
+    size, images = format_points(abs(gain), signed=False), format_test_images(whole)
+    ends = f"{format_points(low)} to {format_points(high)}"
     if found == "one_seed":
         if finite_figure(comparison, "fixed") == 0 and finite_figure(comparison, "broken") == 0:
             what = f"the distilled student and the baseline are correct on the same of {images}"
@@ -439,7 +429,7 @@ def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = N
         return f"Distillation helped: the student gained {size} points of top-1 {average} ({interval})."
     if found == "hurt":
         return f"Distillation hurt: the student lost {size} points of top-1 {average} ({interval})."
-    changed = f"the student's top-1 changed by {points(gain)} points {average} ({interval}"
+    changed = f"the student's top-1 changed by {format_points(gain)} points {average} ({interval}"
     if folds and folds < MIN_FOLDS:
         return (
             f"Too few folds for a verdict: with distillation {changed}); an interval needs {MIN_FOLDS} folds to be "

@@ -61,10 +61,6 @@ def benchmark(paths: Sequence[Path | str], *, batch: int = 1, threads: int = 0, 
         batch: images at a time; LiteRT and ncnn take one.
         threads: of each engine; 0: as many as cores.
         rounds: measurements of each file; fewer if they take more than 20 s.
-
-    Raises:
-        UsageError: another kind of file, a batch that it does not take, or an engine that is not installed.
-        ArtifactError: a file is missing or damaged, or the engine cannot run it.
     """
     if batch < 1 or rounds < 1 or threads < 0:
         raise UsageError(f"batch and rounds are at least 1, threads at least 0; got {batch}, {rounds}, {threads}")

@@ -67,6 +67,7 @@ def evaluate(
     loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved, workers="auto")
     count = len(classifier.class_names)
     predictions = predict_split(classifier.module, loader, classes=count, device=resolved, labels=labels)
+    assert predictions is not None  # of a single process
     return {
         "model": f"{classifier.architecture} of {origin}",
         "data": f"{source}, {subset}",

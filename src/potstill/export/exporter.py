@@ -72,13 +72,6 @@ def export(
 
     Returns:
         The written file; of several, the one to open.
-
-    Raises:
-        UsageError: an unknown format, a wrong option, or a package is not installed.
-        DataError: the run's images are missing, or have other classes.
-        ArtifactError: no such stage; the model cannot be exported, or the export differs; int8 loses more than
-            ``max_drop``.
-        StorageError: the file cannot be written.
     """
     options = options or ExportOptions()
     form = find_format(options.format, options.runtime)
@@ -106,10 +99,6 @@ def export_all(
 
     Returns:
         The written file of each format in ``FORMATS``, or the reason why there is none.
-
-    Raises:
-        UsageError: wrong options, or an output file, which would be that of several formats.
-        DataError, ArtifactError or StorageError: no format can be written, for the reason of the first.
     """
     options = options or ExportOptions()
     if options.output is not None:
@@ -255,9 +244,6 @@ def compute_logits(
         metadata: preprocessing of the models.
         any_batch: whether the models take batches of any size.
         full_size: decode large JPEG files at full size, as other programs do, and not as evaluation and prediction do.
-
-    Raises:
-        DataError: an image cannot be decoded.
     """
     # "resize" takes only images of equal size in a batch.
     step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
@@ -290,13 +276,7 @@ class _ExportedModule(nn.Module):
 def measure_exported_latency(
     predictors: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec
 ) -> dict[str, Any]:
-    """Return ``evaluation.cost.measure_latency`` of exported models.
-
-    Args:
-        predictors: name -> model.
-        image: input, a batch of one.
-        spec: of the network.
-    """
+    """Return ``evaluation.cost.measure_latency`` of exported models."""
     modules = {name: (_ExportedModule(predictor, image), spec) for name, predictor in predictors.items()}
     return measure_latency(modules, rounds=50, warmup=10)
 
@@ -313,9 +293,6 @@ def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
 
     Returns:
         An ``onnx.ModelProto`` in the QDQ form, which every engine reads.
-
-    Raises:
-        ArtifactError: onnxruntime cannot quantize it.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -388,10 +365,6 @@ def measure_network(
     """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
 
     Args: as those of ``convert_network``.
-
-    Raises:
-        UsageError: ONNX is not installed.
-        ArtifactError: the network cannot be exported.
     """
     content = convert_network(module, architecture, spec, splits, int8=int8)
     return single_thread_latency(content, spec.size), len(content)
@@ -406,10 +379,6 @@ def convert_network(module: nn.Module, architecture: str, spec: InputSpec, split
         spec: of its images.
         splits: the data: its classes, and images for the calibration of int8.
         int8: quantize it.
-
-    Raises:
-        UsageError: ONNX is not installed.
-        ArtifactError: the network cannot be exported.
     """
     from potstill.export.onnx import export_graph, finalize_model
 
@@ -429,16 +398,7 @@ def single_thread_latency(content: bytes, size: int) -> float:
 
 
 class Exporter:
-    """Converts, compares and measures one export.
-
-    Args:
-        folder: of the model, or its file of bare weights.
-        classifier: the model.
-        label: where it comes from, for messages.
-        options: already checked.
-        form: the export format.
-        note: called with each line of progress.
-    """
+    """Converts, compares and measures one export."""
 
     def __init__(
         self,
@@ -462,12 +422,7 @@ class Exporter:
         self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, options.inside)
 
     def files(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        """Return the files and the facts about them.
-
-        Raises:
-            ArtifactError: the model cannot be exported, the export differs from the original, or int8 loses too much.
-            DataError: an image cannot be decoded.
-        """
+        """Return the files and the facts about them."""
         self.note(f"exporting {self.classifier.architecture} of {self.label} to {self.options.format}")
         files, facts = self._export_int8() if self.options.int8 else self._plain()
         return files, {

@@ -76,11 +76,7 @@ def quiet() -> Iterator[None]:
 
 
 def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: bool = True) -> Any:
-    """Return the network with its preprocessing as a ``torch.export.ExportedProgram``.
-
-    Raises:
-        ArtifactError: it has parts that cannot be exported.
-    """
+    """Return the network with its preprocessing as a ``torch.export.ExportedProgram``."""
     import torch
 
     from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
@@ -177,9 +173,6 @@ def convert_to_litert(module: "nn.Module", metadata: ExportMetadata) -> Exported
     """Convert to one ``.tflite``, for one image at a time, in float32.
 
     The file ends with a zip of ``labels.txt``, as Android's tools append it, and of the metadata, ``potstill.json``.
-
-    Raises:
-        ArtifactError: an operation that LiteRT does not have; the message names its layer.
     """
     program = export_program(module, metadata, any_batch=False)
     try:

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def find_model_folder(model: Path | str) -> Path | None:
-    """The folder of a run's or a model's files; None where ``model`` means bare weights.
-
-    Raises:
-        ArtifactError: neither of them is there.
-    """
+    """The folder of a run's or a model's files; None where ``model`` means bare weights."""
     path = model_path(model)
     try:
         return find_model(path)

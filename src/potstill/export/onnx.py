@@ -85,10 +85,6 @@ def load_onnx(path: Path) -> OnnxModel:
 
     No code in it runs and it refers to no other file.  If its ``NAME.json`` exists, the SHA-256 is compared before
     anything is parsed.
-
-    Raises:
-        ArtifactError: the file is missing, damaged, in several parts, or not from potstill.
-        UsageError: onnxruntime is not installed.
     """
     content = read_bytes(path)
     check_digest(path, path.name, content)
@@ -124,20 +120,12 @@ _PREPROCESSED_NAME = "prepared"
 
 
 def convert_to_onnx(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to one ``.onnx`` with a dynamic batch size and the metadata.
-
-    Raises:
-        ArtifactError: the network has parts that cannot be exported, or needs more than 2 GiB.
-    """
+    """Convert to one ``.onnx`` with a dynamic batch size and the metadata."""
     return {".onnx": finalize_model(export_graph(module, metadata), metadata)}
 
 
 def export_graph(module: "nn.Module", metadata: ExportMetadata) -> Any:
-    """Return the network without preprocessing as an ``onnx.ModelProto``: float32 [B, 3, S, S] -> logits [B, K].
-
-    Raises:
-        ArtifactError: it has parts that cannot be exported.
-    """
+    """Return the network without preprocessing as an ``onnx.ModelProto``: float32 [B, 3, S, S] -> logits [B, K]."""
     from potstill.export.preprocessing import dynamic_axes, example_input
 
     return _run_exporter(
@@ -156,9 +144,6 @@ def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
     Args:
         network: an ``onnx.ModelProto``, as ``export_graph`` gives it, or a quantized one.
         metadata: of the file.
-
-    Raises:
-        ArtifactError: above 2 GiB, or refused by ONNX's own checker.
     """
     import onnx
 
@@ -290,10 +275,6 @@ def convert_to_ncnn(module: "nn.Module", metadata: ExportMetadata) -> ExportedFi
 
     ncnn takes floats: with "normalise" pixels from 0 to 255 [3, S, S], as its ``Mat::from_pixels`` makes them.
     Class names and preprocessing are only in NAME.json.
-
-    Raises:
-        ArtifactError: the network cannot be exported, or has an operation that ncnn does not have; the message names
-            its layer.
     """
     import onnx
     import pnnx

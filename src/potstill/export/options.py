@@ -60,11 +60,7 @@ class ExportOptions:
 
 
 def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
-    """Return the format with this name; ``runtime`` is that of ``ExportOptions``.
-
-    Raises:
-        UsageError: an unknown name, or a package is not installed.
-    """
+    """Return the format with this name; ``runtime`` is that of ``ExportOptions``."""
     if name not in FORMATS:
         raise UsageError(
             f"no format {name!r}{did_you_mean(name, [*FORMATS, ALL_THAT_RUN])}\n"

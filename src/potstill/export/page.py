@@ -33,9 +33,6 @@ def find_runtime(folder: Path | None = None) -> dict[str, bytes]:
 
     Args:
         folder: the package, or its folder ``dist``, of any version; None: the version ``RUNTIME``.
-
-    Raises:
-        UsageError: the folder lacks a file; npm is not installed, or fails.
     """
     if folder is not None:
         for place in (folder, folder / "dist"):

@@ -125,11 +125,7 @@ class Item:
     error: str | None = None
 
     def decode(self, spec: InputSpec) -> Pixels:
-        """Return its pixels, of a file as they are decoded for ``spec``.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Return its pixels, of a file as they are decoded for ``spec``."""
         if self.error is not None:
             raise DataError(self.error)
         return decode(self.path, spec.range, decoded_side(spec)) if self.pixels is None else self.pixels
@@ -141,15 +137,7 @@ def is_video(path: Path) -> bool:
 
 
 def read_items(paths: Iterable[Path], every: int = 1) -> Iterator[Item]:
-    """Yield each image, and of videos and cameras every n-th frame, from the first on.
-
-    Args:
-        paths: of images and videos.
-        every: n.
-
-    Raises:
-        UsageError: a video, and PyAV is not installed.
-    """
+    """Yield each image, and of videos and cameras every n-th frame, from the first on."""
     for path in paths:
         if is_video(path):
             yield from _read_frames(path, every)
@@ -356,11 +344,7 @@ _ROWS = 4096  # that a table keeps in memory
 
 
 def check_table(path: Path) -> None:
-    """Check that a table of predictions can be written.
-
-    Raises:
-        UsageError: another suffix than those of ``TABLE_SUFFIXES``, or Parquet without pyarrow.
-    """
+    """Check that a table of predictions can be written."""
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise UsageError(f"predictions are written to a file {' or '.join(TABLE_SUFFIXES)}, got {path}")
     if path.suffix.lower() == ".parquet":
@@ -384,9 +368,6 @@ def write_table(path: Path, predictions: Iterable[Prediction], top: int, *, casc
         top: K, classes of each row.
         cascade: whether a teacher may have answered.
         video: whether there are frames.
-
-    Raises:
-        StorageError: it cannot be written.
     """
     ranks = range(1, top + 1)
     columns: dict[str, type] = {
@@ -443,14 +424,6 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     """Return the given files, and all files in folders that are images by name or signature.
 
     Videos in folders are left out: their frames are many, and they are read where they are given themselves.
-
-    Args:
-        inputs: files and folders.
-        follow_links: also read links to folders, and to files outside of a folder.
-
-    Raises:
-        UsageError: paths that do not exist (names all).
-        DataError: there is no image.
     """
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]

@@ -41,10 +41,6 @@ def prepare(run: Path, repository: str) -> Publication:
     """Return the files of a run's student: distilled, else baseline.  Nothing is sent.
 
     Absolute paths in the facts on its training become names without folders, since they tell of this machine.
-
-    Raises:
-        ArtifactError: there is no run with a student, or a file is damaged.
-        UsageError: no name of a repository, or a network whose code lies on this machine only.
     """
     if not _NAME.fullmatch(repository):
         raise UsageError(f"a repository is NAME or USER/NAME of letters, digits and . _ -, got {repository!r}")
@@ -115,16 +111,7 @@ def timm_config(model: Classifier) -> dict[str, Any] | None:
 
 
 def push(publication: Publication, *, private: bool = False, update: bool = False) -> str:
-    """Create the repository and send the files in one commit; return the address of the commit.
-
-    Args:
-        publication: what to send.
-        private: only its owner sees the repository.
-        update: add a commit to a repository that exists.
-
-    Raises:
-        UsageError: no network, no token, a repository that exists, or one that may not be written.
-    """
+    """Create the repository and send the files in one commit; return the address of the commit."""
     from huggingface_hub import CommitOperationAdd, constants, errors, get_token
 
     name = publication.repository

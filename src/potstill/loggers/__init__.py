@@ -50,11 +50,7 @@ def as_logger_list(value: Any) -> Any:
 
 
 def check_loggers_installed(trackers: Sequence[LoggerSettings]) -> None:
-    """Check that the trackers' packages are installed, without importing them.
-
-    Raises:
-        UsageError: some are not; names the command that installs them.
-    """
+    """Check that the trackers' packages are installed, without importing them."""
     missing = [each.name for each in trackers if not _is_installed(each.name)]
     if missing:
         extras = ",".join(missing)

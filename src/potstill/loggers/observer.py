@@ -35,9 +35,6 @@ class LoggerThread:
     Args:
         name: of the logger, for messages.
         create: returns the logger; called in the thread.
-
-    Raises:
-        RuntimeError: the system allows no further thread.
     """
 
     def __init__(self, name: str, create: Callable[[], Logger]) -> None:
@@ -160,12 +157,7 @@ def logging_observer(
 
 
 def log_files(run: Path, observer: Observer) -> None:
-    """Send a finished run's report, results and recipe to its trackers, if any.
-
-    Args:
-        run: its folder.
-        observer: receives a warning if that fails.
-    """
+    """Send a finished run's report, results and recipe to its trackers, if any."""
     if not (run / LOGGERS_FILE).is_file():
         return
     try:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "potstill.methods"
 CATALOG_FILE = Path(__file__).parent / "catalog.json"  # written by potstill.methods.documentation
-COSTS_FILE = Path(__file__).parent / "price.json"  # written by benchmarks/method_price.py
+COSTS_FILE = CATALOG_FILE.with_name("price.json")  # written by benchmarks/method_price.py
+PUBLISHED_FILE = CATALOG_FILE.with_name("published.json")  # top-1 of the student in the papers, by pair of networks
 METHOD_SETTINGS = ("preset", "schedule", "scaling")  # what every method takes beside its options
 METHOD_KINDS = (
     "logits", "feature maps", "embeddings", "several teachers", "peers", "no teacher", "around other methods",
@@ -209,7 +210,11 @@ def method_class(name: str) -> "type[Method]":
             "auto is no method of its own: as the method of a whole recipe (--method auto) it becomes srd or kd"
         )
     else:
-        raise UsageError(f"no method {name!r}{did_you_mean(name, list_methods()) or '.'} Known: {_listed_names()}")
+        known = list_methods()
+        raise UsageError(
+            f"no method {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}; or package.module:Class, "
+            "path/file.py:Class"
+        )
     from potstill.methods.base import Method
 
     if not (inspect.isclass(found) and issubclass(found, Method)):
@@ -353,7 +358,7 @@ def _catalog() -> dict[str, Any]:
 
 def source_digest() -> str:
     """A digest of the source of this folder."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(CATALOG_FILE.parent.glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8") for path in (*sorted(CATALOG_FILE.parent.glob("*.py")), PUBLISHED_FILE)]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
@@ -364,10 +369,6 @@ def _entry_points() -> dict[str, str]:
 
     found = entry_points(group=ENTRY_POINTS)
     return {point.name: point.value for point in found if point.name not in _catalog()["methods"]}
-
-
-def _listed_names() -> str:
-    return ", ".join(list_methods()) + "; or package.module:Class, path/file.py:Class"
 
 
 def normalize_method(method: Any) -> Any:

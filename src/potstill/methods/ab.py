@@ -8,7 +8,6 @@ first part's share of a run.
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +63,6 @@ class AB(Method):
         default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
     )
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.47,
-        "cifar100/resnet110-resnet32": 70.98,
-        "cifar100/resnet32x4-resnet8x4": 73.17,
-        "cifar100/wrn_40_2-wrn_16_2": 72.50,
-        "cifar100/vgg13-vgg8": 70.94,
-        "cifar100/resnet32x4-shufflenetv1": 73.55,
-        "cifar100/wrn_40_2-shufflenetv1": 73.34,
-        "cifar100/resnet50-mobilenetv2": 67.20,
-        "cifar100/vgg13-mobilenetv2": 66.06,
-    }
-
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="pairs", before_activation="both", epoch=self.init_share > 0)
 
@@ -83,8 +70,7 @@ class AB(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.connectors = nn.ModuleList(_connector(ours.shape, theirs.shape) for ours, theirs in pairs)
 
@@ -92,8 +78,7 @@ class AB(Method):
         _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         boundaries, _ = active_terms(self.init_share, self)
         if not boundaries:
             return {}

@@ -98,14 +98,12 @@ class AFD(Method):
     dimension: Count = option(default=128, doc="dimension of queries and keys")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
             raise UsageError("AFD chooses among the student's stages; this one has a single stage. Use at")
         self.attention = StageAttention(ours, theirs, dimension=self.dimension)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         attention = self.attention(student.maps, teacher.maps)
         return {"afd": self.weight * afd_loss(student.maps, teacher.maps, attention)}

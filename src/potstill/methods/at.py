@@ -9,7 +9,7 @@ some hundred times larger, so it wants a weight of its own.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,21 +79,6 @@ class AT(Method):
     form: Literal["release", "paper"] = option(default="release", doc='"release" or "paper", see ``at_loss``')
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 70.55,
-        "cifar100/resnet110-resnet32": 72.31,
-        "cifar100/resnet32x4-resnet8x4": 73.44,
-        "cifar100/wrn_40_2-wrn_16_2": 74.08,
-        "cifar100/vgg13-vgg8": 71.43,
-        "cifar100/resnet32x4-shufflenetv1": 71.73,
-        "cifar100/wrn_40_2-shufflenetv1": 73.32,
-        "cifar100/resnet50-mobilenetv2": 58.58,
-        "cifar100/vgg13-mobilenetv2": 59.40,
-        "imagenet/resnet34-resnet18": 70.69,
-        "imagenet/resnet50-mobilenetv1": 69.56,
-    }
-
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = at_loss(student.maps, teacher.maps, power=self.power, form=self.form)
         return {"attention": self.weight * loss}

@@ -60,7 +60,6 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     OPTIONS: ClassVar[dict[str, Option]] = {}  # made of what the class declares
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # the authors' options for one pair of networks, by its name
-    PUBLISHED: ClassVar[dict[str, float]] = {}  # top-1 of the student in percent, by the same names
 
     __signature__: ClassVar[inspect.Signature | None] = None
 
@@ -202,16 +201,16 @@ class Method(nn.Module):
             if isinstance(module, Method):
                 module.label_loss = loss
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
         """Create adapters and memories, sized by an example's outputs.  Most methods have none.
+
+        ``teacher`` is a NetworkInfo, or None if the method needs no teacher.
 
         Raises:
             UsageError: these networks cannot be joined by this method; gives the reason and a method that can.
         """
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: Any) -> nn.Module:
         """The network that is trained and deployed in the student's place: the student itself, but for few methods."""
         return student
 
@@ -261,8 +260,11 @@ class Method(nn.Module):
         """Cross-entropy alone, for images that are not those of training."""
         return {"ce": (self.label_weight or 1.0) * self.label_loss(student.logits, batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Every other term.  This is what a method defines."""
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
+        """Every other term.  This is what a method defines.
+
+        ``teacher`` is an Outputs, or None for a method that by its ``needs`` has no teacher; the Distiller sees to it.
+        """
         return {}
 
     def warmup(self, length: float) -> float:

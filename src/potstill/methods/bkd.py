@@ -46,6 +46,5 @@ class BKD(Method):
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"bkd": self.weight * bkd_loss(student.logits, teacher.logits)}

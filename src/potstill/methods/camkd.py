@@ -133,8 +133,7 @@ class CAMKD(Method):
         start = self.in_epochs("features_from", epochs)
         return start and start + 1
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         if len(teacher.members) < 2:
             raise UsageError(
                 f"camkd weighs teachers against each other: it needs 2 or more, got {len(teacher.members)}; "
@@ -147,8 +146,7 @@ class CAMKD(Method):
             for ours, theirs in zip(student.members, teacher.members, strict=True)
         )
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits = [member.logits for member in teacher.members]
         soft = camkd_logit_loss(student.logits, logits, batch.labels, temperature=self.temperature)
         terms = {"kd": self.kd_weight * soft}

@@ -87,8 +87,7 @@ class CATKD(Method):
         "cifar100/vgg13-mobilenetv2": {"weight": 15.0},
     }
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.head is not None
         assert teacher.head is not None
         ours = class_activation_maps(student.maps[-1], student.head)

@@ -8,7 +8,7 @@ expanded into a Taylor series, of embeddings of length 1.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,28 +92,13 @@ class CC(Method):
     order: Count = option(default=2, doc="order of the kernel form's series")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.63,
-        "cifar100/resnet110-resnet32": 71.48,
-        "cifar100/resnet32x4-resnet8x4": 72.97,
-        "cifar100/wrn_40_2-wrn_16_2": 73.56,
-        "cifar100/vgg13-vgg8": 70.71,
-        "cifar100/resnet32x4-shufflenetv1": 71.14,
-        "cifar100/wrn_40_2-shufflenetv1": 71.38,
-        "cifar100/resnet50-mobilenetv2": 65.43,
-        "cifar100/vgg13-mobilenetv2": 64.86,
-        "imagenet/resnet34-resnet18": 69.96,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         self.embed_student = nn.Linear(student.outputs.embedding.shape[1], self.dim)
         self.embed_teacher = nn.Linear(teacher.outputs.embedding.shape[1], self.dim)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = self.embed_student(student.embedding), self.embed_teacher(teacher.embedding)
         if self.form == "kernel":
             loss = cc_kernel_loss(ours, theirs, gamma=self.gamma, order=self.order)

@@ -39,7 +39,10 @@ class Combined(Method):
             raise UsageError(f"combined wants two methods or more, got {len(self.methods)}")
         self.factors = [float(settings.get("factor", 1.0)) for settings in self.methods]
         self.names = [str(settings["name"]) for settings in self.methods]
-        self.inner = nn.ModuleList(create_method(**_without_factor(settings)) for settings in self.methods)
+        self.inner = nn.ModuleList(
+            create_method(**{key: value for key, value in settings.items() if key != "factor"})
+            for settings in self.methods
+        )
         for settings, method in zip(self.methods, self.each(), strict=True):
             name = settings["name"]
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
@@ -72,13 +75,11 @@ class Combined(Method):
         self.inner = nn.ModuleList(wrap_per_teacher(method, shares) for method in self.each())
         return self
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
         for position, method in enumerate(self.each()):
             method.build(student.parts[position], teacher.parts[position] if teacher else None, training)
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: Any) -> nn.Module:
         for position, method in enumerate(self.each()):
             theirs = teacher_side.parts[position] if teacher_side else None
             student = method.modify_student(student, student_side.parts[position], theirs)
@@ -96,7 +97,7 @@ class Combined(Method):
             if method.needs.prepare:
                 method.prepare(lambda at=position: ((_part_outputs(outputs, at), batch) for outputs, batch in passes()))  # type: ignore[misc]
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for position, (name, method, factor) in enumerate(zip(self.names, self.each(), self.factors, strict=True)):
             found = method.distill(
@@ -113,10 +114,6 @@ class Combined(Method):
 def _part_outputs(outputs: Outputs, position: int) -> Outputs:
     """Where the teacher's outputs come from elsewhere, they are logits, the same for all."""
     return outputs.parts[position] if outputs.parts else outputs
-
-
-def _without_factor(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "factor"}
 
 
 def _has_plain_label_terms(method: Method) -> bool:

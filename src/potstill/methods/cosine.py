@@ -51,8 +51,7 @@ class Cosine(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(embedding=True, several=True, soft_targets=self.kd_weight > 0)
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         inputs, outputs = student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1]
@@ -61,8 +60,7 @@ class Cosine(Method):
             nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.GELU(), nn.Linear(outputs, outputs)
         )
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert teacher.embedding is not None
         terms = {"embedding": self.weight * cosine_loss(self.project(student.embedding), teacher.embedding)}
         if self.kd_weight:

@@ -7,7 +7,7 @@ Memory: 2 N dim numbers for the banks, and B N for the comparison.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -216,25 +216,10 @@ class CRD(Method):
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.16,
-        "cifar100/resnet110-resnet32": 73.48,
-        "cifar100/resnet32x4-resnet8x4": 75.51,
-        "cifar100/wrn_40_2-wrn_16_2": 75.48,
-        "cifar100/vgg13-vgg8": 73.94,
-        "cifar100/resnet32x4-shufflenetv1": 75.11,
-        "cifar100/wrn_40_2-shufflenetv1": 76.05,
-        "cifar100/resnet50-mobilenetv2": 69.11,
-        "cifar100/vgg13-mobilenetv2": 69.73,
-        "imagenet/resnet34-resnet18": 71.17,
-        "imagenet/resnet50-mobilenetv1": 71.37,
-    }
-
     def __post_init__(self) -> None:
         self._constants_known = False
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         if training.labels is None:
@@ -250,8 +235,7 @@ class CRD(Method):
         self.constants: Tensor
         self.register_buffer("constants", torch.zeros(2))  # 0: the first batch sets them
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if batch.index is None:
             raise UsageError(
                 "crd remembers every image by its sample id: pass index=, [B] positions in the training set"

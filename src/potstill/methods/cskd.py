@@ -27,7 +27,7 @@ class CSKD(Method):
     temperature: Positive = option(default=4.0, doc="T of both")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term, for the first images only")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.second is not None  # declared in `needs`
         loss = kd_loss(student.logits, student.second.logits, temperature=self.temperature)
         return {"cskd": self.weight * loss}

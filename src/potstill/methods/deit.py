@@ -8,7 +8,7 @@ makes it K times weaker.  The student must have submodules ``head`` and ``head_d
 out their mean, as timm's ``deit_*_distilled`` do; any network of one's own with these two will do.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,9 +64,6 @@ def deit_soft_loss(
     Returns:
         A scalar, at least 0.
 
-    Raises:
-        UsageError: ``temperature`` is not above 0.
-
     Example:
         >>> import torch
         >>> # as in kd_loss, 1.3113, over two classes
@@ -87,12 +84,6 @@ class DeiTHard(Method):
         default=0.5, doc="weight of the teacher (the paper's alpha, not that of method kd); labels get the rest"
     )
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "imagenet/regnety_160-deit_tiny_distilled": 74.5,
-        "imagenet/regnety_160-deit_small_distilled": 81.2,
-        "imagenet/regnety_160-deit_base_distilled": 83.4,
-    }
-
     @property
     def label_weight(self) -> float:
         return 1 - self.alpha
@@ -100,8 +91,7 @@ class DeiTHard(Method):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"hard": self.alpha * deit_hard_loss(head_logits(student, "head_dist"), teacher.logits)}
 
 
@@ -126,8 +116,7 @@ class DeiTSoft(Method):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.alpha) * self.label_loss(head_logits(student, "head"), batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = deit_soft_loss(
             head_logits(student, "head_dist"),
             teacher.logits,

@@ -55,9 +55,6 @@ def dho_loss(
     Returns:
         A scalar, at least 0; the mean of images of which there are none is 0.
 
-    Raises:
-        UsageError: ``temperature`` is not above 0.
-
     Example:
         >>> teacher = torch.tensor([[4.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
         >>> # as in kd_loss, 1.3113 for the labeled image; (1.3113 + 0) / 2 for the others
@@ -105,9 +102,7 @@ class DHO(Method):
         self.needs = type(self).needs
         return self
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         if isinstance(student, ModifiedStudent):
             raise UsageError(
                 f"dho cannot change a network that was changed already ({student.name}); use one such method"
@@ -138,8 +133,7 @@ class DHO(Method):
             return {}
         return {"ce": self.label_weight * self.label_loss(student.features[self.student_taps[0]], batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         loss = dho_loss(
             student.features[self.student_taps[1]],
             teacher.logits,

@@ -67,11 +67,11 @@ class DML(Method):
     def label_term_names(self) -> frozenset[str]:
         return frozenset({"ce", "peers_ce"})
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.untrained_copy is not None  # needs.peers: the Distiller has seen to it
         self.others = nn.ModuleList(student.untrained_copy() for _ in range(self.peers))
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         logits_of_all = [student.logits, *(at_least_float32(other(batch.images)) for other in self.others)]
         mimic = [
             dml_loss(logits, logits_of_all[:position] + logits_of_all[position + 1 :], temperature=self.temperature)

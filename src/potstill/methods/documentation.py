@@ -21,7 +21,7 @@ from typing import Any
 from potstill import methods
 from potstill.errors import UsageError
 from potstill.io import write_text
-from potstill.methods import CATALOG_FILE, MethodInfo, Paper, source_digest, takes_methods
+from potstill.methods import CATALOG_FILE, PUBLISHED_FILE, MethodInfo, Paper, source_digest, takes_methods
 from potstill.methods.base import Method
 from potstill.methods.requirements import Requirements
 from potstill.options import REQUIRED, example_values
@@ -115,7 +115,7 @@ def describe(kind: type[Method], name: str) -> MethodInfo:
         terms=_loss_terms(kind),
         options=dict(kind.OPTIONS),
         presets=dict(kind.PRESETS),
-        published=dict(kind.PUBLISHED),
+        published=json.loads(PUBLISHED_FILE.read_text(encoding="utf-8")).get(name, {}),
         requirements=needs,
         student_layers=tuple(kind.student_taps),
         traps=(*traps, *more, *(_traps_from_requirements(needs) if needs else ())),

@@ -10,8 +10,6 @@ Traps:
 - The weight goes with the size of the teacher's activations: 100 is for those of the CIFAR networks.
 """
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,24 +52,10 @@ class FitNet(Method):
     weight: NonNegative = option(default=100.0, doc="weight of the hint; 100 in RepDistiller and mdistiller")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.21,
-        "cifar100/resnet110-resnet32": 71.06,
-        "cifar100/resnet32x4-resnet8x4": 73.50,
-        "cifar100/wrn_40_2-wrn_16_2": 73.58,
-        "cifar100/vgg13-vgg8": 71.02,
-        "cifar100/resnet32x4-shufflenetv1": 73.59,
-        "cifar100/wrn_40_2-shufflenetv1": 73.73,
-        "cifar100/resnet50-mobilenetv2": 63.16,
-        "cifar100/vgg13-mobilenetv2": 64.14,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         (guided,), (hint,) = student.outputs.maps, teacher.outputs.maps
         self.adapter = ConvAdapter(guided.shape, hint.shape)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         (guided,), (hint,) = student.maps, teacher.maps
         return {"hint": self.weight * hint_loss(self.adapter(guided), hint)}

@@ -10,7 +10,6 @@ largest value of each cell; the first is done here.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from potstill.errors import UsageError
 from potstill.features import pool_to_common_size
 from potstill.methods.ab import active_terms
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, Share, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -55,8 +55,7 @@ def _flows(maps: Sequence[Tensor]) -> list[Tensor]:
     flows = []
     for lower, upper in pairwise(maps):
         first, second = (features.flatten(2) for features in pool_to_common_size(lower, upper))
-        with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
-            flows.append(torch.bmm(first, second.transpose(1, 2)) / first.shape[2])
+        flows.append(inner_products(first, second) / first.shape[2])
     return flows
 
 
@@ -75,14 +74,6 @@ class FSP(Method):
         default=1.0, doc="weight of the label term; above 0, as nothing else is left after the first part"
     )
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.95,
-        "cifar100/resnet110-resnet32": 71.89,
-        "cifar100/resnet32x4-resnet8x4": 72.62,
-        "cifar100/wrn_40_2-wrn_16_2": 72.91,
-        "cifar100/vgg13-vgg8": 70.23,
-    }
-
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="pairs", epoch=self.init_share > 0)
 
@@ -90,8 +81,7 @@ class FSP(Method):
     def staged(self) -> bool:
         return self.init_share > 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
             raise UsageError(
@@ -107,7 +97,6 @@ class FSP(Method):
         _, labels = active_terms(self.init_share, self)
         return super().label_terms(student, batch) if labels else {}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         flow, _ = active_terms(self.init_share, self)
         return {"flow": self.weight * fsp_loss(student.maps, teacher.maps)} if flow else {}

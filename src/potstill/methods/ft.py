@@ -8,7 +8,7 @@ the teacher's maps alone, before the student starts, and frozen then; RepDistill
 optimizer, here it has an Adam of its own.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,24 +124,11 @@ class FT(Method):
     paraphraser_lr: Positive = option(default=1e-3, doc="its learning rate", fixed=True)
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.84,
-        "cifar100/resnet110-resnet32": 72.37,
-        "cifar100/resnet32x4-resnet8x4": 72.86,
-        "cifar100/wrn_40_2-wrn_16_2": 73.25,
-        "cifar100/vgg13-vgg8": 70.58,
-        "cifar100/resnet32x4-shufflenetv1": 71.75,
-        "cifar100/wrn_40_2-shufflenetv1": 72.03,
-        "cifar100/resnet50-mobilenetv2": 60.99,
-        "cifar100/vgg13-mobilenetv2": 61.78,
-    }
-
     def __post_init__(self) -> None:
         self.trained: Tensor
         self.register_buffer("trained", torch.tensor(False))
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = (side.outputs.maps[-1].shape[1] for side in (student, teacher))
         factor = max(1, int(theirs * self.rate))
         self.paraphraser = Paraphraser(theirs, factor).requires_grad_(False)
@@ -179,7 +166,6 @@ class FT(Method):
             self.paraphraser.eval()
         return self
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         theirs = self.paraphraser(teacher.maps[-1])
         return {"factors": self.weight * ft_loss(self.translator(student.maps[-1]), theirs, form=self.form)}

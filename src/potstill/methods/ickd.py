@@ -63,10 +63,8 @@ class ICKD(Method):
     weight: NonNegative = option(default=2.5, doc="weight of the correlations")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         self.adapter = Projection(student.outputs.maps[-1].shape, teacher.outputs.maps[-1].shape, norm=True)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"correlation": self.weight * ickd_loss(self.adapter(student.maps[-1]), teacher.maps[-1])}

@@ -99,9 +99,6 @@ def ikl_soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     Returns:
         A scalar, at least the entropy of the targets.
 
-    Raises:
-        UsageError: ``temperature`` is not above 0.
-
     Example:
         >>> import torch
         >>> # (3/4, 1/4) against (1/4, 3/4): 3/4 ln 4 + 1/4 ln(4/3)
@@ -153,7 +150,7 @@ class IKL(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(epoch=True, classes=self.class_prior, labels=self.class_prior)
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         if self.class_prior:
             self.prior = ClassPrior(training.classes)
 
@@ -162,8 +159,7 @@ class IKL(Method):
         if self.class_prior:
             self.prior.turn()
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         factor = self.warmup(self.in_epochs("warmup_epochs"))
         soft = ikl_soft_ce_loss(student.logits, teacher.logits, temperature=self.temperature)
         differences = self.wmse(student.logits, teacher.logits, self.weights(teacher.logits, batch.labels))

@@ -6,8 +6,6 @@ As released, the standard deviation divides by B - 1 and the correlation by B, s
 by (B - 1) / B only.  A feature that is the same in all images of a batch correlates by 0 (NaN in the release).
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,27 +95,12 @@ class ITRD(Method):
     alpha: Positive = option(default=1.5, doc="half the exponent of the correlation")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.47,
-        "cifar100/resnet110-resnet32": 74.26,
-        "cifar100/resnet32x4-resnet8x4": 76.19,
-        "cifar100/wrn_40_2-wrn_16_2": 76.12,
-        "cifar100/vgg13-vgg8": 74.93,
-        "cifar100/resnet32x4-shufflenetv1": 76.91,
-        "cifar100/wrn_40_2-shufflenetv1": 77.35,
-        "cifar100/resnet50-mobilenetv2": 71.41,
-        "cifar100/vgg13-mobilenetv2": 70.39,
-        "imagenet/resnet34-resnet18": 71.68,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         self.embed = nn.Linear(student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1])
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         embedded = self.embed(student.embedding)

@@ -39,9 +39,6 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Posi
     Returns:
         A scalar, at least 0, in float32 or in float64 where the logits came so.
 
-    Raises:
-        UsageError: ``temperature`` is not above 0.
-
     Example:
         >>> import torch
         >>> # by hand: 4 (0.8808 ln(0.8808 / 0.5) + 0.1192 ln(0.1192 / 0.5))
@@ -68,19 +65,6 @@ class KD(Method):
         "cifar100": {"temperature": 4.0, "alpha": 0.1},  # RepDistiller and mdistiller, every pair
         "imagenet": {"temperature": 1.0, "alpha": 0.5},  # mdistiller
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 70.66,
-        "cifar100/resnet110-resnet32": 73.08,
-        "cifar100/resnet32x4-resnet8x4": 73.33,
-        "cifar100/wrn_40_2-wrn_16_2": 74.92,
-        "cifar100/vgg13-vgg8": 72.98,
-        "cifar100/resnet32x4-shufflenetv1": 74.07,
-        "cifar100/wrn_40_2-shufflenetv1": 74.83,
-        "cifar100/resnet50-mobilenetv2": 67.35,
-        "cifar100/vgg13-mobilenetv2": 67.37,
-        "imagenet/resnet34-resnet18": 70.66,
-        "imagenet/resnet50-mobilenetv1": 70.50,
-    }
 
     @property
     def label_weight(self) -> float:
@@ -90,8 +74,7 @@ class KD(Method):
     def soft_temperature(self) -> float | None:
         return self.temperature if self.confidence == "none" else None  # which is read at temperature 1
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if self.confidence == "none":
             loss = kd_loss(student.logits, teacher.logits, temperature=self.temperature)
         else:

@@ -41,6 +41,5 @@ class LogitMSE(Method):
     weight: NonNegative = option(default=1.0, doc="weight of the squared difference")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"logit_mse": self.weight * logit_mse_loss(student.logits, teacher.logits)}

@@ -34,9 +34,6 @@ def standardise(logits: Tensor, *, eps: NonNegative = 1e-7) -> Tensor:
     Returns:
         Shape [B, K], in at least float32.
 
-    Raises:
-        UsageError: ``eps`` is below 0.
-
     Example:
         >>> import torch
         >>> standardise(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])).round()  # mean 2, deviation 1; both alike
@@ -71,16 +68,6 @@ class LS(MethodWrapper):
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.43,
-        "cifar100/resnet110-resnet32": 74.17,
-        "cifar100/resnet32x4-resnet8x4": 76.62,
-        "cifar100/wrn_40_2-wrn_16_2": 76.11,
-        "cifar100/vgg13-vgg8": 74.36,
-        "cifar100/resnet50-mobilenetv2": 69.02,
-        "cifar100/vgg13-mobilenetv2": 68.61,
-        "imagenet/resnet34-resnet18": 71.42,
-    }
 
     def __post_init__(self) -> None:
         self.wrap(create_method(**self.base_method))
@@ -103,8 +90,7 @@ class LS(MethodWrapper):
     def plain_label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return Method.plain_label_terms(self, student, batch)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # `logits_only` methods have one
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if student.logits.shape[1] < 3:
             raise UsageError("ls makes all logits of two classes alike: nothing is left to learn. Use method kd")
         terms = self.inner.distill(student.with_logits(standardise), teacher.with_logits(standardise), batch)

@@ -72,18 +72,15 @@ class MGD(Method):
         "cifar100/resnet32x4-resnet8x4": {"weight": 1.2e-3},
         "imagenet/resnet34-resnet18": {"weight": 7e-5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet34-resnet18": 71.58}
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         self.generator = Generator(student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1])
 
     def draw(self, features: Tensor) -> Tensor:
         """Uniform numbers [B, C, 1, 1] for a map [B, C, H, W]; a channel below ``mask_share`` is masked."""
         return torch.rand(*features.shape[:2], 1, 1, device=features.device)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = pool_to_common_size(student.maps[-1], teacher.maps[-1])
         kept = (self.draw(theirs) >= self.mask_share).to(ours.dtype)
         return {"mgd": self.weight * mgd_loss(self.generator(ours, kept), theirs)}

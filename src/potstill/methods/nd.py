@@ -78,14 +78,6 @@ class ND(Method):
         "cifar100/resnet32x4-shufflenetv1": {"kd_weight": 2.5, "weight": 1.5},
         "cifar100/resnet32x4-shufflenetv2": {"kd_weight": 4.0, "weight": 0.5},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 72.53,
-        "cifar100/resnet32x4-resnet8x4": 75.54,
-        "cifar100/resnet32x4-shufflenetv1": 75.45,
-        "cifar100/resnet50-mobilenetv2": 70.10,
-        "imagenet/resnet34-resnet18": 71.98,
-        "imagenet/resnet50-mobilenetv1": 72.77,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(
@@ -98,8 +90,7 @@ class ND(Method):
         length = super().warmup_length(epochs)
         return length and length + 1  # the weight begins at 0
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         inputs, outputs = student.outputs.embedding.shape[1], teacher.outputs.embedding.shape[1]
@@ -118,8 +109,7 @@ class ND(Method):
             counts += batch.labels.bincount(minlength=len(counts))
         self.class_means = sums / counts.clamp(min=1).unsqueeze(1)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         if not self._means_known:  # read once: it waits for the device

@@ -86,19 +86,6 @@ class NORM(Method):
         "imagenet/resnet34-resnet18": {"ce_weight": 1.0, "profile": "imagenet"},
         "imagenet/resnet50-mobilenetv1": {"ce_weight": 0.125, "profile": "imagenet"},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.35,
-        "cifar100/resnet110-resnet32": 73.67,
-        "cifar100/resnet32x4-resnet8x4": 76.49,
-        "cifar100/wrn_40_2-wrn_16_2": 75.65,
-        "cifar100/vgg13-vgg8": 73.95,
-        "cifar100/resnet32x4-shufflenetv1": 77.42,
-        "cifar100/wrn_40_2-shufflenetv1": 77.06,
-        "cifar100/resnet50-mobilenetv2": 70.56,
-        "cifar100/vgg13-mobilenetv2": 68.94,
-        "imagenet/resnet34-resnet18": 72.14,
-        "imagenet/resnet50-mobilenetv1": 74.26,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="last", epoch=True, soft_targets=self.kd_weight > 0)
@@ -110,10 +97,7 @@ class NORM(Method):
         self.student_taps = ()  # of a student that was remodelled before
         return self
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
-        assert teacher_side is not None
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         stage = student_side.stages[-1]
         require_module_output(stage, "norm")
         if isinstance(student, ModifiedStudent):
@@ -136,8 +120,7 @@ class NORM(Method):
         self.student_taps = (expanded.tap,)
         return expanded
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         (tap,) = self.student_taps
         scheduled = self.weight * self.scheduled()
         terms = {"matching": scheduled * norm_loss(student.features[tap], teacher.maps[-1])}

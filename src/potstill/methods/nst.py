@@ -8,7 +8,6 @@ B * C * C and not B * C * C * H * W as in the released code; values are the same
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from potstill.features import pool_to_common_size
 from potstill.methods.base import Method
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -51,8 +51,7 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
 
 def _kernel(first: Tensor, second: Tensor) -> Tensor:
-    with torch.autocast(first.device.type, enabled=False):  # it would lower products to half precision
-        return torch.bmm(first, second.transpose(1, 2)).square().mean()
+    return inner_products(first, second).square().mean()
 
 
 class NST(Method):
@@ -64,18 +63,5 @@ class NST(Method):
     weight: NonNegative = option(default=50.0, doc="weight of the discrepancies; 50 in RepDistiller")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 69.60,
-        "cifar100/resnet110-resnet32": 71.96,
-        "cifar100/resnet32x4-resnet8x4": 73.30,
-        "cifar100/wrn_40_2-wrn_16_2": 73.68,
-        "cifar100/vgg13-vgg8": 71.53,
-        "cifar100/resnet32x4-shufflenetv1": 74.12,
-        "cifar100/wrn_40_2-shufflenetv1": 74.89,
-        "cifar100/resnet50-mobilenetv2": 64.96,
-        "cifar100/vgg13-mobilenetv2": 58.16,
-    }
-
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"nst": self.weight * nst_loss(student.maps, teacher.maps)}

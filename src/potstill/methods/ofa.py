@@ -50,9 +50,6 @@ def ofa_loss(
     Returns:
         A scalar, at least 0.
 
-    Raises:
-        UsageError: a number out of its range.
-
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[1.0, 1.0]])
         >>> # targets 1.5^2 - 1 and 0.5^2: 1.5 ln 2; in the paper's form 1.25 + 0.5
@@ -86,14 +83,13 @@ class OFA(Method):
     )
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         widths = [each.shape[1] for each in student.outputs.maps]
         self.heads = nn.ModuleList(
             stage_head(widths[position:], training.classes) for position in range(len(widths))
         )  # fmt: skip
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None  # declared in `needs`: the Distiller has seen to it
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         stage_logits = [head(features) for head, features in zip(self.heads, student.maps, strict=True)]
         stages = [self._loss(logits, teacher, batch) for logits in stage_logits]
         if self.form == "paper":

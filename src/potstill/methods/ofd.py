@@ -88,8 +88,7 @@ class OFD(Method):
         "imagenet/resnet50-mobilenetv1": {"weight": 1e-4},
     }
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         pairs = list(zip(student.outputs.maps, teacher.outputs.maps, strict=True))
         for position, norm in enumerate(teacher.norms):
             if norm is None or not norm.affine:
@@ -100,8 +99,7 @@ class OFD(Method):
             self.register_buffer(f"margin{position}", ofd_margin(norm))
         self.connectors = nn.ModuleList(connector(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         connected = [join(features) for join, features in zip(self.connectors, student.maps, strict=True)]
         pairs = [pool_to_common_size(ours, theirs) for ours, theirs in zip(connected, teacher.maps, strict=True)]
         margins = [self.get_buffer(f"margin{position}") for position in range(len(pairs))]

@@ -131,8 +131,7 @@ class PCT(MethodWrapper):
             self.inner = self.inner.for_teachers(shares[:-1])
         return self
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         others: Outputs | None = None
         if self._others:
             first = teacher.members[0]

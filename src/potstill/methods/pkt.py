@@ -7,8 +7,6 @@ weight 30000 belongs to it.  An embedding of zeros has no direction: it counts a
 gradient (NaN in the released code).
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -63,20 +61,7 @@ class PKT(Method):
     weight: NonNegative = option(default=30000.0, doc="weight of the neighbour probabilities")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 70.34,
-        "cifar100/resnet110-resnet32": 72.61,
-        "cifar100/resnet32x4-resnet8x4": 73.64,
-        "cifar100/wrn_40_2-wrn_16_2": 74.54,
-        "cifar100/vgg13-vgg8": 72.88,
-        "cifar100/resnet32x4-shufflenetv1": 74.10,
-        "cifar100/wrn_40_2-shufflenetv1": 73.89,
-        "cifar100/resnet50-mobilenetv2": 66.52,
-        "cifar100/vgg13-mobilenetv2": 67.13,
-    }
-
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert student.embedding is not None
         assert teacher.embedding is not None
         return {"neighbours": self.weight * pkt_loss(student.embedding, teacher.embedding)}

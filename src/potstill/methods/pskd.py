@@ -30,9 +30,6 @@ def pskd_targets(previous: Tensor, labels: Tensor, *, share: Share) -> Tensor:
     Returns:
         Shape [B, K], rows with the sum 1.
 
-    Raises:
-        UsageError: ``share`` is not from 0 to 1.
-
     Example:
         >>> pskd_targets(torch.tensor([[0.6, 0.4]]), torch.tensor([1]), share=0.5)
         tensor([[0.3000, 0.7000]])
@@ -75,7 +72,7 @@ class PSKD(Method):
         default=0.8, doc="weight of the predictions in the last epoch (the paper's alpha, not that of method kd)"
     )
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         if training.labels is None:
             raise UsageError("pskd remembers the training set: it needs the labels of all its images; uskd does not")
         self.previous: Tensor  # [N, K], the predictions up to the last epoch; zeros: none
@@ -95,7 +92,7 @@ class PSKD(Method):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"ce": (1 - self.share) * self.label_loss(student.logits, batch.targets)}
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if batch.index is None:
             raise UsageError(
                 "pskd remembers every image by its sample id: pass index=, [B] positions in the training set"

@@ -140,19 +140,6 @@ class ReviewKD(Method):
         "imagenet/resnet34-resnet18": {"weight": 1.0, "warmup_epochs": 1, "student_before_activation": True},
         "imagenet/resnet50-mobilenetv1": {"weight": 8.0, "warmup_epochs": 1, "student_before_activation": True},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 71.89,
-        "cifar100/resnet110-resnet32": 73.89,
-        "cifar100/resnet32x4-resnet8x4": 75.63,
-        "cifar100/wrn_40_2-wrn_16_2": 76.12,
-        "cifar100/vgg13-vgg8": 74.84,
-        "cifar100/resnet32x4-shufflenetv1": 77.45,
-        "cifar100/wrn_40_2-shufflenetv1": 77.14,
-        "cifar100/resnet50-mobilenetv2": 69.89,
-        "cifar100/vgg13-mobilenetv2": 70.37,
-        "imagenet/resnet34-resnet18": 71.61,
-        "imagenet/resnet50-mobilenetv1": 72.56,
-    }
 
     def __post_init__(self) -> None:
         self.needs = Requirements(
@@ -163,13 +150,11 @@ class ReviewKD(Method):
             several=True,  # BatchNorm of pooled features
         )
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([level.shape[1] for level in _levels(side.outputs)] for side in (student, teacher))
         self.review = Review(ours, theirs, max_mid=self.max_mid)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         targets = _levels(teacher)
         reviewed = self.review(_levels(student), [target.shape[2:] for target in targets])
         return {"review": self.weight * self.warmup(self.in_epochs("warmup_epochs")) * hcl_loss(reviewed, targets)}

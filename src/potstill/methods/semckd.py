@@ -9,7 +9,6 @@ pairs of stages, each twice as wide as the teacher's stage: wide teachers make i
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from potstill.errors import UsageError
 from potstill.features import pool_to_common_size
 from potstill.methods.base import Method, NetworkInfo, TrainingInfo
+from potstill.methods.numerics import inner_products
 from potstill.methods.requirements import Requirements
 from potstill.options import Count, NonNegative, Positive, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -139,9 +139,8 @@ class Calibration(nn.Module):
 
 
 def _similarity(features: Tensor) -> Tensor:
-    flat = at_least_float32(features).flatten(1)
-    with torch.autocast(flat.device.type, enabled=False):  # it would lower products to half precision
-        return flat @ flat.T
+    flat = features.flatten(1)
+    return inner_products(flat, flat)
 
 
 class SemCKD(Method):
@@ -157,13 +156,7 @@ class SemCKD(Method):
     reduction: Count = option(default=4, doc="the batch by the dimension of queries and keys, which is 2 at least")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 76.23,
-        "imagenet/resnet34-resnet18": 70.87,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         # In anybody's own loop the example is a batch like those to come.
         self.batch_size = training.batch_size or len(student.outputs.logits)
@@ -171,8 +164,7 @@ class SemCKD(Method):
         factor = min(self.reduction, max(1, self.batch_size // 2))
         self.calibration = Calibration(ours, theirs, batch=self.batch_size, factor=factor)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if len(batch) != self.batch_size:
             raise UsageError(
                 f"SemCKD was built for {self.batch_size} images a step and got {len(batch)}: "

@@ -8,7 +8,6 @@ label term and no KD.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +59,6 @@ class SimKD(Method):
         default=0.0, doc="weight of the label term, through the teacher's head; 0 in the paper"
     )
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 78.08,
-        "cifar100/resnet32x4-shufflenetv1": 77.18,
-        "imagenet/resnet34-resnet18": 71.66,
-    }
-
     def for_teachers(self, shares: Sequence[float]) -> Method:
         if len(shares) > 1:
             got = f"got {len(shares)} teachers; camkd takes several"
@@ -74,10 +67,7 @@ class SimKD(Method):
         return self
 
     @torch.no_grad()
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
-        assert teacher_side is not None
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo) -> nn.Module:
         head, target = teacher_side.outputs.head, teacher_side.outputs.maps[-1]
         assert head is not None
         stage = student_side.stages[-1]
@@ -110,6 +100,5 @@ class SimKD(Method):
         self.student_taps = ("projector",)
         return joined
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"feature": self.weight * simkd_loss(student.features["projector"], teacher.maps[-1])}

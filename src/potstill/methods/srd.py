@@ -6,8 +6,6 @@ The form of the released ImageNet code; that for DeiT students correlates featur
 smallest finite logarithm, not minus infinity.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -56,13 +54,7 @@ class SRD(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(embedding=True, several=True, soft_targets=self.kd_weight > 0)
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "imagenet/resnet34-resnet18": 71.63,
-        "imagenet/resnet50-mobilenetv1": 71.87,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert student.outputs.embedding is not None
         assert teacher.outputs.embedding is not None
         width = teacher.outputs.embedding.shape[1]
@@ -70,8 +62,7 @@ class SRD(Method):
         self.norm_student = nn.BatchNorm1d(width, eps=1e-4, affine=False)
         self.norm_teacher = nn.BatchNorm1d(width, eps=1e-4, affine=False)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert teacher.embedding is not None
         ours = self.norm_student(at_least_float32(self.project(student.embedding)))
         theirs = self.norm_teacher(at_least_float32(teacher.embedding))

@@ -7,7 +7,7 @@ connector works on the pooled embedding, and KD (weight 1, T = 4) comes on top. 
 map and pools afterwards, without KD: ``form="map", kd_weight=0, regression_weight=5`` (1 for ImageNet).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,26 +102,17 @@ class SRRL(Method):
     temperature: Positive = option(default=4.0, doc="T of the soft targets")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 75.39,
-        "cifar100/resnet32x4-shufflenetv1": 75.18,
-        "imagenet/resnet34-resnet18": 71.73,
-        "imagenet/resnet50-mobilenetv1": 72.49,
-    }
-
     def __post_init__(self) -> None:
         self.needs = Requirements(
             embedding=True, teacher_head=True, maps="last" if self.form == "map" else "none", several=True
         )
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         assert teacher.outputs.embedding is not None
         inputs = self._read(student.outputs).shape[1]
         self.connector = Connector(inputs, teacher.outputs.embedding.shape[1], pool=self.form == "map")
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         assert teacher.embedding is not None
         assert teacher.head is not None
         connected = self.connector(self._read(student))

@@ -127,13 +127,12 @@ class USKD(Method):
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {"imagenet/resnet18": 70.79}
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         require_three_classes("uskd", training.classes)
         self.weak_head = nn.Linear(_weak_map(student.outputs).shape[1], training.classes)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         weak = self.weak_head(_weak_map(student).mean(dim=(2, 3)))
         others = uskd_others_loss(student.logits, weak, batch.labels, form=self.form)
         return {

@@ -7,7 +7,6 @@ its optimizer, so that they stay at 5 and its numbers are those of another loss.
 """
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,27 +79,13 @@ class VID(Method):
     variance: Positive = option(default=5.0, doc="variance of every channel at the start", fixed=True)
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")
 
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet56-resnet20": 70.38,
-        "cifar100/resnet110-resnet32": 72.61,
-        "cifar100/resnet32x4-resnet8x4": 73.09,
-        "cifar100/wrn_40_2-wrn_16_2": 74.11,
-        "cifar100/vgg13-vgg8": 71.23,
-        "cifar100/resnet32x4-shufflenetv1": 73.38,
-        "cifar100/wrn_40_2-shufflenetv1": 73.61,
-        "cifar100/resnet50-mobilenetv2": 67.57,
-        "cifar100/vgg13-mobilenetv2": 65.56,
-    }
-
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         pairs = zip(student.outputs.maps, teacher.outputs.maps, strict=True)
         self.predictions = nn.ModuleList(
             Prediction(ours.shape[1], theirs.shape[1], variance=self.variance) for ours, theirs in pairs
         )
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         losses = []
         for prediction, ours, theirs in zip(self.predictions, student.maps, teacher.maps, strict=True):
             assert isinstance(prediction, Prediction)

@@ -101,8 +101,7 @@ class ViTKD(Method):
         if self.mask_share == 0:
             raise UsageError("mask_share must be above 0: ViTKD generates the tokens that are masked")
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = (_chosen(side.outputs.maps) for side in (student, teacher))
         self.aligns = nn.ModuleList(
             _align(own.shape[1], wanted.shape[1]) for own, wanted in zip(ours, theirs, strict=True)
@@ -113,8 +112,7 @@ class ViTKD(Method):
         """Uniform numbers [B, h * w] for tokens [B, D, h, w]; those with the largest are masked."""
         return torch.rand(tokens.shape[0], tokens.shape[2] * tokens.shape[3], device=tokens.device)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         aligned = [align(features) for align, features in zip(self.aligns, _chosen(student.maps), strict=True)]
         pairs = [pool_to_common_size(ours, theirs) for ours, theirs in zip(aligned, _chosen(teacher.maps), strict=True)]
         (tokens, wanted), shallow = pairs[-1], pairs[:-1]

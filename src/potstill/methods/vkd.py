@@ -52,13 +52,11 @@ class VkD(Method):
     def __post_init__(self) -> None:
         self.needs = Requirements(maps="last", soft_targets=self.kd_weight > 0)
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         inputs, outputs = student.outputs.maps[-1].shape[1], teacher.outputs.maps[-1].shape[1]
         self.project = nn.utils.parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = (at_least_float32(side.maps[-1]).mean(dim=(2, 3)) for side in (student, teacher))
         with torch.autocast(ours.device.type, enabled=False):  # orthogonal to 3 digits would not be orthogonal
             projected = self.project(ours)

@@ -93,23 +93,15 @@ class WKDF(Method):
         "imagenet/resnet34-resnet18": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
         "imagenet/resnet50-mobilenetv1": {"weight": 0.02, "mean_weight": 2.0, "grid": 4, "projection": "bottleneck"},
     }
-    PUBLISHED: ClassVar[dict[str, float]] = {
-        "cifar100/resnet32x4-resnet8x4": 76.77,
-        "cifar100/wrn_40_2-shufflenetv1": 77.36,
-        "imagenet/resnet34-resnet18": 72.50,
-        "imagenet/resnet50-mobilenetv1": 73.12,
-    }
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None  # needs.teacher: the Distiller has seen to it
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = (side.outputs.maps[-1].shape[1] for side in (student, teacher))
         if self.projection == "conv":
             self.project = _layer(ours, theirs, 1)
         else:
             self.project = nn.Sequential(_layer(ours, 256, 1), _layer(256, 256, 3), _layer(256, theirs, 1))
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         projected = self.project(student.maps[-1])
         loss = wkd_f_loss(projected, teacher.maps[-1], mean_weight=self.mean_weight, grid=self.grid)
         return {"wkd_f": self.weight * loss}

@@ -49,12 +49,10 @@ class MethodWrapper(Method):
         self.inner = self.inner.for_teachers(shares)
         return self
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
+    def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
         self.inner.build(student, teacher, training)
 
-    def modify_student(
-        self, student: nn.Module, student_side: NetworkInfo, teacher_side: NetworkInfo | None
-    ) -> nn.Module:
+    def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: Any) -> nn.Module:
         student = self.inner.modify_student(student, student_side, teacher_side)
         self.student_taps = self.inner.student_taps  # inside the new network
         self.needs = replace(self.needs, student_head=self.inner.needs.student_head)
@@ -73,7 +71,7 @@ class MethodWrapper(Method):
     def plain_label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self.inner.plain_label_terms(student, batch)
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         return self.inner.distill(student, teacher, batch)
 
 
@@ -117,8 +115,7 @@ class PerTeacher(MethodWrapper):
         """One method for each teacher."""
         return [self.inner, *(method for method in self.others if isinstance(method, Method))]
 
-    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, training: TrainingInfo) -> None:
-        assert teacher is not None
+    def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
         for method, own, theirs in zip(self.copies(), student.members, teacher.members, strict=True):
             method.build(own, theirs, training)
 
@@ -134,8 +131,7 @@ class PerTeacher(MethodWrapper):
     def refuse_idle_schedules(self) -> None:
         self.inner.refuse_idle_schedules()  # the label terms are the first one's alone
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        assert teacher is not None
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         each = [
             method.distill(_member_outputs(student, position), _member_outputs(teacher, position), batch)
             for position, method in enumerate(self.copies())
@@ -214,7 +210,7 @@ class ScheduledMethod(MethodWrapper):
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         return self._scaled(super().label_terms(student, batch))
 
-    def distill(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+    def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         return self._scaled(super().distill(student, teacher, batch))
 
     def idle_schedule(self) -> str:

@@ -312,12 +312,7 @@ _MOBILENET_STEM, _MOBILENET_LAST = 32, 1280  # the last convolution keeps its wi
 
 
 class MobileNetV2(nn.Module):
-    """A 3x3 stem of stride 2, inverted residuals in four stages, a 1x1 convolution, global average pooling, a head.
-
-    Args:
-        num_classes: K.
-        in_chans: channels of the images.
-    """
+    """A 3x3 stem of stride 2, inverted residuals in four stages, a 1x1 convolution, global average pooling, a head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
@@ -380,12 +375,7 @@ _SHUFFLENET_V1_STEM = 24
 
 
 class ShuffleNetV1(nn.Module):
-    """A 1x1 stem, three stages of shuffling units, global average pooling, one linear head.
-
-    Args:
-        num_classes: K.
-        in_chans: channels of the images.
-    """
+    """A 1x1 stem, three stages of shuffling units, global average pooling, one linear head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
@@ -445,12 +435,7 @@ _SHUFFLENET_V2_STEM, _SHUFFLENET_V2_LAST = 24, 1024
 
 
 class ShuffleNetV2(nn.Module):
-    """A 1x1 stem, three stages of shuffling units, a 1x1 convolution, global average pooling, one linear head.
-
-    Args:
-        num_classes: K.
-        in_chans: channels of the images.
-    """
+    """A 1x1 stem, three stages of shuffling units, a 1x1 convolution, global average pooling, one linear head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()

@@ -202,10 +202,6 @@ _EXTERNAL_DATA_FIELDS = (13, 14)
 def read_properties(content: bytes, origin: str) -> dict[str, str]:
     """Return the metadata properties of a model, and check that it contains all of its tensors.
 
-    Args:
-        content: of an ONNX file.
-        origin: what messages call it.
-
     Raises:
         ArtifactError: no protobuf, or a tensor that lies in another file.
     """

@@ -138,11 +138,7 @@ def _output_names(
 
 
 def count_outputs(architecture: str, source: str, *, size: int) -> int:
-    """Return the number of classes of weights.
-
-    Raises:
-        UsageError, ArtifactError: as ``load_weights``.
-    """
+    """Return the number of classes of weights."""
     family, bare = resolve(architecture)
     if source == OWN_WEIGHTS and family is own_models:
         return output_count(build_model(architecture, _ANY_CLASSES, size=size), architecture, size=size)

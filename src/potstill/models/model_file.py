@@ -236,7 +236,10 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
 
 
 def predicts_classes(facts: dict[str, Any]) -> bool:
-    """Return whether a model has classes, by the facts of its model.json; a teacher with ``head: none`` has none."""
+    """Return whether a model has classes, by the facts of its model.json.
+
+    A teacher with ``head: none`` has none, nor has the student of such teachers on images without labels.
+    """
     head = facts.get("head")
     return not (isinstance(head, dict) and head.get("kind") == "none")
 
@@ -245,10 +248,16 @@ def load_class_model(path: Path) -> Classifier:
     """Return the classifier of a folder as ``load_model``.
 
     Raises:
-        ArtifactError: as ``load_model``; or a teacher without classes, which predicts nothing.
+        ArtifactError: as ``load_model``; or a network without classes, which predicts nothing.
     """
     model = load_model(path)
     if not predicts_classes(model.facts):
+        if "training" in model.facts:
+            raise ArtifactError(
+                f"{path} was trained on images without labels by a teacher without classes (head: none): it has an "
+                "embedding and predicts nothing. Labeled images give it a head: potstill run RECIPE --data LABELED "
+                f"--student {path}"
+            )
         raise ArtifactError(
             f"{path} is a teacher without classes (head: none), which predicts nothing: give the student, or the run"
         )

@@ -133,9 +133,6 @@ def load_packaged_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tens
     Args:
         path: the file.
         like: the state dict of timm's network: it shows in which block of which stage a layer lies.
-
-    Raises:
-        ArtifactError: the file is damaged.
     """
     return _rename_keys(state_dict.read_state_dict(path), like)
 

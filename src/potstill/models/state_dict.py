@@ -17,6 +17,7 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from potstill.errors import ArtifactError, strip_ansi
+from potstill.formatting import format_names
 from potstill.input_spec import Triple
 from potstill.io import read_bytes
 
@@ -175,11 +176,11 @@ def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: in
     unexpected = [key for key in state if key not in own]
     other = [key for key in own if key in state and state[key].shape != own[key].shape]
     new_head = not missing and not unexpected and is_head(own, state, other, num_classes)
-    problems = [f"missing: {_shorten(missing)}"] if missing else []
-    problems += [f"not in the network: {_shorten(unexpected)}"] if unexpected else []
+    problems = [f"missing: {format_names(missing, 3)}"] if missing else []
+    problems += [f"not in the network: {format_names(unexpected, 3)}"] if unexpected else []
     if other and not new_head:
         shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in other]
-        problems += [f"of another shape: {_shorten(shapes)}"]
+        problems += [f"of another shape: {format_names(shapes, 3)}"]
     if problems:
         raise ArtifactError("\n".join([f"{origin} does not contain the weights of this network", *problems]))
     module.load_state_dict({key: value for key, value in state.items() if key not in other}, strict=False)
@@ -219,7 +220,8 @@ def _unreadable(data: bytes, path: Path, error: Exception) -> str:
             "It is damaged, or holds other objects than tensors, which are never loaded: they could run code"
         )
     return (
-        f"{path} holds other objects than tensors ({_shorten(needed)}), which are never loaded: they could run code.\n"
+        f"{path} holds other objects than tensors ({format_names(needed, 3)}), which are never loaded: they could "
+        "run code.\n"
         "If you trust the file, convert it once, with the code that it was written by at hand:\n"
         f'  checkpoint = torch.load({path.name!r}, map_location="cpu", weights_only={False})\n'
         '  torch.save(checkpoint["state_dict"], "weights.pth")  # or another key; of a whole module its '
@@ -291,8 +293,8 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
             holders = [key for key, value in content.items() if isinstance(key, str) and _holds_weights(value)]
             if len(holders) > 1:
                 raise ArtifactError(
-                    f"{path} holds several sets of weights: {_shorten(holders)}. Save one of them in a file of its "
-                    "own:\n"
+                    f"{path} holds several sets of weights: {format_names(holders, 3)}. Save one of them in a file "
+                    "of its own:\n"
                     f'  checkpoint = torch.load({path.name!r}, map_location="cpu")\n'
                     f'  torch.save(checkpoint[{holders[0]!r}], "weights.pth")'
                 )
@@ -307,7 +309,7 @@ def _unwrap(content: Any, path: Path, ordered: bool) -> Checkpoint:
     state = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
     if len(state) != len(kept) or not state:
         others = [key for key, value in kept.items() if not isinstance(value, Tensor)]
-        raise ArtifactError(f"{path} holds no bare state dict: no tensors under {_shorten(others)}")
+        raise ArtifactError(f"{path} holds no bare state dict: no tensors under {format_names(others, 3)}")
     whole = ""
     while prefix := next((each for each in PREFIXES if all(key.startswith(each) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -345,19 +347,8 @@ def _named_architectures(content: Any) -> tuple[str, ...]:
 
 
 def is_head(own: dict[str, Tensor], state: dict[str, Tensor], keys: list[str], num_classes: int) -> bool:
-    """Return whether the tensors differ in the number of classes only, in the first axis.
-
-    Args:
-        own: of the network.
-        state: what was read, under the network's names.
-        keys: names of the tensors of another shape.
-        num_classes: K.
-    """
+    """Return whether the tensors differ in the number of classes only, in the first axis."""
     there = {tuple(state[key].shape[:1]) for key in keys}
     return len(there) == 1 and all(
         own[key].shape[:1] == (num_classes,) and own[key].shape[1:] == state[key].shape[1:] for key in keys
     )
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -49,7 +49,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
         ("Source domain", " · ".join(filter(None, map(before.get, ("source", "origin"))))),
         ("Target domain, of which all figures are" if before else "Source", data.get("source")),
         ("Split", data.get("origin")),
-        ("Classes", format_count(len(names))),
+        ("Classes", format_count(len(names)) if names else "none: neither images nor teacher name any"),
         (
             "Images",
             f"{format_count(sum(totals))} "
@@ -76,11 +76,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
 
 
 def exports_context(run: Run) -> dict[str, Any] | None:
-    """Return a row for each exported file, and a link to the report of each `potstill shrink`; None without either.
-
-    Raises:
-        ArtifactError: a description is damaged.
-    """
+    """Return a row for each exported file, and a link to the report of each `potstill shrink`; None without either."""
     found = [
         (path, read_checksummed_json(path))
         for stage in run.stages.values()
@@ -297,10 +293,6 @@ def render(run: Path | str) -> Path:
     Those of a cross-validation are written after those of its folds.  Reads only files of the run: results.json,
     recipe.yaml, environment.json, each stage's metrics and confusion matrices, and the students' predictions on test.
     Absent stages and files are left out.
-
-    Raises:
-        ArtifactError: no run folder, or a damaged file.
-        StorageError: the folder cannot be written, or another process is writing in it.
     """
     folder = RunFolder(Path(run))
     for fold in folder.folds:

@@ -38,11 +38,7 @@ class StageResult:
     parsed_files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # cache
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of one of its files; None if it does not exist.
-
-        Raises:
-            ArtifactError: the SHA-256 differs.
-        """
+        """Return the content of one of its files; None if it does not exist."""
         return _read_verified(self.folder / name, self.files.get(name))
 
     @property
@@ -95,11 +91,7 @@ class StageResult:
         return best if isinstance(best, int) else None
 
     def confusion(self, split: str, classes: int) -> Array | None:
-        """Return the confusion matrix [K, K] int64 with a row per true class; None if there is none.
-
-        Raises:
-            ArtifactError: the file is damaged, or is not for ``classes`` classes.
-        """
+        """Return the confusion matrix [K, K] int64 with a row per true class; None if there is none."""
         name = f"confusion_{split}.csv"
         if name not in self.parsed_files:
             content = self.read(name)
@@ -145,6 +137,13 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     @property
+    def cosine_teachers(self) -> list[str]:
+        """The teachers whose embeddings those of a student without classes are compared with; [] for other runs."""
+        student = self.stages.get("distilled")
+        found = (student.metrics.get("test") or {}).get("cosine") if student is not None else None
+        return list(found) if isinstance(found, dict) else []
+
+    @property
     def shown_path(self) -> str:
         """``runs/NAME``, or of a fold ``runs/NAME/fold-2``; the full path is private."""
         parts = self.folder.resolve().parts
@@ -183,11 +182,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read all small files of a run folder; predictions are read on demand.
-
-    Raises:
-        ArtifactError: no run folder, a damaged file, or results of a newer potstill.
-    """
+    """Read all small files of a run folder; predictions are read on demand."""
     path = folder / "results.json"
     if not path.is_file():
         raise ArtifactError(f"{folder} is no finished run: it has no results.json; a run folder looks like runs/NAME")
@@ -300,11 +295,7 @@ class PredictedClasses:
 
 
 def read_predictions(stage: StageResult, split: str) -> PredictedClasses | None:
-    """Read predictions_{split}.csv; None if it does not exist.
-
-    Raises:
-        ArtifactError: the file is damaged; names file and line.
-    """
+    """Read predictions_{split}.csv; None if it does not exist."""
     path = stage.folder / f"predictions_{split}.csv"
     content = stage.read(path.name)
     if content is None:

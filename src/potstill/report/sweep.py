@@ -79,12 +79,7 @@ _MINIMIZED = ("loss", "nll")
 
 
 def render_sweep(folder: Path) -> tuple[Path, list[str]]:
-    """Write sweep.html; return its path and the lines of the table, best trial first.
-
-    Raises:
-        ArtifactError: no sweep, or a damaged file.
-        StorageError: the page cannot be written.
-    """
+    """Write sweep.html; return its path and the lines of the table, best trial first."""
     if not (folder / "sweep.json").is_file():
         raise ArtifactError(f"{folder} holds no sweep: sweep.json is missing")
     sweep = read_checksummed_json(folder / "sweep.json")
@@ -256,10 +251,6 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
 def render_shrink(folder: Path) -> tuple[Path, list[str]]:
     """Write the page of ``potstill shrink``, and the run's report, which links it; return the page's path and the lines
     for a terminal.
-
-    Raises:
-        ArtifactError: no such search, or a damaged file.
-        StorageError: the page cannot be written.
     """
     if not (folder / "shrink.json").is_file():
         raise ArtifactError(f"{folder} holds no result of `potstill shrink`: shrink.json is missing")

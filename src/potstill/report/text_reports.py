@@ -13,9 +13,11 @@ from potstill.formatting import (
     format_count,
     format_decimal,
     format_duration,
+    format_interval,
     format_milliseconds,
     format_number,
     format_percent,
+    format_points,
     format_scaled,
 )
 from potstill.report.display_names import display_width, escape_invisible
@@ -184,6 +186,8 @@ def head_text(stage: StageResult) -> str:
         prompts = head.get("prompts")
         first = f", such as {escape_invisible(repr(str(prompts[0])))}" if isinstance(prompts, list) and prompts else ""
         return f"a zero-shot head, made of {_plural(head.get('texts'), 'text')} without labels{first}"
+    if head.get("kind") == "none":
+        return ""
     checked = head.get("cross_validated") or {}
     strength = format_number(head.get("C"))
     rule = ", the default for weights of other classes," if head.get("default") is True else ""
@@ -237,6 +241,16 @@ def _stage_facts(run: Run, stage: StageResult) -> list[tuple[str, str]]:
     ]
 
 
+def gain_with_interval(gain: Any) -> str:
+    """Return the gain of top-1 in points, and its interval if known."""
+    gain = gain if isinstance(gain, dict) else {}
+    value, low, high = (format_number(gain.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    if value is None:
+        return MISSING
+    interval = format_interval(low, high, format_points)
+    return format_points(value) + (f" ({interval})" if interval else "")
+
+
 def _metric_table(run: Run, stage: StageResult) -> str:
     splits = list(stage.metrics)
     if not splits:
@@ -247,11 +261,15 @@ def _metric_table(run: Run, stage: StageResult) -> str:
         if any(key in stage.metrics[split] for split in splits):
             rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
             low, high = stage.interval(key)
-            intervals.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
+            intervals.append(format_interval(low, high, form))
     heads = ["", *splits]
     if any(intervals):
         heads.append("95 % interval on test")
         rows = [[*row, interval] for row, interval in zip(rows, intervals, strict=True)]
+    for teacher, found in ((stage.metrics.get("test") or {}).get("cosine") or {}).items():  # test is the only split
+        mean, *ends, before = (format_decimal(found.get(key), 3) for key in ("value", "low", "high", "before"))
+        rows += [[f"Cosine to {escape_invisible(str(teacher))}", mean], ["95 % interval", " to ".join(ends)]]
+        rows += [["Before the training", before]]
     text = aligned_table([heads, *rows])
     for split in splits:
         skipped = stage.metrics[split].get("auc_skipped") or []
@@ -311,10 +329,11 @@ def model_card(run: Run) -> str | None:
     student = run.stages.get("distilled") or run.stages.get("baseline")
     if student is None:
         return None
+    task = "image-classification" if run.class_names else "image-feature-extraction"
     data = ModelCardData(
         library_name="potstill",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "knowledge-distillation"],
+        pipeline_tag=task,
+        tags=[task, "knowledge-distillation"],
         model_name=run.name,
         eval_results=_eval_results(run, student),
         ignore_metadata_errors=True,
@@ -343,13 +362,13 @@ def _card_text(run: Run, student: StageResult) -> str:
     network = f"`{_markdown(model.get('architecture'))}`, {format_scaled(model.get('parameters'))} parameters"
     parts = [
         f"# {_markdown(run.name)}",
-        f"An image classifier ({network}, images of {model.get('size') or MISSING} pixels) for "
-        f"{len(run.class_names)} classes: {', '.join(map(_markdown, run.class_names[:20]))}"
-        + (f" and {len(run.class_names) - 20} more." if len(run.class_names) > 20 else "."),
+        _card_purpose(run, f"{network}, images of {model.get('size') or MISSING} pixels"),
         _markdown(verdict),
         "## Intended use",
         "Images like the training images, of these classes only: for an image of anything else it still predicts one "
-        "of them.",
+        "of them."
+        if run.class_names
+        else "The start of a classifier, for images like the training images: it has an embedding and no classes.",
         "## Metrics",
         _card_metrics(run),
         "On the test split, which was used for no choice.",
@@ -365,12 +384,35 @@ def _card_text(run: Run, student: StageResult) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _card_purpose(run: Run, network: str) -> str:
+    """Return what the student is."""
+    names = run.class_names
+    if not names:
+        return f"A network ({network}) that was trained on embeddings and predicts no classes."
+    more = f" and {len(names) - 20} more." if len(names) > 20 else "."
+    return f"An image classifier ({network}) for {len(names)} classes: {', '.join(map(_markdown, names[:20]))}{more}"
+
+
 def _card_metrics(run: Run) -> str:
     shown, metrics = [run.stages[name] for name in STAGES if name in run.stages], list(_CARD_METRICS)
     if run.without_labels:
         metrics = metrics if run.without_labels.get("test_labeled") else []  # they are of the teacher's own classes
-        metrics += [("agreement", "Agreement with teacher", format_percent), ("kl_to_teacher", "KL", format_decimal)]
+        if run.class_names:
+            metrics += [
+                ("agreement", "Agreement with teacher", format_percent),
+                ("kl_to_teacher", "KL", format_decimal),
+            ]
     rows = [[name, *(form(stage.metrics.get("test", {}).get(key)) for stage in shown)] for key, name, form in metrics]
+    rows += [
+        [
+            f"Cosine agreement with {teacher}",
+            *(
+                format_decimal(((stage.metrics.get("test", {}).get("cosine") or {}).get(teacher) or {}).get("value"), 3)
+                for stage in shown
+            ),
+        ]
+        for teacher in run.cosine_teachers
+    ]
     rows.append(["Parameters", *(format_scaled(stage.model.get("parameters")) for stage in shown)])
     head = ["", *(stage.name for stage in shown)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * len(shown)], *rows])

@@ -11,6 +11,8 @@ import multiprocessing
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +22,8 @@ from potstill.errors import ArtifactError, DataError, PotstillError, WorkerError
 from potstill.serve.middleware import ServerLimits
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from potstill.data.image_io import Pixels
     from potstill.models.model_file import Classifier
 
@@ -27,12 +31,31 @@ if TYPE_CHECKING:
 _PREVIEW_PIXELS = 480  # longer side
 
 
-def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class CascadeRule:
+    """Who answers: the student where its largest probability is above ``threshold``, else its teachers together.
+
+    Attributes:
+        student, teachers: stages, which are among the worker's models.
+        combine, weights: how several teachers are averaged, as in ``Cascade``.
+        risk: the promised one.
+    """
+
+    student: str
+    teachers: tuple[str, ...]
+    combine: str
+    weights: tuple[float, ...] | None
+    risk: float
+    threshold: float
+
+
+def run_worker(pipe: Connection, folders: dict[str, str], cascade: CascadeRule | None = None) -> None:
     """Serve requests until the other end is closed.
 
     Args:
         pipe: receives JSON options and then an image's bytes; sends a JSON response.
         folders: model folders by stage.
+        cascade: one of these models answers; None: all do.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     from potstill.console import silence_native_stderr
@@ -40,13 +63,15 @@ def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
     with silence_native_stderr(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             models = _load_models(folders)
+            if cascade is not None:
+                _check_same_classes(models, cascade)
         except PotstillError as error:
             _send(pipe, {"fatal": str(error), "exit_code": error.exit_code})
             return
         _send(pipe, {"models": {stage: _summarize_model(model) for stage, model in models.items()}})
         while True:
             head, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
-            _send(pipe, _predict_all(models, head, image))
+            _send(pipe, _predict_all(models, head, image, cascade))
 
 
 def _send(pipe: Connection, answer: dict[str, Any]) -> None:
@@ -64,6 +89,12 @@ def _load_models(folders: dict[str, str]) -> dict[str, "Classifier"]:
     return models
 
 
+def _check_same_classes(models: dict[str, "Classifier"], cascade: CascadeRule) -> None:
+    for teacher in cascade.teachers:
+        if models[teacher].class_names != models[cascade.student].class_names:
+            raise ArtifactError(f"a cascade needs the same classes, and {teacher} has others than {cascade.student}")
+
+
 def _summarize_model(model: "Classifier") -> dict[str, Any]:
     return {
         "architecture": model.architecture,
@@ -73,7 +104,9 @@ def _summarize_model(model: "Classifier") -> dict[str, Any]:
     }
 
 
-def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes) -> dict[str, Any]:
+def _predict_all(
+    models: dict[str, "Classifier"], head: dict[str, Any], image: bytes, cascade: CascadeRule | None = None
+) -> dict[str, Any]:
     from potstill.data.image_io import JPEG_START, decode_bytes
     from potstill.data.preprocessing import decoded_side
 
@@ -89,34 +122,77 @@ def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: b
     except DataError as error:
         large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
         return {"error": str(error), "status": 413 if large else 415}
-    answers = [
-        _predict_one(stage, model, decoded[model.input.range, decoded_side(model.input)], head)
-        for stage, model in models.items()
-    ]
+    seen = {stage: decoded[model.input.range, decoded_side(model.input)] for stage, model in models.items()}
+    answered: dict[str, Any] = {}
+    if cascade is None:
+        answers = [_predict_one(stage, models, seen, head) for stage in models]
+    else:
+        answers = [_predict_one(cascade.student, models, seen, head)]
+        sure = answers[0]["predictions"][0]["probability"] > cascade.threshold
+        if not sure:
+            answers.append(_predict_together(cascade, models, seen, head))
+        answered = {"answered_by": "student" if sure else "teacher"}
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
         "preview": _preview(pixels),
         "models": answers,
         "agreement": _agreement(answers),
+        **answered,
     }
 
 
-def _predict_one(stage: str, model: "Classifier", pixels: "Pixels", head: dict[str, Any]) -> dict[str, Any]:
+def _predict_one(
+    stage: str, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the model of a stage predicts."""
+    return _answer(stage, [stage], models, seen, head, lambda shares: shares[0])
+
+
+def _predict_together(
+    cascade: CascadeRule, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the teachers of a cascade predict together."""
+    import torch
+
+    from potstill.config.recipe import TeachersSettings
+    from potstill.experiment.ensembles import average_probabilities
+
+    weights = None if cascade.weights is None else list(cascade.weights)
+    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": weights})
+
+    def combine(shares: list["Tensor"]) -> "Tensor":
+        return torch.from_numpy(average_probabilities([each[None].numpy() for each in shares], settings))[0]
+
+    return _answer("teacher", cascade.teachers, models, seen, head, combine)
+
+
+def _answer(
+    name: str,
+    stages: Sequence[str],
+    models: dict[str, "Classifier"],
+    seen: dict[str, "Pixels"],
+    head: dict[str, Any],
+    combine: Callable[[list["Tensor"]], "Tensor"],
+) -> dict[str, Any]:
+    """Return the classes that the models of some stages predict together, under a name."""
     from potstill.data.transforms import preprocess
 
-    images = preprocess(pixels, model.input)[None]
+    images = [preprocess(seen[stage], models[stage].input)[None] for stage in stages]
     began = time.perf_counter()
-    shares = model.predict(images)[0]
+    shares = combine([models[stage].predict(each)[0] for stage, each in zip(stages, images, strict=True)])
     seconds = time.perf_counter() - began
     best = shares.sort(descending=True, stable=True).indices[: head["top"]].tolist()
+    names = models[stages[0]].class_names
     answer: dict[str, Any] = {
-        "stage": stage,
+        "stage": name,
         "milliseconds": round(seconds * 1000, 3),
-        "predictions": [{"class": model.class_names[i], "probability": float(shares[i])} for i in best],
+        "predictions": [{"class": names[i], "probability": float(shares[i])} for i in best],
     }
-    if head["gradcam"]:
-        answer["gradcam"] = _gradcam(model, images, best[0], pixels)
+    if head["gradcam"] and len(stages) > 1:
+        answer["gradcam"] = {"error": "several teachers together look at no one place"}
+    elif head["gradcam"]:
+        answer["gradcam"] = _gradcam(models[stages[0]], images[0], best[0], seen[stages[0]])
     return answer
 
 
@@ -164,11 +240,12 @@ class WorkerClient:
     Args:
         folders: model folders by stage, or the name of a model of the hub.
         limits: time-outs.
+        cascade: one of these models answers; None: all do.
     """
 
-    def __init__(self, folders: dict[str, Path], limits: ServerLimits) -> None:
+    def __init__(self, folders: dict[str, Path], limits: ServerLimits, cascade: CascadeRule | None = None) -> None:
         self.folders = {stage: str(folder) for stage, folder in folders.items()}
-        self.limits = limits
+        self.limits, self.cascade = limits, cascade
         self.models: dict[str, Any] = {}  # summaries by stage, from the worker
         self._lock = threading.Lock()  # held while talking to the worker
         self._worker: BaseProcess | None = None
@@ -243,7 +320,7 @@ class WorkerClient:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._worker = context.Process(
-            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker"
+            target=run_worker, args=(other, self.folders, self.cascade), daemon=True, name="potstill-worker"
         )
         self._worker.start()
         other.close()

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Query, Request
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from potstill import __version__
 from potstill.errors import UsageError
+from potstill.evaluation.cascade import Cascade
 from potstill.experiment.run_folder import find_model
 from potstill.export.loading import find_model_folder
 from potstill.hub import is_hub_model
@@ -25,7 +26,7 @@ from potstill.io import read_checksummed_json
 from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
-from potstill.serve.model_worker import WorkerClient, WorkerUnavailable
+from potstill.serve.model_worker import CascadeRule, WorkerClient, WorkerUnavailable
 from potstill.serve.runs import list_runs
 
 # The shapes of the API's answers, from which /openapi.json is made.
@@ -70,13 +71,18 @@ class Answer(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Predictions of all models for an image; ``agreement``: whether student and teacher predict the same class."""
+    """Predictions for an image of all models; of a cascade, those of the student and, where it is not confident, of the
+    teacher, and ``answered_by``, whose predictions are the answer.
+
+    ``agreement``: whether student and teacher predict the same class, where both were asked.
+    """
 
     width: int
     height: int
     preview: str
     models: list[Answer]
     agreement: bool | None = None
+    answered_by: Literal["student", "teacher"] | None = None
 
 
 class Model(BaseModel):
@@ -89,11 +95,21 @@ class Model(BaseModel):
     size: int
 
 
+class CascadeFacts(BaseModel):
+    """Of a cascade: the student answers where its largest probability is above ``threshold``; ``risk`` is promised."""
+
+    student: str
+    teachers: list[str]
+    risk: float
+    threshold: float
+
+
 class Models(BaseModel):
-    """Of /models."""
+    """Of /models; ``cascade`` is null where all models answer."""
 
     run: str
     models: list[Model]
+    cascade: CascadeFacts | None = None
 
 
 class Epoch(BaseModel):
@@ -165,13 +181,7 @@ _IMAGE_BODY = {
 
 
 def create_app(worker: WorkerClient, name: str, known: Callable[[], dict[str, Path]]) -> FastAPI:
-    """Return the application, without the middleware.
-
-    Args:
-        worker: runs the models.
-        name: of the run with the models.
-        known: returns the runs to browse, by id.
-    """
+    """Return the application, without the middleware."""
     app = FastAPI(title="potstill", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _add_error_handlers(app)
     _add_page(app)
@@ -221,7 +231,8 @@ def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
     async def models() -> Models:
         """The networks that predict."""
         known = [Model(stage=stage, **about) for stage, about in worker.models.items()]
-        return Models(run=name, models=known)
+        rule = worker.cascade
+        return Models(run=name, models=known, cascade=None if rule is None else CascadeFacts(**vars(rule)))
 
     @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
     async def predict(
@@ -287,28 +298,27 @@ def serve(
     output_dir: Path,
     on_start: Callable[[str], None],
     limits: ServerLimits | None = None,
+    risk: float | None = None,
 ) -> None:
     """Serve the page until SIGINT or SIGTERM.
 
     Args:
         run: a run folder, or a model's folder; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
+        risk: the student answers where it is confident, the teacher elsewhere, with this promised risk, in (0, 1); see
+            ``potstill.evaluation.cascade``.  None: all models answer.
         host: address or name to listen at.
         port: 0: any free one.
         output_dir: folder of runs to browse.
         on_start: called with the address of the page.
         limits: of requests.
-
-    Raises:
-        UsageError: a wildcard address, or one that cannot be bound.
-        ArtifactError: no model, or a damaged one.
     """
     limits = limits or ServerLimits()
-    folders = _model_folders(run)
+    folders, cascade = (_model_folders(run), None) if risk is None else _cascade_folders(run, risk)
     listening = _open_socket(host, port)
     with listening:
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        worker = WorkerClient(folders, limits)
+        worker = WorkerClient(folders, limits, cascade)
         try:
             worker.start()
             title = os.fspath(run) if is_hub_model(os.fspath(run)) else run.resolve().name
@@ -349,6 +359,23 @@ def _model_folders(run: Path) -> dict[str, Path]:
         return found
     folder = find_model(run)
     return {folder.name if folder.name in _STAGES else "model": folder}
+
+
+def _cascade_folders(run: Path, risk: float) -> tuple[dict[str, Path], CascadeRule]:
+    """Return the folders of a cascade's student and teachers, and who of them answers."""
+    folder = find_model_folder(os.fspath(run))
+    if folder is None:
+        raise UsageError(f"a cascade needs a run folder, and {run} is bare weights")
+    cascade = Cascade.read(folder)
+    rule = CascadeRule(
+        student=cascade.student,
+        teachers=cascade.teachers,
+        combine=cascade.combine,
+        weights=cascade.weights,
+        risk=risk,
+        threshold=cascade.calibration.threshold(risk),
+    )
+    return {cascade.student: folder} | {name: folder.parent / name for name in cascade.teachers}, rule
 
 
 def _has_classes(card: Path) -> bool:

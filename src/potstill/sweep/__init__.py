@@ -113,9 +113,6 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
         source: of the recipe, as ``load_recipe`` takes it.
         sets: overrides, as ``load_recipe`` takes them.
         flags: values of command-line options, as ``load_recipe`` takes them.
-
-    Raises:
-        UsageError: no text, a key twice, an unknown key or a value that is not allowed; names the nearest known one.
     """
     if not texts:
         raise UsageError(
@@ -142,9 +139,6 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
 
 def read_dimension(text: str) -> Dimension:
     """Parse ``KEY=a,b`` or ``KEY=low..high[:log]``, without validating it in a recipe.
-
-    Raises:
-        UsageError: it is neither.
 
     Example:
         >>> read_dimension("method.temperature=1,2").choices

@@ -60,9 +60,6 @@ class RecipeTrainings:
         int8: whether exported files are quantized.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: the recipe or its data cannot be used.
     """
 
     def __init__(
@@ -307,9 +304,6 @@ def find_families(
 
     Returns:
         For each family its students with their estimated milliseconds (None: unknown).
-
-    Raises:
-        UsageError: no network is within the limits; names the nearest.
     """
     table = {row.name: row for row in read_table()}
     milliseconds = reference() if limits.milliseconds is not None else None
@@ -357,9 +351,6 @@ def find_in_either_precision(
     Args:
         find: ``find_families`` with all arguments but int8.
         int8: whether only int8 is wanted.
-
-    Raises:
-        UsageError: no network is within the limits in int8 either.
     """
     try:
         return find(int8=int8), int8
@@ -406,9 +397,6 @@ def fit(
         resume: continue a search that was interrupted.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: limits that nothing meets, a budget that is too small, or as ``pipeline.run``.
     """
     from potstill.evaluation.cost import measure_reference
     from potstill.export.options import find_format
@@ -447,9 +435,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from error
-    lock = RunLock(folder)
-    lock.acquire()
-    try:
+    with RunLock(folder):
         search = HalvingSearch(
             trainings,
             folder,
@@ -462,16 +448,11 @@ def fit(
         )
         found = search.work(families)
         _write_report_files(folder, trainings, found)
-    finally:
-        lock.release()
     return folder, found
 
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a text such as 90s, 30min, 1.5h or 1h30min.
-
-    Raises:
-        UsageError: no number, or an unknown unit.
 
     Example:
         >>> [parse_duration(text) for text in ("90s", "30min", "1.5h", "1h30min")]
@@ -490,11 +471,7 @@ def parse_duration(text: str) -> float:
 
 
 def repeat_command(found: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of ``potstill run`` that train teacher, baseline and the winner without a search.
-
-    Args:
-        found: content of fit.json.
-    """
+    """Return the arguments of ``potstill run`` that train teacher, baseline and the winner without a search."""
     texts = {**found["winner"], **found["student_settings"]}
     texts["student.training.epochs"], texts["student.training.min_steps"] = str(found["final_epochs"]), "0"
     student = texts.pop("student.model")

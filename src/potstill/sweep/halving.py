@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from potstill.errors import NonFiniteError, UsageError
 from potstill.formatting import format_duration, format_milliseconds, format_scaled
@@ -20,6 +20,9 @@ from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_table import Limits
 from potstill.sweep import study
 from potstill.training.callbacks import Observer, SilentObserver
+
+if TYPE_CHECKING:
+    from potstill.sweep.fit import RecipeTrainings
 
 FIT_FILE = "fit.json"
 FRESH_SEEDS = 3
@@ -67,59 +70,6 @@ class Trained(NamedTuple):
     value: float
     epochs: int
     seconds: float
-
-
-class Trainings(Protocol):
-    """What ``Fit`` needs to be done; ``RecipeTrainings`` does it."""
-
-    measure: str
-
-    def measure_student(self, student: Student) -> tuple[float, int]:
-        """Return milliseconds for one image and bytes of the exported student, before it is trained."""
-        ...
-
-    def estimate(self, students: Sequence[Student]) -> tuple[float, float, dict[str, float]]:
-        """Return the seconds of the teacher's training, of one view of all images, and of each student's epoch."""
-        ...
-
-    def base_epochs(self, student: Student) -> int:
-        """Return the epochs that the recipe trains a student."""
-        ...
-
-    def learning_rate(self, student: Student) -> float:
-        """Return the learning rate that the recipe trains a student with."""
-        ...
-
-    def views(self) -> int:
-        """Return the number of views that the teacher answers."""
-        ...
-
-    def student_settings(self, student: Student) -> dict[str, str]:
-        """Return the settings that a student needs besides its name."""
-        ...
-
-    def train_teacher(self) -> None:
-        """Train the teacher, unless it is trained."""
-        ...
-
-    def train(self, role: str, student: Student, settings: Mapping[str, str], epochs: int, name: str) -> Trained:
-        """Train "distilled" or "baseline" in the folder ``trials/name``, or resume its training."""
-        ...
-
-    def train_again(
-        self,
-        trainings: Mapping[str, tuple[Student, Mapping[str, str]]],
-        epochs: int,
-        seeds: int,
-        *,
-        evaluate: bool,
-    ) -> None:
-        """Train baseline and distilled student with fresh seeds; resume if there are more seeds than before."""
-        ...
-
-    def export(self) -> dict[str, Any]:
-        """Export the better of the two on val; return role, path, milliseconds and bytes."""
-        ...
 
 
 class Costs:
@@ -276,7 +226,7 @@ class HalvingSearch:
 
     def __init__(
         self,
-        trainings: Trainings,
+        trainings: "RecipeTrainings",
         folder: Path,
         description: Mapping[str, Any],
         *,
@@ -299,11 +249,6 @@ class HalvingSearch:
         Args:
             families: groups of students, each with its estimated milliseconds (None: unknown); of each group the first
                 one whose exported file is within the limits takes part.
-
-        Raises:
-            UsageError: the folder holds something else, or a search with other settings; no student is within the
-                limits; the budget is too small for one candidate.
-            PotstillError: as ``pipeline.run``.
         """
         self._open()
         if "seconds" in self.state:  # it is finished
@@ -354,12 +299,7 @@ class HalvingSearch:
             self._save()
             return
         self.state = read_checksummed_json(path)
-        if lines := study.differences(self.state["settings"], self.description):
-            raise UsageError(
-                f"{self.folder} holds a search with other settings:\n"
-                + "\n".join(lines[:8])
-                + "\nRepeat the command with which it began, or give this one another --name"
-            )
+        study.check_same_search(self.folder, self.state["settings"], self.description)
         self._spent = float(self.state.get("spent", 0.0))
 
     def _elapsed(self) -> float:
@@ -432,9 +372,6 @@ class HalvingSearch:
             costs: of the trainings.
             pool: all candidates, the most promising first.
             before: seconds of what comes before the race.
-
-        Raises:
-            UsageError: not even one candidate fits.
         """
         base = min(self.trainings.base_epochs(each.student) for each in pool)
         if self.within is None:

@@ -51,9 +51,6 @@ class Target:
 def parse_target(text: str) -> Target:
     """Parse the value of ``--prune``.
 
-    Raises:
-        UsageError: neither a share from 0 to below 1, nor limits.
-
     Example:
         >>> parse_target("0.5").share, parse_target("5ms,2MB").limits
         (0.5, Limits(milliseconds=5.0, file_size=2000000))
@@ -102,10 +99,6 @@ class PrunedStudent:
         finetuning: how pruned networks are trained.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        UsageError: no run, a stage that is no student, or a student that cannot be pruned.
-        ArtifactError: no trained student, or damaged files.
     """
 
     def __init__(
@@ -240,11 +233,7 @@ class PrunedStudent:
             return load_data(self.recipe.data, None, progress=self.observer)
 
     def prune(self, student: "Classifier", share: float) -> "Classifier":
-        """Return a copy of a student with at most ``1 - share`` of its weights.
-
-        Raises:
-            UsageError: it cannot be pruned, or not so far.
-        """
+        """Return a copy of a student with at most ``1 - share`` of its weights."""
         from potstill.models.pruning import describe_widths, prune_channels
         from potstill.models.registry import build_model
 
@@ -254,11 +243,7 @@ class PrunedStudent:
         return dataclasses.replace(student, module=pruned, pruned=widths or None, facts={})
 
     def prune_to(self, target: Target, *, int8: bool) -> "Classifier":
-        """Return the least pruned student that meets a target.
-
-        Raises:
-            UsageError: no pruning reaches it; names the nearest.
-        """
+        """Return the least pruned student that meets a target."""
         if target.share is not None:
             return self.prune(self.student, target.share)
         from potstill.export.exporter import measure_network
@@ -295,16 +280,7 @@ class PrunedStudent:
         return found
 
     def finetune(self, start: Callable[[], "Classifier"], folder: Path) -> Path:
-        """Fine-tune a pruned network; return its run folder.  What is finished already stays as it is.
-
-        Args:
-            start: returns the network to begin with, if none is saved yet.
-            folder: of the network, which gets its start and its run folder.
-
-        Raises:
-            UsageError: the folder has a network that was fine-tuned with other settings.
-            PotstillError: as ``pipeline.run``.
-        """
+        """Fine-tune a pruned network; return its run folder.  What is finished already stays as it is."""
         from potstill.experiment.pipeline import run
         from potstill.models.model_file import save_model
 
@@ -366,10 +342,6 @@ def prune_run(
         finetuning: how the pruned network is trained.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        UsageError: the student cannot be pruned, or not so far.
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.models.pruning import count_weights, require_torch_pruning
 
@@ -403,9 +375,6 @@ class LossTest:
     2 % otherwise.  If it does not pass, it is a failure itself, so the next one is tested at 2 %, and if that does not
     pass, the search ends.  So the chance that any such file passes is at most 3 % + 2 % (Bonferroni over the
     failures), however many files are tried and however their errors depend on each other.
-
-    Args:
-        max_loss: points of accuracy.
     """
 
     def __init__(self, max_loss: float) -> None:
@@ -459,11 +428,6 @@ def shrink(
 
     Returns:
         The folder of the search, and the content of its shrink.json.
-
-    Raises:
-        UsageError: a loss that so few val images cannot show, or a student that cannot be pruned.
-        ArtifactError: no candidate loses as little.
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.export.options import find_format
     from potstill.models.pruning import require_torch_pruning

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.config.recipe import Recipe, dump_recipe
 from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError, UsageError
+from potstill.experiment.resume import flatten_settings, is_result_neutral
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.sweep import Space
 
@@ -25,18 +26,13 @@ CONFIRMATION_FILE = "confirmation.json"  # once the best trial and the baseline 
 CONFIRMATION_FOLDER = "confirmation"  # of the run folders with the fresh seeds
 SLURM_FOLDER = "slurm"  # folder of the output of SLURM jobs
 _MAX_DIFFERENCES = 8  # named in an error message
-_NEUTRAL_KEYS = ("data.workers", "data.cache_fraction", "teacher_cache.folder", "training.checkpoint_seconds")
 
 
 MAX_NAME = 64  # characters of a folder's name
 
 
 def check_name(name: str) -> str:
-    """Return the name of a search if it can be that of a folder.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Return the name of a search if it can be that of a folder."""
     if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}", name) or set(name) == {"."}:
         raise UsageError(f"--name must be 1 to {MAX_NAME} of the characters A-Z a-z 0-9 . _ -, got {name!r}")
     return name
@@ -56,12 +52,7 @@ def describe_sweep(recipe: Recipe, space: Space, fingerprint: str, *, grid: bool
 
 
 def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
-    """Create a study or join the existing one; the sweep's lock must be held.
-
-    Raises:
-        UsageError: the folder holds another study; names the differences.
-        ArtifactError: sweep.json is damaged.
-    """
+    """Create a study or join the existing one; the sweep's lock must be held."""
     path = folder / SWEEP_FILE
     if not path.exists():
         if any(not entry.name.startswith(".") and entry.name != SLURM_FOLDER for entry in folder.iterdir()):
@@ -69,13 +60,7 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
         write_checksummed_json(path, description)
         return
     stored = read_checksummed_json(path)
-    if lines := differences(stored, description):
-        more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
-        raise UsageError(
-            f"{folder} holds a sweep with other settings:\n"
-            + "\n".join(lines[:_MAX_DIFFERENCES] + more)
-            + "\nRepeat the command with which it began, or give this one another --name"
-        )
+    check_same_search(folder, stored, description)
     if stored["trials"] != description["trials"]:
         if (folder / CONFIRMATION_FILE).exists():
             raise UsageError(
@@ -86,13 +71,13 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
         write_checksummed_json(path, description)
 
 
-def differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return a line for each difference of two descriptions of a search that changes its result."""
-    old, new = (_flatten(parse_yaml(facts["recipe"], "recipe").value) for facts in (stored, after))
+def check_same_search(folder: Path, stored: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise UsageError if two descriptions of a search differ in what changes its result; names the differences."""
+    old, new = (flatten_settings(parse_yaml(facts["recipe"], "recipe").value) for facts in (stored, after))
     lines = [
         f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _NEUTRAL_KEYS
+        if old.get(key) != new.get(key) and not is_result_neutral(key)
     ]
     spaces = [[each["text"] for each in facts["space"]] for facts in (stored, after)]
     lines += [f"  --search {text}: was there before" for text in spaces[0] if text not in spaces[1]]
@@ -101,16 +86,13 @@ def differences(stored: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
         lines.append(f"  --grid: was {stored['grid']}, now {after['grid']}")
     if stored["data"] != after["data"]:
         lines.append(f"  images: were {stored['data'][:12]}, are {after['data'][:12]} (files were added or changed)")
-    return lines
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
+    if lines:
+        more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
+        raise UsageError(
+            f"{folder} holds a search with other settings:\n"
+            + "\n".join(lines[:_MAX_DIFFERENCES] + more)
+            + "\nRepeat the command with which it began, or give this one another --name"
+        )
 
 
 JOURNAL_FILE = "journal.log"
@@ -118,11 +100,7 @@ STARTUP_TRIALS = 5  # drawn at random, and never pruned
 
 
 def require_optuna() -> None:
-    """Fail early if the extra is not installed.
-
-    Raises:
-        UsageError: it is not installed; gives the command.
-    """
+    """Fail early if the extra is not installed."""
     if importlib.util.find_spec("optuna") is None:
         raise UsageError('a sweep needs optuna, not installed here\nInstall: pip install "potstill[sweep]"')
 
@@ -136,9 +114,6 @@ def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: i
         seed: of the draws; a process that joins draws from another one, or all would draw the same.
         grid: whether to try all combinations; none is pruned then.
         epochs: of a trial; its first quarter is never pruned.
-
-    Raises:
-        ArtifactError: the journal is damaged.
     """
     import optuna
     from optuna.storages import JournalStorage

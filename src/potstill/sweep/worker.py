@@ -5,8 +5,7 @@ A trial is a run folder whose student is evaluated on val, and never sees the te
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +113,6 @@ def train_teachers(
         folder: of the search; the run folder is ``teacher`` in it.
         observer: receives progress.
         stopping: handles signals.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
@@ -171,9 +167,6 @@ def train_again(
         observer: receives progress.
         stopping: handles signals.
         evaluate: also evaluate them, on test too.
-
-    Raises:
-        PotstillError: as ``pipeline.run``.
     """
     from potstill.experiment.pipeline import run
 
@@ -230,6 +223,11 @@ class Sweep:
         if grid:
             self.trials = min(self.trials, len(self.combinations))
         self.recipe = load_recipe(source, sets, flags=flags)
+        if not self.recipe.data.labeled and all(each.head == "none" for each in self.recipe.teacher_list):
+            raise UsageError(
+                "a search compares accuracies, or agreement with the teacher, and there is neither: --no-labels, and "
+                "the teacher has no classes (teacher.head: none)"
+            )
         self.measure = self.recipe.stage_training("distilled").selection_metric
         self.student, self.confirm_seeds = student, confirm_seeds
         self.worker = secrets.token_hex(6)
@@ -246,9 +244,7 @@ class Sweep:
         self._open_study()
         alive = self.folder / "workers" / self.worker
         alive.mkdir(parents=True)
-        lock = RunLock(alive)
-        lock.acquire()
-        try:
+        with RunLock(alive):
             teachers = self._teachers()
             while time.monotonic() < deadline:
                 trial = self._next_trial()
@@ -262,25 +258,10 @@ class Sweep:
                 return False
             self._choose_best()
             return self._confirm_best(teachers, deadline) if self.confirm_seeds else True
-        finally:
-            lock.release()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait for the sweep's lock and hold it within the block."""
-        lock = RunLock(self.folder)
-        while True:
-            try:
-                lock.acquire()
-                break
-            except StorageError as error:
-                if "another process" not in str(error):
-                    raise
-                time.sleep(POLL_SECONDS / 3)
-        try:
-            yield
-        finally:
-            lock.release()
+    def _locked(self) -> RunLock:
+        """Return the sweep's lock, which processes hold in turn."""
+        return RunLock(self.folder, wait=True)
 
     def _open_study(self) -> None:
         from potstill.console import silence_native_stderr
@@ -377,13 +358,11 @@ class Sweep:
         folder = self.folder / "workers" / worker
         if not folder.is_dir():
             return False
-        lock = RunLock(folder)
         try:
-            lock.acquire()
+            with RunLock(folder):
+                return False
         except StorageError:
             return True
-        lock.release()
-        return False
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiment.teacher_cache import count_views

@@ -388,8 +388,8 @@ class Checkpointer:
         return int(facts["epoch"])
 
     def _random_states(self) -> dict[str, Tensor]:
-        """Gather the random states of all processes."""
-        states = self.compute.processes.gather(pack_random_state(self.compute.device))
+        """Return the random states of all processes; none in all processes but the first, which writes them."""
+        states = self.compute.processes.collect(pack_random_state(self.compute.device)) or []
         return {
             name: value
             for rank, state in enumerate(states)
@@ -411,11 +411,6 @@ class Checkpointer:
 
 def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
     """Remove the checkpoints of a stage whose model has been written, but keep the metrics of its epochs.
-
-    Args:
-        folder: the stage's folder.
-        history: its epochs.
-        keep: whether the last checkpoint stays.
 
     Raises:
         StorageError: the metrics could not be written.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -349,17 +349,6 @@ def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int
     return factor
 
 
-@runtime_checkable
-class SplitGradientOptimizer(Protocol):
-    """An optimizer with separate gradients of the label terms and the distillation terms."""
-
-    def backward(self, labels: Tensor | None, distillation: Tensor | None) -> None:
-        """Accumulate the gradients of two scalars or None."""
-
-    def clip(self, max_norm: float) -> None:
-        """Bound the norm of the sum of both gradients."""
-
-
 class GradientAccumulator:
     """Accumulates and clips the gradients of an optimizer's parameters, and updates them.
 
@@ -374,7 +363,7 @@ class GradientAccumulator:
     ) -> None:
         self.optimizer, self.parameters = optimizer, parameters
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.split = optimizer if isinstance(optimizer, SplitGradientOptimizer) else None
+        self.split = optimizer if isinstance(optimizer, DOT) else None
 
     def add(self, step: Step, batches: int = 1, share: float = 1.0) -> None:
         """Add the gradients of one batch's terms.

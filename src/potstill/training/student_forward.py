@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from potstill.distillation.distiller import Distiller
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
-from potstill.training.optim import SplitGradientOptimizer
+from potstill.training.optim import DOT
 from potstill.training.settings import TrainingSettings
 
 EXPECTED_SAVING = 0.2  # assumed share of a step's time that compiling saves
@@ -81,7 +81,7 @@ class StudentCompiler:
         supported = (
             "forward" not in vars(self.student)
             and reads_only_logits(distiller)
-            and not isinstance(optimizer, SplitGradientOptimizer)
+            and not isinstance(optimizer, DOT)
             and not settings.qat_fraction
         )
         self.enabled = requested and supported

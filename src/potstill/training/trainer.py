@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.distillation.distiller import Distiller
 from potstill.distillation.teachers import TeacherViews
 from potstill.distributed.group import ProcessGroup
@@ -99,19 +100,6 @@ def balanced_class_weights(counts: Tensor) -> Tensor:
     return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()
 
 
-class TeacherOutputs(Protocol):
-    """The teacher's outputs for the batches of one split, on the images that the student sees."""
-
-    def start_epoch(self, epoch: int, step: int = 0) -> None:
-        """Prepare for the batches of epoch number ``epoch`` (from 0), starting at batch ``step``."""
-
-    def __call__(self, batch: Batch) -> Outputs | None:
-        """Return the teacher's outputs for a batch; None: the Distiller runs the teacher itself."""
-
-    def flush(self) -> None:
-        """Write new outputs to disk; called before a checkpoint and at the end of an epoch."""
-
-
 class LiveTeacher:
     """Runs the teacher for each batch.
 
@@ -185,6 +173,9 @@ class CachedTeacher:
         return self.outputs[self.position - 1]
 
     def flush(self) -> None: ...
+
+
+TeacherOutputs = LiveTeacher | CachedTeacher | CachedTeacherOutputs
 
 
 class Trainer:
@@ -559,11 +550,7 @@ class _RequestExchange:
         self._interval, self._left, self._since = 1, 1, self.clock()
 
     def poll(self) -> bool:
-        """Return whether a checkpoint is due; all processes call this after a step.
-
-        Raises:
-            Stopped: any process received a signal.
-        """
+        """Return whether a checkpoint is due; all processes call this after a step."""
         self._left -= 1
         if self.processes.several and self._left > 0:
             return False
@@ -621,7 +608,12 @@ def _averaged_weights(student: nn.Module, average: ModelEma | None) -> Iterator[
 
 
 def selection_value(metric: str, record: EpochRecord) -> float:
-    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst."""
+    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst.
+
+    Where no image has a class, it is the loss.
+    """
+    if not record["count"]:
+        return -float(record["loss"])
     value = record[metric]
     if value is None:
         return -1e300

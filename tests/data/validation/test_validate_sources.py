@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from potstill.data.image_sets import ArraySet, Subset
+from potstill.data.image_sets import ArraySet, ConcatenatedSet, Subset
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
-from potstill.data.validation.validate import ConcatSet, list_splits, validate_data, validate_listing
+from potstill.data.validation.validate import list_splits, validate_data, validate_listing
 from potstill.errors import UsageError
 
 
@@ -47,7 +47,7 @@ def test_repeats_among_arrays_of_several_sets() -> None:
     assert [(each.kind, each.path, each.others) for each in report.findings] == [
         ("across-splits", "m/03", ("m/25",)),
     ]
-    chained = ConcatSet([data.split(split) for split in SPLITS])
+    chained = ConcatenatedSet(*(data.split(split) for split in SPLITS))
     assert all(np.array_equal(chained.pixels(i), images.pixels(i)) for i in range(30))
 
 

@@ -44,9 +44,6 @@ def parse_names(text: str, known: Mapping[str, Any], kind: str) -> list[str]:
         known: the names that exist.
         kind: ``algorithm`` or ``baseline``, for messages.
 
-    Raises:
-        UsageError: unknown or repeated names; names the nearest.
-
     Example:
         >>> parse_names("fedavg, feddf", ALGORITHMS, "algorithm"), parse_names("", BASELINES, "baseline")
         (['fedavg', 'feddf'], [])
@@ -61,11 +58,7 @@ def parse_names(text: str, known: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
-    """Check that federated rounds can apply every setting of the recipe.
-
-    Raises:
-        UsageError: names each setting that they cannot, and what to set it to; or there is no algorithm.
-    """
+    """Check that federated rounds can apply every setting of the recipe."""
     if not names:
         raise UsageError(f"--algorithms: name one or more of {', '.join(ALGORITHMS)}")
     training = recipe.stage_training("student")

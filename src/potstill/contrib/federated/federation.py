@@ -69,18 +69,7 @@ class FederationOptions:
 
 
 class FederatedResults:
-    """``federated.json``; written anew after each algorithm.
-
-    Args:
-        path: of the file.
-        options: of this run.
-        fingerprint: of the data.
-        resume: read the file if it exists.
-
-    Raises:
-        UsageError: the run to resume had other options or data.
-        ArtifactError: its file is damaged.
-    """
+    """``federated.json``; written anew after each algorithm."""
 
     def __init__(self, path: Path, options: dict[str, Any], fingerprint: str, *, resume: bool) -> None:
         self.path = path
@@ -108,11 +97,7 @@ class FederatedResults:
         return found
 
     def update(self, facts: dict[str, Any]) -> None:
-        """Add or replace entries, and write the file.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Add or replace entries, and write the file."""
         self.content |= facts
         write_checksummed_json(self.path, self.content)
 
@@ -190,9 +175,6 @@ def federate(
         data: in place of ``recipe.data.source``.
         observer: receives progress, notes and warnings.
         clients: remote clients with images of their own; None: simulate them in this process.
-
-    Raises:
-        PotstillError: any error that the user can correct.
     """
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
@@ -332,12 +314,7 @@ class _FederatedRun:
 
 
 def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
-    """Return the recipe's trained teacher.
-
-    Raises:
-        UsageError: it has not been trained for these classes.
-        ArtifactError: it knows other ones.
-    """
+    """Return the recipe's trained teacher."""
     start = build_network(recipe, recipe.teacher_list[0], classes)
     if not start.ready:
         raise UsageError("guided: the server's teacher must be trained for these classes: --teacher RUN")

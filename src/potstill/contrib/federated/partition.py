@@ -51,9 +51,6 @@ class Partition:
 def parse_partition(text: str) -> Partition:
     """Return the partition that ``iid``, ``dirichlet:ALPHA`` or ``folders:DIR`` describes.
 
-    Raises:
-        UsageError: anything else; lists what is allowed.
-
     Example:
         >>> parse_partition("dirichlet:0.3").alpha
         0.3
@@ -88,10 +85,6 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
 
     Returns:
         Sorted positions for each client, ``[n_i]`` with the sum N.
-
-    Raises:
-        UsageError: too many clients for the images.
-        DataError: no draw gives every client enough images.
     """
     if clients < 1:
         raise UsageError(f"--clients must be at least 1, got {clients}")
@@ -135,9 +128,6 @@ def load_client_images(
         class_names: the server's, class id -> name.
         follow_links: also read links to files and folders elsewhere.
         skip_bad: leave out files that cannot be read.
-
-    Raises:
-        DataError: no folder, fewer than two images, unreadable images, or classes that the server does not know.
     """
     if not root.is_dir():
         raise DataError(f"a client's images: no folder {root}; name one with a folder for each class")
@@ -173,9 +163,6 @@ def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[Data
         data: if it has unlabeled images, these are the public ones.
         share: of the training images, if there are no unlabeled ones; 0: none become public.
         seed: of the recipe; selects the images.
-
-    Raises:
-        UsageError: the share leaves too few images on either side.
     """
     if data.unlabeled is not None:
         return replace(data, unlabeled=None), data.unlabeled
@@ -199,10 +186,6 @@ def client_image_sources(train: ImageSet, partition: Partition, clients: int | N
         partition: of the images.
         clients: number of clients; None: 5, or the number of folders.
         seed: of the recipe.
-
-    Raises:
-        UsageError: the number of clients does not fit.
-        DataError: there are no folders; the division leaves a client with too few images.
     """
     if partition.folders is None:
         parts = partition_indices(
@@ -220,11 +203,7 @@ def _client_subset(train: ImageSet, part: IndexArray, classes: tuple[str, ...]) 
 
 
 def client_folders(root: Path) -> list[Path]:
-    """Return the clients' folders in ``root``, sorted by name.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the clients' folders in ``root``, sorted by name."""
     if not root.is_dir():
         raise DataError(f"--partition folders:{root}: no such folder; it must hold one folder for each client")
     found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

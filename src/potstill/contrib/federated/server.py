@@ -69,9 +69,6 @@ def average_states(states: Sequence[Arrays], images: Sequence[float]) -> Arrays:
     Returns:
         The weighted mean of floats (pooled for running variances), and the largest of whole numbers.
 
-    Raises:
-        DataError: there are no states, or no images.
-
     Example:
         >>> one, two = ({"w": np.array([value], np.float32)} for value in (1.0, 5.0))
         >>> average_states([one, two], [3, 1])["w"].tolist()
@@ -165,11 +162,7 @@ class Clients(Protocol):
 
 
 class InProcessClients:
-    """All clients one after the other in this process.
-
-    Args:
-        clients: by number.
-    """
+    """All clients one after the other in this process."""
 
     def __init__(self, clients: Mapping[int, Client]) -> None:
         self.clients = dict(clients)
@@ -180,11 +173,7 @@ class InProcessClients:
         return sorted(self.clients)
 
     def send_and_receive(self, requests: Mapping[int, Message]) -> Replies:
-        """See ``Clients``.
-
-        Raises:
-            PotstillError: of a client, in reply to ``describe``, or if no client could reply.
-        """
+        """See ``Clients``."""
         result = Replies()
         errors: list[PotstillError] = []
         for number, request in requests.items():
@@ -245,9 +234,6 @@ class Server:
         public: unlabeled images, for algorithms that need them.
         teacher: for algorithms that need one.
         declared: client -> number of images, as of an earlier ``describe_clients``; no client may send more.
-
-    Raises:
-        UsageError: public images or the teacher are missing, or the schedule is out of range.
     """
 
     def __init__(
@@ -287,12 +273,7 @@ class Server:
         }
 
     def describe_clients(self) -> tuple[dict[int, int], dict[int, str]]:
-        """Request the clients' numbers of images; return these, and the errors of clients that cannot take part.
-
-        Raises:
-            PotstillError: of a client in this process that cannot take part.
-            WorkerError: too few clients can.
-        """
+        """Request the clients' numbers of images; return these, and the errors of clients that cannot take part."""
         result = self._send("describe", {}, 0)
         self._drop_invalid(result, {}, need_loss=False)
         if self.algorithm.sends == "logits":
@@ -306,17 +287,7 @@ class Server:
     def train(
         self, observer: Observer, progress: ServerState | None = None, save: Callable[[ServerState], None] | None = None
     ) -> ServerState:
-        """Train all rounds; the student ends with the weights of the best round on val.
-
-        Args:
-            observer: receives a note for each round, and warnings.
-            progress: of an interrupted run, to resume from.
-            save: receives the progress after each round.
-
-        Raises:
-            WorkerError: fewer clients than ``schedule.min_replies`` sent a valid reply.
-            NonFiniteError: none did, since all their numbers became NaN or infinite.
-        """
+        """Train all rounds; the student ends with the weights of the best round on val."""
         progress = progress or ServerState()
         if progress.state:
             self.student.module.load_state_dict(arrays_to_state_dict(progress.state))
@@ -346,11 +317,13 @@ class Server:
 
     def evaluate(self, loader: Loader) -> dict[str, float]:
         """Return top-1 (a share) and negative log-likelihood (nats) of the student."""
-        probabilities, labels, _ = predict_probabilities(
+        found = predict_probabilities(
             self.student.module.to(self.compute.device),
             loader,
             classes=len(self.student.class_names),
         )
+        assert found is not None  # of a single process
+        probabilities, labels, _ = found
         probabilities = np.nan_to_num(probabilities)  # finite weights may still give outputs that are not
         label_probabilities = probabilities[np.arange(len(labels)), labels]
         return {
@@ -490,12 +463,7 @@ _ARRAY_FIELDS = ("state", "best_state", "logits")
 
 
 class RoundCheckpoint:
-    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again.
-
-    Args:
-        path: of the file.
-        memories: of the clients in this process, by number.
-    """
+    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again."""
 
     def __init__(self, path: Path, memories: dict[int, Arrays]) -> None:
         self.path, self.memories = path, memories
@@ -510,11 +478,7 @@ class RoundCheckpoint:
         save_checkpoint(self.path, tensors, {"records": progress.records, "best": progress.best})
 
     def read(self) -> ServerState | None:
-        """Return the progress and restore the clients' memories; None without a checkpoint.
-
-        Raises:
-            ArtifactError: the file is damaged.
-        """
+        """Return the progress and restore the clients' memories; None without a checkpoint."""
         for memory in self.memories.values():
             memory.clear()  # of another algorithm
         if not self.path.exists():

@@ -22,11 +22,7 @@ class DigitsOptions(Options):
 
 
 def digits(settings: DataSettings) -> DataSplits:
-    """Return the ten digits, split by the settings.
-
-    Raises:
-        UsageError: any option is given.
-    """
+    """Return the ten digits, split by the settings."""
     read_options(settings, DigitsOptions)
     counts, labels = read_counts()
     pixels = np.rint(counts * (255 / 16)).astype(np.uint8)
@@ -41,11 +37,7 @@ def digits(settings: DataSettings) -> DataSplits:
 
 
 def check(settings: DataSettings) -> None:
-    """Check that there are no options.
-
-    Raises:
-        UsageError: any option is given.
-    """
+    """Check that there are no options."""
     read_options(settings, DigitsOptions)
 
 

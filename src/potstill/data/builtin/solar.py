@@ -68,11 +68,7 @@ def find_package() -> Path | None:
 
 
 def check(settings: DataSettings) -> None:
-    """Check options and package, without reading images.
-
-    Raises:
-        UsageError: as ``solar``.
-    """
+    """Check options and package, without reading images."""
     read_options(settings, SolarOptions)
     _folder()
 

@@ -158,12 +158,7 @@ MAX_SHOWN = 20  # findings of a kind, and classes
 
 
 def format_report(report: ValidationReport, *, everything: bool = False) -> Iterator[str]:
-    """Yield the lines of the report: counts, balance, sizes, then errors and warnings.
-
-    Args:
-        report: what was found.
-        everything: all findings and classes, rather than the first twenty of each kind.
-    """
+    """Yield the lines of the report: counts, balance, sizes, then errors and warnings."""
     most = 10**9 if everything else MAX_SHOWN
     yield from _overview(report)
     yield from _classes(report, most)

@@ -11,7 +11,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +31,8 @@ from potstill.data.file_datasets import (
     load_shards,
     split_sets,
 )
-from potstill.data.image_io import Pixels, ValueRange, decoder_version
-from potstill.data.image_sets import FileSet, ImageSet, Subset, file_digests, is_array_based
+from potstill.data.image_io import ValueRange, decoder_version
+from potstill.data.image_sets import ConcatenatedSet, FileSet, ImageSet, Subset, file_digests, is_array_based
 from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
@@ -51,9 +50,9 @@ from potstill.data.validation import (
     sort_findings,
 )
 from potstill.errors import ArtifactError, StorageError
-from potstill.io import cache_folder, read_bytes, sha256_hex, write_bytes
+from potstill.io import cache_folder, read_checksummed, sha256_hex, write_checksummed
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -80,30 +79,19 @@ def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...
 
 
 def save_summary(fingerprint: str, found: Sequence[FindingSummary]) -> None:
-    """Cache the summary of findings; errors of writing are ignored.
-
-    Args:
-        fingerprint: of the data.
-        found: the summary.
-    """
+    """Cache the summary of findings; errors of writing are ignored."""
     content = json.dumps([[each.kind, each.count, each.example] for each in found]).encode()
     with contextlib.suppress(StorageError):
-        write_bytes(_summary_path(fingerprint), sha256_hex(content).encode(), content)
+        write_checksummed(_summary_path(fingerprint), content)
 
 
 def load_summary(fingerprint: str) -> tuple[FindingSummary, ...] | None:
     """Return the cached summary; None if it is missing, damaged, or of another version."""
     try:
-        stored = read_bytes(_summary_path(fingerprint))
+        content = read_checksummed(_summary_path(fingerprint))
     except ArtifactError:
         return None
-    checksum, content = stored[:64], stored[64:]
-    if sha256_hex(content).encode() != checksum:
-        return None
-    try:
-        return tuple(FindingSummary(kind, count, example) for kind, count, example in json.loads(content))
-    except (ValueError, TypeError, RecursionError):
-        return None
+    return tuple(FindingSummary(kind, count, example) for kind, count, example in json.loads(content))
 
 
 def _sentence(each: Finding) -> str:
@@ -122,9 +110,6 @@ def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
     """Return the findings of ``potstill check`` on this data, else those found without reading a file again.
 
     The result is cached by the data's fingerprint.
-
-    Args:
-        data: loaded and checked.
 
     Returns:
         A summary by kind; errors first, unused images last.
@@ -202,26 +187,8 @@ def list_splits(data: DataSplits) -> Listing:
     ]
     root, *others = [_common_root(images) for images in sets]
     if root is None or any(other != root for other in others):
-        return Listing(Path(), data.origin, True, data.fingerprint, entries, images=ConcatSet(sets))
+        return Listing(Path(), data.origin, True, data.fingerprint, entries, images=ConcatenatedSet(*sets))
     return Listing(root, data.origin, True, data.fingerprint, entries)
-
-
-class ConcatSet:
-    """Several image sets, concatenated."""
-
-    def __init__(self, sets: list[ImageSet]) -> None:
-        self.sets = sets
-        self.names = tuple(name for images in sets for name in images.names)
-        self.labels = np.concatenate([images.labels for images in sets])
-        self._ends = np.array(list(accumulate(len(images) for images in sets)))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3]."""
-        at = int(np.searchsorted(self._ends, i, side="right"))
-        return self.sets[at].pixels(i - (int(self._ends[at - 1]) if at else 0))
 
 
 def _common_root(images: ImageSet) -> Path | None:
@@ -232,12 +199,7 @@ def _common_root(images: ImageSet) -> Path | None:
 
 
 def cache_file_states(listing: Listing, table: ScanTable) -> None:
-    """Cache state and hash of the files that could be decoded, for the check of a run.
-
-    Args:
-        listing: of a folder or manifest.
-        table: scans of its entries.
-    """
+    """Cache state and hash of the files that could be decoded, for the check of a run."""
     states = map(tuple, table.rows["state"][table.good].tolist())
     contents = _contents(listing, table)
     read = {

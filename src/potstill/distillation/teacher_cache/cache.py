@@ -1,9 +1,10 @@
 """A cache of one teacher's outputs for the views of one split's images, on disk; list, find and remove caches.  No
 torch here.
 
-``<root>/<key>/`` holds ``manifest.json`` (what the records are outputs of), ``logits.bin`` (the records), ``done.bin``
-(which of them exist, with checksums) and ``lock`` (which process writes which block).  Any number of processes may
-read and write one cache at once; each block of records is written by one of them.
+``<root>/<key>/`` holds ``manifest.json`` (what the records are outputs of; its time is that of the last use),
+``logits.bin`` ([view][sample] records) and ``done.bin`` (a checksum for each record that exists).  Any number of
+processes read a cache at once, and one writes it.  The locks are on these files, which the system releases when a
+process ends: each open cache holds ``logits.bin`` shared, and the one that writes holds ``done.bin``.
 """
 
 import contextlib
@@ -13,27 +14,16 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.distillation.teacher_cache.files import (
-    BLOCK,
-    MARKS_FILE,
-    RECORDS_FILE,
-    BlockLocks,
-    CacheFiles,
-    FileLayout,
-    Ids,
-    are_bits_set,
-    sum_checksums,
-)
-from potstill.distillation.teacher_cache.files import LOCK_FILE as LOCK
 from potstill.distillation.teacher_cache.record_format import (
     MANIFEST_FILE,
     Bytes,
@@ -42,116 +32,30 @@ from potstill.distillation.teacher_cache.record_format import (
     canonical_json,
 )
 from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean
+from potstill.record_file import RecordFile, consecutive
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+RECORDS_FILE, CHECKSUMS_FILE = "logits.bin", "done.bin"
 _CLOCK_RESOLUTION = 50_000_000  # ns
-_BIT_COUNTS = np.array([value.bit_count() for value in range(256)], np.uint8)
-
-
-class ViewMarks:
-    """The marks of a view; they take about a fifth of a byte of memory a record.
-
-    Args:
-        layout: of the cache.
-        files: of the cache.
-        view: its number.
-
-    Raises:
-        OSError: from the constructor and from all methods.
-    """
-
-    def __init__(self, layout: FileLayout, files: CacheFiles, view: int) -> None:
-        self.layout, self.files, self.view = layout, files, view
-        self.owned: set[int] = set()  # blocks that only this cache writes
-        self.dirty: set[int] = set()  # blocks with records that are not marked in the file yet
-        self.damaged: set[int] = set()  # blocks whose checksums do not match
-        self._bits = np.zeros((layout.blocks, layout.width), np.uint8)
-        self._flat = self._bits.reshape(-1)
-        self._checksums = [0] * layout.blocks
-        self._read_marks = [b""] * layout.blocks  # as last read from the file
-        self._mtime = -1
-        self.refresh()
-
-    def has(self, ids: Ids) -> NDArray[np.bool_]:
-        """Return which records exist; shape [B]."""
-        return are_bits_set(self._flat, ids)
-
-    @property
-    def count(self) -> int:
-        """Number of records."""
-        return int(_BIT_COUNTS[self._flat].sum(dtype=np.int64))
-
-    def refresh(self) -> None:
-        """Read the marks that other processes have written since."""
-        mtime = self.files.marks_mtime()
-        if mtime == self._mtime:
-            return
-        # A file may change twice within one tick of its clock.
-        self._mtime = mtime if time.time_ns() - mtime > _CLOCK_RESOLUTION else -1
-        for block, mark in enumerate(self.files.read_marks(self.view)):
-            if block not in self.owned and mark != self._read_marks[block]:
-                self._load(block, mark)
-
-    def set_owned(self, block: int) -> None:
-        """Call once the block's lock is held: from now on, only this cache writes it."""
-        if block not in self.owned:
-            mark = self.files.read_marks(self.view, block, block + 1)[0]
-            if mark != self._read_marks[block]:
-                self._load(block, mark)
-            self.owned.add(block)
-
-    def add(self, ids: Ids, records: memoryview) -> None:
-        """Mark records in memory, after they were written.
-
-        Args:
-            ids: of samples in ``owned`` blocks; distinct, and without records before.
-            records: their bytes.
-        """
-        samples = ids.tolist()
-        for sample, checksum in zip(samples, self.layout.checksums(self.view, samples, records), strict=True):
-            block = sample // BLOCK
-            self._checksums[block] = sum_checksums((checksum,), self._checksums[block])
-            self.dirty.add(block)
-        np.bitwise_or.at(self._flat, ids >> 3, np.left_shift(1, ids & 7).astype(np.uint8))
-
-    def write(self) -> None:
-        """Write the marks of added records; the records must be on the disk before."""
-        for block in sorted(self.dirty):
-            self.files.write_mark(self.view, block, self.layout.encode_mark(self._checksums[block], self._bits[block]))
-        self.damaged -= self.dirty
-        self.dirty.clear()
-
-    def _load(self, block: int, mark: bytes) -> None:
-        """Use a mark from the file if its checksum matches the records."""
-        self._read_marks[block] = mark
-        self._bits[block], self._checksums[block] = 0, 0
-        self.damaged.discard(block)
-        decoded = self.layout.decode_mark(block, mark)
-        if decoded is None:
-            self.damaged.add(block)
-            return
-        checksum, bits = decoded
-        if not bits.any() and not checksum:
-            return
-        if checksum != self._compute_checksum(block, bits):
-            self.damaged.add(block)
-            return
-        self._bits[block], self._checksums[block] = bits, checksum
-
-    def _compute_checksum(self, block: int, bits: NDArray[np.uint8]) -> int | None:
-        """Return the checksum of the marked records in the file; None if the file ends before them."""
-        rows = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
-        size = self.layout.nbytes
-        records = np.frombuffer(self.files.read_block(self.view, block), np.uint8)
-        records = records[: len(records) // size * size].reshape(-1, size)
-        if not len(rows):
-            return 0
-        if rows[-1] >= len(records):
-            return None
-        marked = records[rows].reshape(-1).data
-        return sum_checksums(self.layout.checksums(self.view, (rows + block * BLOCK).tolist(), marked))
-
-
 _OPEN_ATTEMPTS = 40  # of 0.05 s each, while another process removes the cache
+_COPIED_RECORDS = 4096  # at a time
+
+Ids = NDArray[np.int64]
+
+
+@dataclass
+class _View:
+    """Which records of a view exist: a byte of memory a record."""
+
+    present: NDArray[np.bool_]  # [N]
+    records: Bytes = field(default_factory=lambda: np.empty((0, 0), np.uint8))  # the file's memory map, once read
+    damaged: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # whose checksums do not match
+    read_at: int = -1  # modification time of the checksums, as last read
+    added: list[tuple[Ids, list[int]]] = field(default_factory=list)  # ids and checksums that are not in the file yet
 
 
 class TeacherCache:
@@ -165,20 +69,15 @@ class TeacherCache:
         samples: N.
     """
 
-    def __init__(self, path: Path, manifest: CacheManifest, locks: BlockLocks) -> None:
-        self.path, self._locks = path, locks
+    def __init__(self, path: Path, manifest: CacheManifest, file: RecordFile) -> None:
+        self.path, self._file = path, file
         self.identity, self.facts = manifest.identity, manifest.facts
         self.record, self.samples = manifest.record, manifest.samples
-        self._layout = FileLayout.of(manifest)
-        self._view_marks: dict[int, ViewMarks] = {}
-        self._failed = self._closed = False
-        try:
-            self._files = CacheFiles(path, self._layout)
-        except OSError as error:
-            locks.release()
-            raise StorageError(f"cannot open {error.filename or path}: {error.strerror or error}") from error
+        self._views: dict[int, _View] = {}
+        self._process = os.getpid()  # a forked process writes nothing
+        self._writing = self._failed = self._closed = False
         with contextlib.suppress(OSError):
-            os.utime(locks.path)  # its modification time is that of the last use
+            os.utime(path / MANIFEST_FILE)  # its modification time is that of the last use
 
     @classmethod
     def open(
@@ -213,21 +112,25 @@ class TeacherCache:
 
     @classmethod
     def _open(cls, path: Path, new: CacheManifest | None) -> "TeacherCache":
+        if fcntl is None:
+            raise StorageError("teacher caches need file locks, which this system does not have")
         for attempt in range(_OPEN_ATTEMPTS):
             try:
                 if new is not None and not (path / MANIFEST_FILE).exists():
                     new.write(path)
                 manifest = CacheManifest.read(path)
-                locks = BlockLocks(path)
-                if locks.acquire_shared():
-                    return cls(path, manifest, locks)
-                locks.release()
-            except OSError as error:
-                raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
-            except (StorageError, ArtifactError) as error:
+                file = _open_files(path, manifest)
+                if _lock(file.records, fcntl.LOCK_SH) and _is_current(file.records, path):
+                    return cls(path, manifest, file)
+                file.close()
+            except (StorageError, ArtifactError, OSError) as error:
                 # A folder may be moved away between any two of the calls above.
-                removed = new is not None and isinstance(error.__cause__, FileNotFoundError)
-                if not removed or attempt == _OPEN_ATTEMPTS - 1:
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                if new is None or not isinstance(cause, FileNotFoundError) or attempt == _OPEN_ATTEMPTS - 1:
+                    if isinstance(error, OSError):
+                        raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
                     raise
             time.sleep(0.05)
         raise StorageError(f"{path} is being removed by another process; try again, or see `potstill cache ls`")
@@ -235,7 +138,7 @@ class TeacherCache:
     @property
     def views(self) -> int:
         """Number of views; each view with records is below it."""
-        return self._files.views()
+        return -(-self._file.count() // self.samples)
 
     def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
         """Read records of one view.
@@ -246,22 +149,19 @@ class TeacherCache:
 
         Returns:
             Records [B, nbytes], zeros if missing; and which of them exist, [B].  A view's checksums are compared when
-            it is first read: the records of a damaged block count as missing.
-
-        Raises:
-            StorageError: an I/O error.
+            it is first read: damaged records count as missing.
         """
         try:
-            marks = self._marks(view, ids)
-            present = marks.has(ids)
+            state = self._view(view, ids)
+            present = state.present[ids]
             if not present.all():
-                marks.refresh()
-                present = marks.has(ids)
+                self._refresh(view, state)
+                present = state.present[ids]
             if present.all():
-                return self._files.read_view(view)[ids], present
+                return self._records(view, state)[ids], present
             records = np.zeros((len(ids), self.record.nbytes), np.uint8)
             if present.any():
-                records[present] = self._files.read_view(view)[ids[present]]
+                records[present] = self._records(view, state)[ids[present]]
             return records, present
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
@@ -269,8 +169,8 @@ class TeacherCache:
     def write(self, view: int, ids: Ids, records: Bytes) -> None:
         """Write records; they can be read at once, and are safe on disk after ``flush``.
 
-        Existing records are not replaced.  Records with NaN or infinity are skipped, as are blocks that another process
-        writes.
+        Existing records are not replaced, and records with NaN or infinity are skipped.  While another process writes
+        this cache, nothing is written.
 
         Args:
             view: from 0.
@@ -283,105 +183,157 @@ class TeacherCache:
         if self._failed:
             return
         try:
-            if not self._files.writable:
+            if not self._file.writable:
                 raise PermissionError(0, "it is read-only")
             self._write(view, ids, records)
         except OSError as error:
             self._fail(RECORDS_FILE, error)
 
     def flush(self) -> None:
-        """Write records and marks to disk.  However the process ends, no incomplete record is ever read.
+        """Write records and checksums to disk.  However the process ends, no incomplete record is ever read.
 
         Raises:
             StorageError: a full disk or an I/O error; raised once, later calls do nothing.
         """
-        dirty = [marks for marks in self._view_marks.values() if marks.dirty]
-        if self._failed or not dirty or not self._locks.is_owner:
+        added = [
+            (view * self.samples + ids, checksums)
+            for view, state in self._views.items()
+            for ids, checksums in state.added
+        ]
+        if self._failed or not added or self._process != os.getpid():
             return
+        numbers = np.concatenate([each for each, _ in added])
+        checksums = np.concatenate([np.array(each, np.uint32) for _, each in added])
+        order = np.argsort(numbers)
         try:
-            self._files.sync_records()
-            for marks in dirty:
-                marks.write()
-            self._files.sync_marks()
+            self._file.mark(numbers[order], checksums[order])
         except OSError as error:
-            self._fail(MARKS_FILE, error)
+            self._fail(CHECKSUMS_FILE, error)
+        for state in self._views.values():
+            state.damaged = state.damaged[~state.present[state.damaged]]
+            state.added.clear()
 
     def close(self) -> None:
-        """Flush, and release all blocks for other processes.  May be called twice.
-
-        Raises:
-            StorageError: as ``flush``.
-        """
+        """Flush, and let another process write.  May be called twice."""
         if self._closed:
             return
         try:
             self.flush()
         finally:
             self._closed = self._failed = True
-            self._view_marks.clear()
-            self._files.close()
-            self._locks.release()
+            self._views.clear()
+            if self._process == os.getpid():  # forked processes have the handles, too
+                for handle in (self._file.records, self._file.checksums):
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+            self._file.close()
 
     def coverage(self, views: int | None = None) -> list[int]:
         """Return the number of records by view.
 
         Args:
             views: number of views; None: all of the cache.
-
-        Raises:
-            StorageError: an I/O error.
         """
         no_ids = np.empty(0, np.int64)
         try:
-            return [self._marks(view, no_ids).count for view in range(self.views if views is None else views)]
+            count = self.views if views is None else views
+            return [int(self._view(view, no_ids).present.sum()) for view in range(count)]
         except OSError as error:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def damaged(self) -> list[tuple[int, int]]:
-        """Return (view, block) of damaged blocks, whose records count as missing.
-
-        Raises:
-            StorageError: an I/O error.
-        """
+        """Return (view, sample) of damaged records, which count as missing."""
         self.coverage()
-        return [(view, block) for view, marks in sorted(self._view_marks.items()) for block in sorted(marks.damaged)]
+        return [(view, sample) for view, state in sorted(self._views.items()) for sample in state.damaged.tolist()]
 
-    def _marks(self, view: int, ids: Ids) -> ViewMarks:
+    def _records(self, view: int, state: _View) -> Bytes:
+        """Return the records of a view, shape [N, nbytes] or fewer if the file ends before; a memory map."""
+        if len(state.records) < self.samples:
+            found = self._file.mapped(view * self.samples, (view + 1) * self.samples)
+            size = self.record.nbytes
+            state.records = found[: len(found) // size * size].reshape(-1, size)
+        return state.records
+
+    def _view(self, view: int, ids: Ids) -> _View:
         if view < 0 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.samples):
             raise IndexError(f"view {view} of samples {ids} in a cache of {self.samples} samples")
-        if view not in self._view_marks:
-            self._view_marks[view] = ViewMarks(self._layout, self._files, view)
-        return self._view_marks[view]
+        if view not in self._views:
+            new = _View(np.zeros(self.samples, bool))
+            self._refresh(view, new)
+            self._views[view] = new
+        return self._views[view]
+
+    def _refresh(self, view: int, state: _View) -> None:
+        """Compare the checksums that the file has for records which are not known to exist."""
+        changed_at = self._file.changed_at()
+        if changed_at == state.read_at:
+            return
+        # A file may change twice within one tick of its clock.
+        state.read_at = changed_at if time.time_ns() - changed_at > _CLOCK_RESOLUTION else -1
+        checksums = self._file.read_checksums(view * self.samples, (view + 1) * self.samples)
+        ids = np.flatnonzero((checksums != 0) & ~state.present)
+        intact = self._file.intact(view * self.samples + ids, checksums[ids])
+        state.present[ids[intact]] = True
+        state.damaged = ids[~intact]
 
     def _write(self, view: int, ids: Ids, records: Bytes) -> None:
-        marks = self._marks(view, ids)
+        state = self._view(view, ids)
         order = np.unique(ids, return_index=True)[1]
-        order = order[~marks.has(ids[order]) & self.record.finite(records[order])]
-        blocks = ids[order] // BLOCK
-        owned = [block for block in np.unique(blocks).tolist() if self._acquire(marks, block)]
-        order = order[np.isin(blocks, owned)]
-        order = order[~marks.has(ids[order])]  # the block's last owner may have written some
+        order = order[~state.present[ids[order]] & self.record.finite(records[order])]
+        if not len(order) or not self._acquire():
+            return
+        self._refresh(view, state)  # the last writer may have added some
+        order = order[~state.present[ids[order]]]
         if not len(order):
             return
-        self._files.reserve(view, self._locks.growth_lock)
-        new_ids, new_records = ids[order], np.ascontiguousarray(records[order]).reshape(-1).data
-        size = self.record.nbytes
-        ends = [*np.flatnonzero(np.diff(new_ids) != 1).tolist(), len(new_ids) - 1]
-        start = 0
-        for end in ends:  # consecutive ids in one call
-            self._files.write_records(view, int(new_ids[start]), new_records[start * size : (end + 1) * size])
-            start = end + 1
-        marks.add(new_ids, new_records)
+        first, size = view * self.samples, self.record.nbytes
+        self._file.reserve(first, first + self.samples)
+        new_ids, content = ids[order], np.ascontiguousarray(records[order]).reshape(-1).data
+        for start, stop in consecutive(new_ids):
+            self._file.write(first + int(new_ids[start]), content[start * size : stop * size])
+        numbers = (first + new_ids).tolist()
+        checksums = [
+            self._file.checksum(number, content[at * size : (at + 1) * size]) for at, number in enumerate(numbers)
+        ]
+        state.present[new_ids] = True
+        state.added.append((new_ids, checksums))
 
-    def _acquire(self, marks: ViewMarks, block: int) -> bool:
-        if not self._locks.acquire_block(marks.view * self._layout.blocks + block):
+    def _acquire(self) -> bool:
+        """Return whether this cache writes, from now on until ``close``."""
+        if self._process != os.getpid():
             return False
-        marks.set_owned(block)
-        return True
+        if not self._writing and _lock(self._file.checksums, fcntl.LOCK_EX):
+            self._writing = True
+            for state in self._views.values():
+                state.read_at = -1
+        return self._writing
 
     def _fail(self, name: str, error: OSError) -> NoReturn:
         self._failed = True
         raise StorageError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+
+
+def _open_files(path: Path, manifest: CacheManifest, *, write: bool = True) -> RecordFile:
+    seed = zlib.crc32(manifest.key.encode())
+    nbytes = manifest.record.nbytes
+    width: Literal[2, 4] = 2 if nbytes < 4096 else 4
+    return RecordFile(path / RECORDS_FILE, path / CHECKSUMS_FILE, nbytes, seed, width=width, write=write)
+
+
+def _lock(handle: int, kind: int) -> bool:
+    """Try to lock an open file until its handle is closed, in this process and all that were forked from it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_current(records: int, path: Path) -> bool:
+    """Return whether the open file of records is still the one in this folder."""
+    try:
+        return os.path.samestat(os.fstat(records), (path / RECORDS_FILE).stat())
+    except OSError:
+        return False
 
 
 def copy_from_wider(cache: TeacherCache) -> int:
@@ -402,12 +354,9 @@ def copy_from_wider(cache: TeacherCache) -> int:
                 continue
             if found.record != replace(record, embedding=found.record.embedding):
                 continue
-            # Opened again, so that no block stays with this process.
-            with (
-                closing(TeacherCache.open_existing(folder)) as wider,
-                closing(TeacherCache.open_existing(cache.path)) as target,
-            ):
-                copied += _copy_records(wider, target)
+            with closing(TeacherCache.open_existing(folder)) as wider:
+                copied += _copy_records(wider, cache)
+            cache.flush()
     return copied
 
 
@@ -417,8 +366,8 @@ def _copy_records(wider: TeacherCache, target: TeacherCache) -> int:
     for view, (there, here) in enumerate(zip(wider.coverage(), target.coverage(wider.views), strict=True)):
         if here >= there:
             continue
-        for start in range(0, wider.samples, BLOCK):
-            ids = np.arange(start, min(start + BLOCK, wider.samples), dtype=np.int64)
+        for start in range(0, wider.samples, _COPIED_RECORDS):
+            ids = np.arange(start, min(start + _COPIED_RECORDS, wider.samples), dtype=np.int64)
             records, present = wider.read(view, ids)
             missing = present & ~target.read(view, ids)[1]
             if missing.any():
@@ -536,9 +485,10 @@ def remove_cache(path: Path) -> int:
     Raises:
         StorageError: it is in use, or cannot be deleted.
     """
-    locks = BlockLocks(path)  # creates a missing lock file: another process may be opening the cache
+    handle = -1
     try:
-        if not locks.acquire_exclusive():
+        handle = os.open(path / RECORDS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # a missing file, too
+        if not (_lock(handle, fcntl.LOCK_EX) and _is_current(handle, path)):
             raise StorageError(f"{path} is in use; wait for the run that uses it, or stop it")
         size = _disk_usage(path)
         renamed = path.with_name(f".{path.name}.removed")
@@ -549,7 +499,8 @@ def remove_cache(path: Path) -> int:
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
     finally:
-        locks.release()
+        if handle >= 0:
+            os.close(handle)
     return size
 
 
@@ -591,25 +542,17 @@ def _read_entry(path: Path) -> CacheEntry:
     except ArtifactError as error:
         return CacheEntry(path, size, used, None, error=str(error))
     try:
-        return CacheEntry(path, size, used, manifest, _count_records(path, FileLayout.of(manifest)))
+        with _open_files(path, manifest, write=False) as file:
+            count = file.count()
+            present = file.read_checksums(0, count) != 0
     except OSError as error:
         return CacheEntry(path, size, used, manifest, error=f"cannot read {path}: {error.strerror or error}")
-
-
-def _count_records(path: Path, layout: FileLayout) -> tuple[int, ...]:
-    files = CacheFiles(path, layout, write=False)
-    try:
-        counts = []
-        for view in range(files.views()):
-            marks = (layout.decode_mark(block, mark) for block, mark in enumerate(files.read_marks(view)))
-            counts.append(sum(int.from_bytes(mark[1].tobytes(), "little").bit_count() for mark in marks if mark))
-        return tuple(counts)
-    finally:
-        files.close()
+    recorded = [int(present[start : start + manifest.samples].sum()) for start in range(0, count, manifest.samples)]
+    return CacheEntry(path, size, used, manifest, tuple(recorded))
 
 
 def _last_use(path: Path) -> float:
-    for name in (path / LOCK, path):
+    for name in (path / MANIFEST_FILE, path):
         with contextlib.suppress(OSError):
             return name.stat().st_mtime
     return 0.0

@@ -22,7 +22,6 @@ import errno
 import hashlib
 import itertools
 import json
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.errors import ArtifactError, StorageError, UsageError
-from potstill.io import read_bytes, read_checksummed_json, write_checksummed_json
+from potstill.io import read_checksummed_json, write_checksummed_json
 
 TOP_CLASSES = 16
 TAIL_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -276,9 +275,8 @@ def to_float16(values: NDArray[np.floating]) -> NDArray[np.float16]:
     return rounded
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
-_OLDER_FORMAT = re.compile(rb'\{\s*"format": ([0-9]{1,9}),')
 _REPAIR_HINT = "Remove it with `potstill cache rm {key}`; the next run fills it anew"
 
 
@@ -308,9 +306,6 @@ class CacheManifest:
 
         The folder is renamed into place with its manifest, so that no other process sees it without one.  An existing
         folder only gets the manifest.
-
-        Raises:
-            StorageError: it cannot be written.
         """
         content = {**self._content(), "key": self.key, "facts": dict(self.facts)}
         if folder.exists():
@@ -338,14 +333,12 @@ class CacheManifest:
         try:
             value = read_checksummed_json(path)
         except ArtifactError as error:
-            older = _OLDER_FORMAT.match(read_bytes(path))  # whose digest was stored elsewhere
-            if older is not None and 1 <= int(older[1]) < FORMAT_VERSION:
-                raise ArtifactError(_format_mismatch(path, int(older[1]), hint)) from error
             raise ArtifactError(f"{error}. {hint}") from error
         damaged = f"{path} is damaged. {hint}"
         try:
             if value["format"] != FORMAT_VERSION and isinstance(value["format"], int):
-                raise ArtifactError(_format_mismatch(path, value["format"], hint))
+                version = f"format {value['format']}, and this version of potstill reads {FORMAT_VERSION}"
+                raise ArtifactError(f"{path} is of {version}. {hint}")
             record = RecordFormat(**{name: value["record"][name] for name in ("kind", "classes", "embedding")})
             found = cls(value["identity"], record, value["samples"], value["facts"])
             written = {name: value[name] for name in found._content()}
@@ -386,7 +379,3 @@ def canonical_json(value: Any) -> str:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the identity of a teacher cache must be JSON values: {error}") from error
-
-
-def _format_mismatch(path: Path, found: int, hint: str) -> str:
-    return f"{path} is of format {found}, and this version of potstill reads {FORMAT_VERSION}. {hint}"

@@ -81,11 +81,7 @@ class OpaqueNetwork(nn.Module, ABC):
         self.head = clear_head(nn.Linear(width, classes))
 
     def examine(self, size: int) -> int:
-        """Run two images of noise; return K, and note whether the outputs are probabilities.
-
-        Raises:
-            UsageError: as ``forward``.
-        """
+        """Run two images of noise; return K, and note whether the outputs are probabilities."""
         outputs = self._outputs(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
         sums = outputs.sum(dim=1)
         self.gives_probabilities = bool((outputs >= 0).all() and ((sums - 1).abs() < _TOLERANCE).all())

@@ -31,13 +31,7 @@ _TEXTS = 64  # that are encoded at a time
 
 
 class ImageTower(nn.Module):
-    """A classifier: images [B, 3, S, S] -> image tower -> embedding of norm 1, [B, D] -> ``head`` -> logits [B, K].
-
-    Args:
-        visual: image tower.
-        width: D.
-        num_classes: K.
-    """
+    """A classifier: images [B, 3, S, S] -> image tower -> embedding of norm 1, [B, D] -> ``head`` -> logits [B, K]."""
 
     def __init__(self, visual: nn.Module, width: int, num_classes: int) -> None:
         super().__init__()

@@ -66,8 +66,9 @@ function show(entry) {
   if (entry.error) entry.card.replaceChildren(head, make("p", { class: "problem", text: entry.error.replace(/^image: /, "") }));
   else if (!entry.answer) entry.card.replaceChildren(head, make("p", { class: "waiting", text: "Looking …" }));
   else {
-    const { agreement, models, width, height } = entry.answer;
-    if (agreement !== undefined) head.append(make("span", { class: agreement ? "tag" : "tag differ", text: agreement ? "✓ Student and teacher agree" : "≠ Student and teacher differ" }));
+    const { agreement, models, width, height, answered_by: answerer } = entry.answer;
+    if (answerer) head.append(make("span", { class: `tag by-${answerer}`, text: `Answered by the ${answerer}` }));
+    else if (agreement !== undefined) head.append(make("span", { class: agreement ? "tag" : "tag differ", text: agreement ? "✓ Student and teacher agree" : "≠ Student and teacher differ" }));
     const canvas = make("canvas", { role: "img", "aria-label": visible(entry.name) });
     const side = make("figure", { class: "picture" }, canvas, make("figcaption", { class: "faint", text: `${width} × ${height} pixels` }));
     const boxes = models.map((model) => box(model, entry.answer));
@@ -85,7 +86,9 @@ function box(model, answer) {
     return make("li", {}, make("div", { class: "row" }, name, make("span", { class: "number", text: percent(each.probability) })), make("div", { class: "track", "aria-hidden": "true" }, fill));
   });
   const title = make("h3", {}, make("span", {}, make("span", { class: "dot" }), named(model.stage)), make("span", { class: "faint number", text: `${model.milliseconds.toFixed(1)} ms` }));
-  const found = make("div", { class: `model ${model.stage}` }, title, make("ol", {}, ...rows));
+  const passed = answer.answered_by && model !== answer.models.at(-1); // of a cascade, the last one asked answers
+  const found = make("div", { class: `model ${model.stage}${passed ? " passed" : ""}` }, title, make("ol", {}, ...rows));
+  if (passed) title.after(make("p", { class: "faint", text: "Not confident enough: the teacher was asked" }));
   if (model.gradcam) {
     if (model.gradcam.error) found.append(make("p", { class: "faint look", text: model.gradcam.error }));
     else {
@@ -130,7 +133,9 @@ function summarise() {
   const waiting = state.entries.length - done.length - failed;
   const agreed = judged.filter((each) => each.answer.agreement).length;
   const said = [`${done.length} ${done.length === 1 ? "image" : "images"}`];
-  if (judged.length) said.push(`student and teacher agree on ${agreed} of ${judged.length}`);
+  const deferred = done.filter((each) => each.answer.answered_by === "teacher").length;
+  if (done.some((each) => each.answer.answered_by)) said.push(`the teacher answered ${deferred} of ${done.length}`);
+  else if (judged.length) said.push(`student and teacher agree on ${agreed} of ${judged.length}`);
   if (failed) said.push(`${failed} could not be used`);
   if (waiting) said.push(`${waiting} to go`);
   at("summary").textContent = said.join(" · ");
@@ -142,10 +147,10 @@ function summarise() {
 function csv() {
   // A cell that begins like a formula would be run by spreadsheets.
   const cell = (value) => { const text = visible(value); return `"${(/^[=+\-@]/.test(text) ? "'" + text : text).replaceAll('"', '""')}"`; };
-  const lines = [["file", "model", "rank", "class", "probability", "milliseconds", "agreement"].join(",")];
+  const lines = [["file", "model", "rank", "class", "probability", "milliseconds", "agreement", "answered_by"].join(",")];
   for (const entry of [...state.entries].reverse()) {
     for (const model of entry.answer ? entry.answer.models : []) {
-      model.predictions.forEach((each, i) => lines.push([cell(entry.name), cell(model.stage), i + 1, cell(each.class), each.probability, model.milliseconds, entry.answer.agreement ?? ""].join(",")));
+      model.predictions.forEach((each, i) => lines.push([cell(entry.name), cell(model.stage), i + 1, cell(each.class), each.probability, model.milliseconds, entry.answer.agreement ?? "", entry.answer.answered_by ?? ""].join(",")));
     }
   }
   const link = make("a", { download: "predictions.csv", href: URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" })) });
@@ -279,13 +284,14 @@ function choose(which) {
 
 async function begin() {
   try {
-    const { run, models } = await ask("/models");
+    const { run, models, cascade } = await ask("/models");
     at("run").textContent = visible(run);
     document.title = `${visible(run)} · potstill`;
     const rows = models.map((each) => make("tr", {}, make("td", { class: `key ${each.stage}` }, make("span", { class: "dot" }), named(each.stage)), make("td", { text: each.architecture }),
       make("td", { class: "right", text: each.parameters.toLocaleString("en") }), make("td", { class: "right", text: each.classes.length }), make("td", { class: "right", text: `${each.size} × ${each.size}` })));
     const heads = [["Model"], ["Architecture"], ["Parameters", 1], ["Classes", 1], ["Sees pixels", 1]].map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) }));
-    at("asked").append(make("h2", { text: "Who is asked" }), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
+    const rule = cascade ? [make("p", { class: "faint", text: `A cascade: the student answers where its confidence is above ${percent(cascade.threshold)}, the teacher elsewhere. Promised for images like those of val: at most ${percent(cascade.risk)} get a wrong answer although the teacher's would be right.` })] : [];
+    at("asked").append(make("h2", { text: "Who is asked" }), ...rule, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
   } catch (error) { notice(error.message); }
 }
 

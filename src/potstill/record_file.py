@@ -1,0 +1,238 @@
+"""A file of records of one size, with a checksum for each in a second file.
+
+A record exists once its checksum does.  Checksums are written after the records are on the disk, and compared before
+records are used, so whatever ends the process, no incomplete or damaged record is taken for a whole one.
+
+Files are written by ``pwrite`` and read through a memory map: on a full disk, writing through a memory map would end
+the process (SIGBUS) instead of raising an error.
+"""
+
+import binascii
+import errno
+import itertools
+import mmap
+import os
+import weakref
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_CHUNK = 1 << 20  # bytes, approximately, that are read or written at a time
+_UINT32_MAX = 0xFFFFFFFF
+
+Numbers = NDArray[np.int64]
+Checksums = NDArray[np.uint32]
+
+
+class RecordFile:
+    """Open handles of both files; missing ones are created empty.
+
+    ``records``: record after record.  ``checksums``: a CRC-32 of 4 bytes or a CRC-16 of 2 for each, of its bytes, its
+    number and ``seed``; 0 where there is no record.
+
+    Args:
+        records: path of the records.
+        checksums: path of their checksums.
+        nbytes: of one record.
+        seed: of the checksums, so that those of another file do not match.
+        size: bytes of all records, if the last one is shorter; None: any number of whole records.
+        width: bytes of a checksum.  2 misses one in 65,536 damaged records, and none of up to 4,095 bytes in which one
+            to three bits have changed.
+        write: if False, existing files are opened for reading.
+
+    Raises:
+        OSError: from the constructor and from all methods.
+    """
+
+    def __init__(
+        self,
+        records: Path,
+        checksums: Path,
+        nbytes: int,
+        seed: int,
+        *,
+        size: int | None = None,
+        width: Literal[2, 4] = 4,
+        write: bool = True,
+    ) -> None:
+        self.folder, self.nbytes, self.seed, self.size, self.writable = records.parent, nbytes, seed, size, write
+        self.width, self.dtype = width, np.dtype(f"<u{width}")
+        self.records = self._open(records)
+        try:
+            self.checksums = self._open(checksums)
+        except OSError:
+            os.close(self.records)
+            raise
+        self._release = weakref.finalize(self, _close_all, self.records, self.checksums)
+        self._folder_synced = False  # whether the folder's entries of both files are on the disk
+        self._map: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def __enter__(self) -> "RecordFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close both handles.  May be called twice."""
+        self._map = np.empty(0, np.uint8)
+        self._release()
+
+    def _open(self, path: Path) -> int:
+        if self.writable:
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                self.writable = False
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_checksums(self, first: int, end: int) -> Checksums:
+        """Return the checksums of the records from ``first`` to before ``end``; 0: there is no record."""
+        content = _pread(self.checksums, self.width * first, self.width * (end - first))
+        found = np.zeros(end - first, np.uint32)
+        count = len(content) // self.width
+        found[:count] = np.frombuffer(content, self.dtype, count)
+        return found
+
+    def count(self) -> int:
+        """Return the number of the last record with a checksum, plus one."""
+        return os.fstat(self.checksums).st_size // self.width
+
+    def changed_at(self) -> int:
+        """Return the checksums' modification time in ns, which changes when any process writes them."""
+        return os.fstat(self.checksums).st_mtime_ns
+
+    def checksum(self, number: int, record: bytes | memoryview) -> int:
+        """Return the checksum of a record's bytes."""
+        start = (self.seed + number) & _UINT32_MAX
+        if self.width == 4:
+            return zlib.crc32(record, start) or 1
+        # Both halves count: record n + 65,536 has another start.
+        return binascii.crc_hqx(record, (start >> 16) ^ (start & 0xFFFF)) or 1
+
+    def intact(self, numbers: Numbers, checksums: Checksums) -> NDArray[np.bool_]:
+        """Return which records have these checksums.  They are not mapped, so that an I/O error is raised.
+
+        Args:
+            numbers: of the records, ascending, shape [B].
+            checksums: shape [B].
+        """
+        matches = np.zeros(len(numbers), bool)
+        chunks = numbers // max(1, _CHUNK // self.nbytes)
+        starts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(numbers)]
+        for start, stop in itertools.pairwise(starts if len(numbers) else ()):
+            chunk = numbers[start:stop].tolist()
+            first = chunk[0] * self.nbytes
+            content = memoryview(_pread(self.records, first, self._offset(chunk[-1] + 1) - first))
+            places = [each * self.nbytes - first for each in chunk]
+            found = [self.checksum(n, content[at : at + self.nbytes]) for n, at in zip(chunk, places, strict=True)]
+            matches[start:stop] = found == checksums[start:stop]
+        return matches
+
+    def write(self, first: int, records: memoryview) -> None:
+        """Write consecutive records, which exist once they are marked."""
+        pwrite(self.records, first * self.nbytes, records)
+
+    def mark(self, numbers: Numbers, checksums: Checksums) -> None:
+        """Sync the written records to the disk, then write and sync their checksums.
+
+        Args:
+            numbers: of the records, ascending, shape [B].
+            checksums: shape [B].
+        """
+        os.fsync(self.records)
+        content = memoryview(checksums.astype(self.dtype).tobytes())
+        for start, stop in consecutive(numbers):
+            pwrite(self.checksums, self.width * int(numbers[start]), content[self.width * start : self.width * stop])
+        os.fsync(self.checksums)
+        if not self._folder_synced:
+            handle = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            self._folder_synced = True
+
+    def reserve(self, first: int, end: int) -> None:
+        """Allocate the disk space for the records from ``first`` to before ``end``; undone if there is not enough.
+
+        Records before ``first`` may be a hole, which is filled as it is written.
+        """
+        before = os.fstat(self.records).st_size
+        if self.size is not None and before > self.size:
+            os.ftruncate(self.records, self.size)
+        start, stop = max(before, self._offset(first)), self._offset(end)
+        if start >= stop:
+            return
+        try:
+            _allocate(self.records, start, stop - start)
+        except OSError:
+            os.ftruncate(self.records, before)
+            raise
+
+    def mapped(self, first: int, end: int) -> NDArray[np.uint8]:
+        """Return the bytes of the records from ``first`` to before ``end``, fewer if the file ends before.
+
+        A read-only memory map, whose memory the system can reclaim; it outlives ``close``.
+        """
+        if len(self._map) < self._offset(end):
+            length = os.fstat(self.records).st_size
+            if length:
+                # Not copy-on-write, for which the system may reserve memory.
+                self._map = np.frombuffer(mmap.mmap(self.records, length, access=mmap.ACCESS_READ), np.uint8)
+        return self._map[self._offset(first) : self._offset(end)]
+
+    def _offset(self, number: int) -> int:
+        """Return where a record starts, or the end of the last one."""
+        return number * self.nbytes if self.size is None else min(number * self.nbytes, self.size)
+
+
+def consecutive(numbers: Numbers) -> list[tuple[int, int]]:
+    """Return start and stop of each run of consecutive numbers; ``numbers`` are ascending.
+
+    Example:
+        >>> consecutive(np.array([3, 4, 5, 9]))
+        [(0, 3), (3, 4)]
+    """
+    ends = [*(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
+    return list(zip([0, *ends[:-1]], ends, strict=True)) if len(numbers) else []
+
+
+def _allocate(handle: int, start: int, length: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, start, length)
+            return
+        except OSError as error:
+            if error.errno not in _ALLOCATION_UNSUPPORTED:
+                raise
+    for at in range(start, start + length, _CHUNK):
+        pwrite(handle, at, memoryview(bytes(min(_CHUNK, start + length - at))))
+
+
+def _pread(handle: int, at: int, length: int) -> bytes:
+    """Read up to ``length`` bytes, fewer at the end of the file."""
+    parts: list[bytes] = []
+    while length > 0 and (part := os.pread(handle, length, at)):
+        parts.append(part)
+        at, length = at + len(part), length - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def pwrite(handle: int, at: int, data: memoryview) -> None:
+    """Write all bytes at this offset."""
+    while len(data):
+        count = os.pwrite(handle, data, at)
+        at, data = at + count, data[count:]
+
+
+def _close_all(*handles: int) -> None:
+    for handle in handles:
+        os.close(handle)
