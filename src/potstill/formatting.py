@@ -1,7 +1,7 @@
 """Format numbers for people; files keep shares, bytes and seconds.  What is no number becomes a dash."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -89,6 +89,16 @@ def format_points(share: float, *, signed: bool = True) -> str:
     digits = next((n for n in (1, 2, 3) if round(value, n)), 1)
     text = f"{value:{'+' if signed else ''}.{digits}f}"
     return text if round(value, digits) else f"{0:.{digits}f}"
+
+
+def format_difference(value: float, *, signed: bool = True) -> str:
+    """``+0.0123``; ``0.0000`` where it rounds to that."""
+    return f"{value:{'+' if signed else ''}.4f}" if round(value, 4) else "0.0000"
+
+
+def format_interval(low: float | None, high: float | None, form: Callable[[float], str], unknown: str = "") -> str:
+    """``LOW to HIGH``, the unit once."""
+    return unknown if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}"
 
 
 def format_duration(seconds: Any) -> str:

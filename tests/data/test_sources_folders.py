@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from potstill.cli import main
 from potstill.data.datasets import load_data
+from potstill.data.file_datasets import check_output_outside
 from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_folder
-from potstill.errors import DataError
+from potstill.errors import DataError, UsageError
 
 THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}
 
@@ -173,3 +175,30 @@ def test_names_that_tables_cannot_hold(make_folder) -> None:
     assert "control characters" in message
     assert "not UTF-8" in message
     message.encode("utf-8")
+
+
+def test_an_output_folder_among_the_images_is_refused_before_it_is_made(make_folder, capsys) -> None:
+    data = make_folder({"cat": 6, "dog": 6})
+    run = ("train", "quickstart", "--stage", "baseline", "--data", str(data), "--output-dir", str(data / "runs"))
+    assert main([*run, "--student", "cifar/resnet8"]) == 2
+    assert "lies in the data folder" in capsys.readouterr().err
+    assert not (data / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"),
+    [
+        ("runs/x", False),  # beside the folders of splits
+        ("train/x", True),
+        ("Val/dog/x", True),
+        ("../beside/x", False),
+        ("../data-2/x", False),  # begins like the data folder
+    ],
+)
+def test_where_an_output_folder_may_be(make_folder, output: str, refused: bool) -> None:
+    data = make_folder({f"{split}/{name}": 1 for split in ("train", "Val") for name in ("cat", "dog")})
+    expected = pytest.raises(UsageError, match="give another --output-dir") if refused else contextlib.nullcontext()
+    with expected:
+        check_output_outside(DataSettings(source=str(data)), data / output)
+    with pytest.raises(UsageError) if not output.startswith("..") else contextlib.nullcontext():
+        check_output_outside(DataSettings(source="digits", unlabeled=str(data)), data / output)

@@ -98,6 +98,10 @@ def test_what_is_not_there_or_broken_is_said(model: Path, tmp_path: Path) -> Non
     (folder / "red" / "note.jpg").write_text("text")
     with pytest.raises(DataError, match=r"note\.jpg"):
         evaluate(model, str(folder))
+    exported = tmp_path / "m.onnx"
+    exported.write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"m\.onnx is an ONNX file, not a run or weights: give the run"):
+        evaluate(exported, "digits")
 
 
 def test_the_verb_prints_people_or_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

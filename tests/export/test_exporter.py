@@ -16,8 +16,10 @@ from PIL import Image
 
 from potstill.data.image_sets import FileSet, read_square
 from potstill.data.preprocessing import normalize_array
+from potstill.data.settings import DataSettings
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export import exporter
+from potstill.export import options as export_options
 from potstill.export.exporter import class_balanced_indices, compute_parity, export
 from potstill.export.onnx import load_onnx
 from potstill.export.options import FORMATS, ExportOptions, find_format
@@ -344,6 +346,13 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
     refused(DataError, "is not in a run", data=None)
     with pytest.raises(ArtifactError, match="does not exist"):
         export(tmp_path / "none", note=quiet)
+
+
+def test_data_that_is_not_where_the_run_began_is_named_with_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_options, "run_data_settings", lambda _: DataSettings(source="photos-of-the-run"))
+    with pytest.raises(UsageError, match=r"(?s)'photos-of-the-run'.*runs/x has moved.*name it with --data DIR"):
+        export_options.export_data_settings(Path("runs/x"), None)
+    assert export_options.export_data_settings(Path("runs/x"), "digits").source == "digits"
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

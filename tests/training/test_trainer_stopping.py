@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -224,10 +226,26 @@ def test_outside_of_training_it_ends_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_within_a_finalizer_is_not_lost():
+    class Interrupted:
+        def __del__(self):  # an exception here is ignored
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def interrupt():
+        Interrupted()
+        time.sleep(10)
+
+    with SignalHandler(), pytest.raises(Stopped):
+        interrupt()
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    hook = sys.unraisablehook
     with SignalHandler():
         assert signal.getsignal(signal.SIGTERM) not in before
+    assert sys.unraisablehook == hook
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

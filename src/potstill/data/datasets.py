@@ -279,7 +279,7 @@ def load_known_dataset(settings: DataSettings, progress: ProgressReporter | None
         raise DataError(f"{settings.source}: class_names must be a list of names, got {type(names).__name__}")
     splits = (found["train"], found.get("test"), found.get("val"))
     try:
-        return _from_torch(*splits, names, settings, source=settings.source, progress=progress)
+        return from_torch(*splits, class_names=names, settings=settings, source=settings.source, progress=progress)
     except DataError as error:
         own = str(error).removeprefix(settings.source).lstrip(":, ")
         raise DataError(f"{settings.source}: {own}") from error
@@ -340,6 +340,8 @@ def from_torch(
     *,
     class_names: Sequence[str] | None = None,
     settings: DataSettings | None = None,
+    source: str = "python",
+    progress: ProgressReporter | None = None,
 ) -> DataSplits:
     """Return splits from torch or torchvision data sets of (image, label).
 
@@ -354,23 +356,13 @@ def from_torch(
         class_names: class id -> name; None: ``train.classes``, or the sorted labels if they are names, or "0", "1"
             and so on.
         settings: shares and seed of the split.
+        source: named in messages and in the run.
+        progress: receives progress.
 
     Raises:
         DataError: images, classes or splits that cannot be used; every image is read once.
     """
-    return _from_torch(train, test, val, class_names, settings or DataSettings(), source="python")
-
-
-def _from_torch(
-    train: Any,
-    test: Any,
-    val: Any,
-    class_names: Sequence[str] | None,
-    settings: DataSettings,
-    *,
-    source: str,
-    progress: ProgressReporter | None = None,
-) -> DataSplits:
+    settings = settings or DataSettings()
     label = "data from Python" if source == "python" else source
     given = {s: each for s, each in (("train", train), ("val", val), ("test", test)) if each is not None}
     items = {s: _Items.read(each, s) for s, each in given.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from potstill.data.concurrency import ProgressReporter, interprocess_lock
 from potstill.data.entries import (
     FINDING_KINDS,
+    SPLIT_WORDS,
     Finding,
     Listing,
     SkippedFile,
@@ -54,6 +55,32 @@ from potstill.io import cache_folder, sha256_hex
 
 if TYPE_CHECKING:
     from potstill.data.decoded_cache import StagedSquares
+
+
+def check_output_outside(settings: DataSettings, output: Path) -> None:
+    """Check that no file of an output folder would be taken for an image of the data.
+
+    Raises:
+        UsageError: ``output`` lies in a class folder, beside class folders, or among unlabeled images.
+    """
+    for source in (settings.source, settings.target, settings.unlabeled, settings.labeled_test):
+        root = Path(source or "").expanduser()
+        if not source or not root.is_dir() or is_table(source):
+            continue
+        inside = os.path.relpath(output.resolve(), root.resolve()).split(os.sep)
+        if inside[0] in (os.curdir, os.pardir) or os.path.isabs(inside[0]):  # the data itself, which is no run folder
+            continue
+        has_splits = source != settings.unlabeled and settings.labeled and _has_train_folder(root)
+        if has_splits and inside[0].lower() not in SPLIT_WORDS:
+            continue  # beside the folders of splits, where nothing is read
+        raise UsageError(
+            f"{output} lies in the data folder {source}: its files would be taken for images or for a class; give "
+            "another --output-dir, outside of the data"
+        )
+
+
+def _has_train_folder(root: Path) -> bool:
+    return any(SPLIT_WORDS.get(each.name.lower()) == "train" and each.is_dir() for each in root.iterdir())
 
 
 def check_unlabeled(settings: DataSettings) -> None:

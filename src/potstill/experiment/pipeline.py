@@ -16,6 +16,7 @@ import torch
 
 from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
+from potstill.data.file_datasets import check_output_outside
 from potstill.data.image_sets import RelabeledSet
 from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
@@ -184,6 +185,8 @@ def run(
     if not planned:
         raise UsageError(f"there is no teacher to train: method {describe_method(recipe.method)} needs none")
     name = recipe.name if name is None else name
+    if data is None:
+        check_output_outside(recipe.data, output_dir / name)
     if recipe.data.folds is not None and recipe.data.fold is None:
         if set(stages) != set(STAGE_GROUPS) or not evaluate:
             raise UsageError(

@@ -56,10 +56,16 @@ _MAX_HOLDER_BYTES = 1000  # of .lock-holder
 
 
 class RunLock:
-    """The lock of an existing folder; not reentrant."""
+    """The lock of an existing folder, held inside a ``with`` block; not reentrant.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the folder.
+        wait: wait for a process that has the lock, in place of an error.
+    """
+
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.folder = folder
+        self._timeout = -1 if wait else 0
         self._lock: BaseFileLock = FileLock(folder / LOCK_FILE, mode=0o644, fallback_to_soft=False)
 
     def acquire(self, advice: str = "wait for it") -> None:
@@ -71,12 +77,12 @@ class RunLock:
         """
         try:
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=self._timeout)
             except OSError as error:
                 if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
                     raise
                 self._lock = SoftFileLock(self.folder / LOCK_HOLDER_FILE, mode=0o644)
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=self._timeout)
         except Timeout:
             message = f"{self.folder} is being written by another process; {advice}{self._stale_lock_hint()}"
             raise StorageError(message) from None
@@ -84,6 +90,15 @@ class RunLock:
     def release(self) -> None:
         """Release the lock; may be called twice."""
         self._lock.release()
+
+    def __enter__(self) -> "RunLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def _stale_lock_hint(self) -> str:
         """Return what to do about a stale lock, on a file system without locks."""

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from potstill.config import sort_stages, stage_role
 from potstill.formatting import format_duration, format_names, format_number, format_percent, format_points
-from potstill.formatting import format_points as points
 
 MIN_SEEDS, MIN_FOLDS = 3, 5  # for "helped" and "hurt"
 
@@ -402,8 +401,8 @@ def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = N
         return "Whether distillation helped is unknown: it takes test results of baseline and distilled student."
     whole = average_over_seeds(comparison)
     gain, low, high = (float(whole[key]) for key in ("top1_gain", "top1_gain_low", "top1_gain_high"))
-    size, images = points(abs(gain), signed=False), format_test_images(whole)
-    ends = f"{points(low)} to {points(high)}"
+    size, images = format_points(abs(gain), signed=False), format_test_images(whole)
+    ends = f"{format_points(low)} to {format_points(high)}"
     if found == "one_seed":
         if finite_figure(comparison, "fixed") == 0 and finite_figure(comparison, "broken") == 0:
             what = f"the distilled student and the baseline are correct on the same of {images}"
@@ -430,7 +429,7 @@ def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = N
         return f"Distillation helped: the student gained {size} points of top-1 {average} ({interval})."
     if found == "hurt":
         return f"Distillation hurt: the student lost {size} points of top-1 {average} ({interval})."
-    changed = f"the student's top-1 changed by {points(gain)} points {average} ({interval}"
+    changed = f"the student's top-1 changed by {format_points(gain)} points {average} ({interval}"
     if folds and folds < MIN_FOLDS:
         return (
             f"Too few folds for a verdict: with distillation {changed}); an interval needs {MIN_FOLDS} folds to be "

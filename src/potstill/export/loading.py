@@ -11,6 +11,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import find_model
 from potstill.hub import is_hub_model, model_path, pinned_name
 from potstill.models.class_names import CLASS_LISTS, LIKELY_LISTS, class_list
+from potstill.models.exported_files import LABELS, SUFFIXES
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -48,6 +49,11 @@ def load_classifier(
 
     Returns:
         The classifier, in eval mode on the CPU, and where it comes from.
+
+    Raises:
+        ArtifactError: no model there, or a damaged one.
+        UsageError: weights of a network that is not known, class names that do not fit, or a repository of the hub
+            that cannot be read; an exported file.
     """
     folder = find_model_folder(model)
     if (pinned := pinned_name(os.fspath(model))) != os.fspath(model):
@@ -60,6 +66,11 @@ def load_classifier(
         return load_class_model(folder), pinned if is_hub_model(pinned) else str(folder)
     architecture, weights = split_model(os.fspath(model))
     assert weights is not None
+    if architecture is None and (kind := SUFFIXES.get(Path(weights).suffix)) is not None:
+        raise UsageError(
+            f"{weights} is {LABELS[kind]}, not a run or weights: give the run that it was exported from (export "
+            "compares the two); potstill predict and benchmark take exported files"
+        )
     weights = pinned_name(weights)
     return _load_bare(architecture, weights, classes, likely, note), weights
 

@@ -80,7 +80,12 @@ def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
 
 
 def export_data_settings(folder: Path, source: str | None) -> Any:
-    """Return the data settings of a model's run, with ``source`` in place of its own if given."""
+    """Return the data settings of a model's run, with ``source`` in place of its own if given.
+
+    Raises:
+        DataError: a model outside of a run, and no source.
+        UsageError: the run's own data is not there, and no source.
+    """
     settings = run_data_settings(folder)
     if source is not None:
         source = resolve_reference(source)
@@ -93,6 +98,16 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
         from potstill.data.settings import DataSettings
 
         return DataSettings(source=str(source))
+    if source is None:
+        from potstill.data.datasets import check_source
+
+        try:
+            check_source(settings)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}\nThe data of {folder} has moved, or its path is relative to the folder in which the run "
+                "began: name it with --data DIR"
+            ) from None
     return settings if source is None else settings.model_copy(update={"source": source, "target": None})
 
 

@@ -210,7 +210,11 @@ def method_class(name: str) -> "type[Method]":
             "auto is no method of its own: as the method of a whole recipe (--method auto) it becomes srd or kd"
         )
     else:
-        raise UsageError(f"no method {name!r}{did_you_mean(name, list_methods()) or '.'} Known: {_listed_names()}")
+        known = list_methods()
+        raise UsageError(
+            f"no method {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}; or package.module:Class, "
+            "path/file.py:Class"
+        )
     from potstill.methods.base import Method
 
     if not (inspect.isclass(found) and issubclass(found, Method)):
@@ -365,10 +369,6 @@ def _entry_points() -> dict[str, str]:
 
     found = entry_points(group=ENTRY_POINTS)
     return {point.name: point.value for point in found if point.name not in _catalog()["methods"]}
-
-
-def _listed_names() -> str:
-    return ", ".join(list_methods()) + "; or package.module:Class, path/file.py:Class"
 
 
 def normalize_method(method: Any) -> Any:

@@ -39,7 +39,10 @@ class Combined(Method):
             raise UsageError(f"combined wants two methods or more, got {len(self.methods)}")
         self.factors = [float(settings.get("factor", 1.0)) for settings in self.methods]
         self.names = [str(settings["name"]) for settings in self.methods]
-        self.inner = nn.ModuleList(create_method(**_without_factor(settings)) for settings in self.methods)
+        self.inner = nn.ModuleList(
+            create_method(**{key: value for key, value in settings.items() if key != "factor"})
+            for settings in self.methods
+        )
         for settings, method in zip(self.methods, self.each(), strict=True):
             name = settings["name"]
             if len(method.parts) > 1 or not _has_plain_label_terms(method):
@@ -111,10 +114,6 @@ class Combined(Method):
 def _part_outputs(outputs: Outputs, position: int) -> Outputs:
     """Where the teacher's outputs come from elsewhere, they are logits, the same for all."""
     return outputs.parts[position] if outputs.parts else outputs
-
-
-def _without_factor(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key != "factor"}
 
 
 def _has_plain_label_terms(method: Method) -> bool:

@@ -27,6 +27,8 @@ from potstill.formatting import (
     MISSING,
     format_count,
     format_decimal,
+    format_difference,
+    format_interval,
     format_number,
     format_percent,
     format_points,
@@ -36,7 +38,7 @@ from potstill.io import read_checksummed_json, write_text
 from potstill.report.advice import final_metric
 from potstill.report.render import render_template
 from potstill.report.run_reader import STAGES, Run, StageResult, read_predictions, read_run
-from potstill.report.text_reports import ValueFormatter
+from potstill.report.text_reports import ValueFormatter, gain_with_interval
 
 # key, name, how to print a value, and whether differences are percentage points
 _METRICS: tuple[tuple[str, str, ValueFormatter, bool], ...] = (
@@ -242,8 +244,6 @@ def _group_key(run: Run, teacher: str | None) -> str:
 def _run_row(run: Run) -> dict[str, Any]:
     tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
     comparison = average_over_seeds(run.comparison or {})
-    gain, low, high = (format_number(comparison.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
-    interval = f" ({format_points(low)} to {format_points(high)})" if low is not None and high is not None else ""
     student = run.stages.get("distilled") or run.stages.get("baseline")
     seed = format_number(run.results.get("seed"))
     return {
@@ -253,7 +253,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "method": _method_or_stage(run) or MISSING,
         "cells": [format_percent(final_metric(run, name, "test", "top1")) for name in STAGES],
         "f1": format_percent(tests.get("distilled", {}).get("f1_macro")),
-        "gain": MISSING if gain is None else format_points(gain) + interval,
+        "gain": gain_with_interval(comparison),
         "parameters": format_scaled(student.model.get("parameters")) if student else MISSING,
     }
 
@@ -312,7 +312,7 @@ def _metric_row(group: RunGroup, key: str, name: str, form: ValueFormatter, in_p
     columns = [[value for value in _test_values(group, stage, key).values() if value is not None] for stage in STAGES]
     if not any(columns):
         return None
-    change = format_points if in_points else _decimal_text
+    change = format_points if in_points else format_difference
     cells = []
     for values in columns:
         text = form(statistics.fmean(values)) if values else MISSING
@@ -324,7 +324,7 @@ def _metric_row(group: RunGroup, key: str, name: str, form: ValueFormatter, in_p
         mean, deviation, low, high = (summary[f"difference{end}"] for end in ("", "_sd", "_low", "_high"))
         assert mean is not None
         paired = change(mean) if deviation is None else f"{change(mean)} ± {change(deviation, signed=False)}"
-        interval = MISSING if low is None or high is None else f"{change(low)} to {change(high)}"
+        interval = format_interval(low, high, change, MISSING)
     return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(pairs)}
 
 
@@ -343,10 +343,6 @@ def _test_values(group: RunGroup, stage: str, key: str) -> dict[int, float | Non
 
 def _test_metric(stage: StageResult, key: str) -> float | None:
     return format_number(stage.metrics.get("test", {}).get(key))
-
-
-def _decimal_text(value: float, *, signed: bool = True) -> str:
-    return f"{value:{'+' if signed else ''}.4f}" if round(value, 4) else "0.0000"
 
 
 MAX_ALL_PAIRS = 6  # contenders up to which all pairs are compared; of more, each with the first

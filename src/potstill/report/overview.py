@@ -19,7 +19,9 @@ from potstill.formatting import (
     MISSING,
     format_count,
     format_decimal,
+    format_difference,
     format_duration,
+    format_interval,
     format_milliseconds,
     format_number,
     format_percent,
@@ -31,7 +33,14 @@ from potstill.report.advice import Advice, collect_advice
 from potstill.report.diagnostics import stages_figure
 from potstill.report.display_names import escape_invisible, picture_labels
 from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
-from potstill.report.text_reports import ValueFormatter, latency_text, metric_rows, teaching_text, training_text
+from potstill.report.text_reports import (
+    ValueFormatter,
+    gain_with_interval,
+    latency_text,
+    metric_rows,
+    teaching_text,
+    training_text,
+)
 
 FINDING_TITLES = {
     "helped": "Distillation helped",
@@ -77,9 +86,9 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
 def _networks_table(run: Run) -> dict[str, Any]:
     """Return the short table of the networks: accuracy on test, and cost."""
     metrics = (
-        ("top1", "top-1 on test", format_percent, _signed_points),
-        ("nll", "NLL", format_decimal, _signed_decimals),
-        ("agreement", "agreement with teacher", format_percent, _signed_points),
+        ("top1", "top-1 on test", format_percent, format_points),
+        ("nll", "NLL", format_decimal, format_difference),
+        ("agreement", "agreement with teacher", format_percent, format_points),
     )
     labeled = not run.without_labels or bool(run.without_labels.get("test_labeled"))
     shown = [each for each in metrics if (each[0] == "agreement") != labeled]
@@ -206,7 +215,7 @@ def _classes_without_auc(run: Run) -> dict[str, list[str]]:
     return found
 
 
-DifferenceFormatter = Callable[[float], str]
+DifferenceFormatter = Callable[..., str]
 
 
 def flips_context(run: Run) -> dict[str, Any] | None:
@@ -298,7 +307,7 @@ def _seed_rows(run: Run) -> list[list[str]]:
             [
                 format_count(each.get("seed")),
                 *cells,
-                _gain_with_interval(each),
+                gain_with_interval(each),
                 changed,
                 format_decimal(each.get("mcnemar_p"), 3),
             ]
@@ -325,35 +334,26 @@ def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
                 format_percent(test.get("f1_macro")),
                 format_decimal(test.get("auc_macro")),
             ],
-            "gain": _gain_with_interval(gains.get(name)),
+            "gain": gain_with_interval(gains.get(name)),
         }
         for name, test in tests.items()
     ]
 
 
-def _gain_with_interval(gain: Any) -> str:
-    gain = gain if isinstance(gain, dict) else {}
-    value, low, high = (format_number(gain.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
-    if value is None:
-        return MISSING
-    interval = "" if low is None or high is None else f" ({format_points(low)} to {format_points(high)})"
-    return format_points(value) + interval
-
-
 def _test_rows(run: Run) -> list[dict[str, Any]]:
     """Return the rows on test with the difference distilled - baseline."""
     rows = [
-        ("top1", "Top-1", format_percent, _signed_points),
-        ("top3", f"Top-{run.best_k}", format_percent, _signed_points),
-        ("f1_macro", "F1, macro", format_percent, _signed_points),
-        ("auc_macro", "AUC, macro", format_decimal, _signed_decimals),
-        ("ece", "ECE (lower is better)", format_percent, _signed_points),
-        ("nll", "NLL (lower is better)", format_decimal, _signed_decimals),
-        ("agreement", "Agreement with teacher", format_percent, _signed_points),
+        ("top1", "Top-1", format_percent, format_points),
+        ("top3", f"Top-{run.best_k}", format_percent, format_points),
+        ("f1_macro", "F1, macro", format_percent, format_points),
+        ("auc_macro", "AUC, macro", format_decimal, format_difference),
+        ("ece", "ECE (lower is better)", format_percent, format_points),
+        ("nll", "NLL (lower is better)", format_decimal, format_difference),
+        ("agreement", "Agreement with teacher", format_percent, format_points),
     ]
     if run.without_labels:
         rows = rows if run.without_labels.get("test_labeled") else rows[-1:]  # others are of the teacher's own classes
-        rows += [("kl_to_teacher", "KL divergence from teacher", format_decimal, _signed_decimals)]
+        rows += [("kl_to_teacher", "KL divergence from teacher", format_decimal, format_difference)]
     tests = {name: stage.metrics.get("test", {}) for name, stage in run.stages.items()}
     cosines = [
         {
@@ -380,12 +380,12 @@ def _test_cell(
     """Return a metric on test and its interval; of several seeds or folds, mean and standard deviation."""
     over_folds = _over_folds(stage, key)
     if (deviation := format_number(over_folds.get("sd"))) is not None:
-        return form(over_folds.get("mean")), f"± {change(deviation).removeprefix('+')}"
+        return form(over_folds.get("mean")), f"± {change(deviation, signed=False)}"
     summary = (_seeds_summary(run).get("figures") or {}).get(key) or {}
     which = {"baseline": "a", "distilled": "b"}.get(stage.name)
     mean, deviation = (format_number(summary.get(f"{part}_{which}")) for part in ("mean", "sd"))
     if mean is not None and deviation is not None:
-        return form(mean), f"± {change(deviation).removeprefix('+')}"
+        return form(mean), f"± {change(deviation, signed=False)}"
     return _with_interval(stage, "test", key, form)
 
 
@@ -393,8 +393,7 @@ def _cosine_cell(stage: StageResult, teacher: str) -> tuple[str, str]:
     """Return the cosine agreement of a student with a teacher on test, and its interval."""
     found = (stage.metrics.get("test", {}).get("cosine") or {}).get(teacher) or {}
     low, high = (format_number(found.get(end)) for end in ("low", "high"))
-    interval = "" if low is None or high is None else f"{format_decimal(low, 3)} to {format_decimal(high, 3)}"
-    return format_decimal(found.get("value"), 3), interval
+    return format_decimal(found.get("value"), 3), format_interval(low, high, lambda value: format_decimal(value, 3))
 
 
 def _over_folds(stage: StageResult, key: str) -> dict[str, Any]:
@@ -425,15 +424,7 @@ def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[s
             return MISSING, ""
         value = change(after - before)
         low, high = (format_number((run.comparison or {}).get(f"{key}_gain_{end}")) for end in ("low", "high"))
-    return value, "" if low is None or high is None else f"{change(low)} to {change(high)}"
-
-
-def _signed_points(difference: float) -> str:
-    return format_points(difference)
-
-
-def _signed_decimals(difference: float) -> str:
-    return f"{difference:+.4f}" if round(difference, 4) else "0.0000"
+    return value, format_interval(low, high, change)
 
 
 def _cost_rows(stages: list[StageResult]) -> list[tuple[str, list[str]]]:
@@ -489,8 +480,7 @@ def _split_rows(run: Run, stages: list[StageResult]) -> list[tuple[str, list[lis
 def _with_interval(stage: StageResult, split: str, key: str, form: ValueFormatter) -> tuple[str, str]:
     low, high = stage.interval(key) if split == "test" else (None, None)
     value = form(stage.metrics.get(split, {}).get(key))
-    known = low is not None and high is not None and value != MISSING
-    return value, f"{form(low).removesuffix(' %')} to {form(high)}" if known else ""
+    return value, "" if value == MISSING else format_interval(low, high, form)
 
 
 def advice_context(run: Run) -> dict[str, Any] | None:

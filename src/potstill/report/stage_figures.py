@@ -103,8 +103,8 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
         f"stroke: var(--grid); stroke-width: {0.6 if classes <= _MAX_ANNOTATED else 0.8}",
     )
     parts = [
-        f'<svg viewBox="0 0 {left + side + 4:.5g} {top + side + below:.5g}" role="img" aria-label="{_escaped(label)}">',
-        f'<text x="{left:.4g}" y="13" style="font-size: 10px; font-weight: 700">{_escaped(title)}</text>',
+        f'<svg viewBox="0 0 {left + side + 4:.5g} {top + side + below:.5g}" role="img" aria-label="{escape(label)}">',
+        f'<text x="{left:.4g}" y="13" style="font-size: 10px; font-weight: 700">{escape(title)}</text>',
         f'<image x="{left:.4g}" y="{top:.4g}" width="{side:.5g}" height="{side:.5g}" preserveAspectRatio="none" '
         f'style="image-rendering: pixelated" href="data:image/png;base64,{picture}"/>',
     ]
@@ -114,7 +114,7 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
             f'<path d="M{left + at:.5g} {top:.5g}v{side:.5g}M{left:.5g} {top + at:.5g}h{side:.5g}" style="{grid}"/>'
         )
     for at, name in zip(positions, names, strict=True):
-        along, text = (at + 0.5) * step, _escaped(name)
+        along, text = (at + 0.5) * step, escape(name)
         style = f"font-size: {size}px; {faint}"
         y = top + along + 0.35 * size
         parts.append(f'<text x="{left - 3:.5g}" y="{y:.5g}" text-anchor="end" style="{style}">{text}</text>')
@@ -143,10 +143,6 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
             )
             y += 1.2 * big
     return "".join(parts) + "</svg>"
-
-
-def _escaped(text: str) -> str:
-    return escape(text, quote=True)
 
 
 def pair_figure_size(classes: int) -> tuple[float, float]:

@@ -13,9 +13,11 @@ from potstill.formatting import (
     format_count,
     format_decimal,
     format_duration,
+    format_interval,
     format_milliseconds,
     format_number,
     format_percent,
+    format_points,
     format_scaled,
 )
 from potstill.report.display_names import display_width, escape_invisible
@@ -239,6 +241,16 @@ def _stage_facts(run: Run, stage: StageResult) -> list[tuple[str, str]]:
     ]
 
 
+def gain_with_interval(gain: Any) -> str:
+    """Return the gain of top-1 in points, and its interval if known."""
+    gain = gain if isinstance(gain, dict) else {}
+    value, low, high = (format_number(gain.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
+    if value is None:
+        return MISSING
+    interval = format_interval(low, high, format_points)
+    return format_points(value) + (f" ({interval})" if interval else "")
+
+
 def _metric_table(run: Run, stage: StageResult) -> str:
     splits = list(stage.metrics)
     if not splits:
@@ -249,7 +261,7 @@ def _metric_table(run: Run, stage: StageResult) -> str:
         if any(key in stage.metrics[split] for split in splits):
             rows.append([name, *(form(stage.metrics[split].get(key)) for split in splits)])
             low, high = stage.interval(key)
-            intervals.append("" if low is None or high is None else f"{form(low).removesuffix(' %')} to {form(high)}")
+            intervals.append(format_interval(low, high, form))
     heads = ["", *splits]
     if any(intervals):
         heads.append("95 % interval on test")

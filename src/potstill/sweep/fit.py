@@ -435,9 +435,7 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from error
-    lock = RunLock(folder)
-    lock.acquire()
-    try:
+    with RunLock(folder):
         search = HalvingSearch(
             trainings,
             folder,
@@ -450,8 +448,6 @@ def fit(
         )
         found = search.work(families)
         _write_report_files(folder, trainings, found)
-    finally:
-        lock.release()
     return folder, found
 
 

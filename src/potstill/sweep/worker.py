@@ -5,8 +5,7 @@ A trial is a run folder whose student is evaluated on val, and never sees the te
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,9 +244,7 @@ class Sweep:
         self._open_study()
         alive = self.folder / "workers" / self.worker
         alive.mkdir(parents=True)
-        lock = RunLock(alive)
-        lock.acquire()
-        try:
+        with RunLock(alive):
             teachers = self._teachers()
             while time.monotonic() < deadline:
                 trial = self._next_trial()
@@ -261,25 +258,10 @@ class Sweep:
                 return False
             self._choose_best()
             return self._confirm_best(teachers, deadline) if self.confirm_seeds else True
-        finally:
-            lock.release()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait for the sweep's lock and hold it within the block."""
-        lock = RunLock(self.folder)
-        while True:
-            try:
-                lock.acquire()
-                break
-            except StorageError as error:
-                if "another process" not in str(error):
-                    raise
-                time.sleep(POLL_SECONDS / 3)
-        try:
-            yield
-        finally:
-            lock.release()
+    def _locked(self) -> RunLock:
+        """Return the sweep's lock, which processes hold in turn."""
+        return RunLock(self.folder, wait=True)
 
     def _open_study(self) -> None:
         from potstill.console import silence_native_stderr
@@ -376,13 +358,11 @@ class Sweep:
         folder = self.folder / "workers" / worker
         if not folder.is_dir():
             return False
-        lock = RunLock(folder)
         try:
-            lock.acquire()
+            with RunLock(folder):
+                return False
         except StorageError:
             return True
-        lock.release()
-        return False
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiment.teacher_cache import count_views

@@ -6,6 +6,8 @@ On SIGINT or SIGTERM the trainer finishes the step, saves its state and ends; a 
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -119,11 +121,13 @@ class SignalHandler:
         self.requested: int | None = None
         self._is_deferred = False
         self._before: dict[int, Any] = {}
+        self._hook_before: Callable[[Any], Any] = sys.unraisablehook
 
     def __enter__(self) -> "SignalHandler":
         with contextlib.suppress(ValueError):  # not the main thread
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle_signal)
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
         return self
 
     def __exit__(
@@ -132,6 +136,8 @@ class SignalHandler:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._handle_signal:  # otherwise the handler was replaced meanwhile
                 signal.signal(number, handler)
+        if self._before and sys.unraisablehook == self._handle_unraisable:
+            sys.unraisablehook = self._hook_before
         self._before = {}
 
     @contextlib.contextmanager
@@ -160,3 +166,17 @@ class SignalHandler:
         self.requested = number
         if not self._is_deferred:
             raise Stopped(number)
+
+    def _handle_unraisable(self, ignored: Any) -> None:
+        """Deliver a signal again that came where Python ignores exceptions: in a finalizer or a weakref's callback."""
+        if isinstance(ignored.exc_value, Stopped) and self.requested is not None:
+            number, self.requested = self.requested, None
+            # Not from here: within a hook, exceptions are ignored, too.
+            again = threading.Timer(_DELIVERY_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            self._hook_before(ignored)
+
+
+_DELIVERY_SECONDS = 0.05

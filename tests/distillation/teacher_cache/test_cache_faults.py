@@ -105,14 +105,16 @@ def test_a_checksum_that_was_half_written_is_not_believed(known, tmp_path):
     store = known.store(tmp_path, samples=4000)
     known.fill(store, 0, range(0, 4000, 2))
     store.flush()
-    before = (store.path / "done.bin").read_bytes().ljust(16_000, b"\0")
+    before = (store.path / "done.bin").read_bytes().ljust(8_000, b"\0")
     known.fill(store, 0, range(1, 4000, 2))
     store.close()
     after = (store.path / "done.bin").read_bytes()
     for cut in range(1, len(after), 37):
         (store.path / "done.bin").write_bytes(after[:cut] + before[cut:])
         again = known.store(tmp_path, samples=4000)
-        assert known.check(again, 0) == (2000 + (cut // 4 + cut % 4 // 4) // 2, 0)
+        whole = 2000 + cut // 2 // 2
+        # Half of a checksum is the whole one if its other byte is 0.
+        assert known.check(again, 0) in {(whole, 0), (whole + (after[cut] == 0), 0)}
         again.close()
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -314,7 +314,9 @@ class TeacherCache:
 
 def _open_files(path: Path, manifest: CacheManifest, *, write: bool = True) -> RecordFile:
     seed = zlib.crc32(manifest.key.encode())
-    return RecordFile(path / RECORDS_FILE, path / CHECKSUMS_FILE, manifest.record.nbytes, seed, write=write)
+    nbytes = manifest.record.nbytes
+    width: Literal[2, 4] = 2 if nbytes < 4096 else 4
+    return RecordFile(path / RECORDS_FILE, path / CHECKSUMS_FILE, nbytes, seed, width=width, write=write)
 
 
 def _lock(handle: int, kind: int) -> bool:
