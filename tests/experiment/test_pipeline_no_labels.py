@@ -234,7 +234,7 @@ def test_embeddings_alone_train_a_student_that_gets_its_head_from_labels(embeddi
     known, test = found["without_labels"], found["stages"]["distilled"]["test"]
     cosine = test["cosine"]["teacher"]
     assert cosine["low"] < cosine["value"] < cosine["high"]
-    assert cosine["difference"][0] == pytest.approx(cosine["value"] - cosine["before"])
+    assert cosine["difference"]["value"] == pytest.approx(cosine["value"] - cosine["before"])
     assert cosine["value"] != cosine["before"]
     assert "top1" not in test
     assert (known["test_labeled"], known["classes"]) == (False, False)

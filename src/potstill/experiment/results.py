@@ -225,13 +225,10 @@ def _embeddings(name: str, model: Classifier, recipe: Recipe, data: DataSplits, 
 
 def _describe_cosines(after: Array, before: Array) -> dict[str, Any]:
     """Return the mean cosine with its interval, that before the training, and the difference."""
-    value, low, high = mean_interval(after)
     return {
-        "value": value,
-        "low": low,
-        "high": high,
+        **mean_interval(after)._asdict(),
         "before": float(before.mean()),
-        "difference": list(mean_interval(after - before)),
+        "difference": mean_interval(after - before)._asdict(),
     }
 
 
@@ -241,7 +238,7 @@ def _describe_embeddings(
     """Return ``without_labels`` of results.json: what is known of a student of teachers without classes."""
     sentences = list[str]()
     for teacher, each in stages["distilled"]["test"]["cosine"].items():
-        value, low, high = each["difference"]
+        value, low, high = (each["difference"][key] for key in ("value", "low", "high"))
         sentences.append(
             f"Cosine agreement with the {teacher} on {len(data.test):,} held-out images: {each['value']:.3f} (95 % "
             f"interval {each['low']:.3f} to {each['high']:.3f}), {each['before']:.3f} before the training; difference "
