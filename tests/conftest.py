@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 from .own_process import plugin
 
@@ -68,14 +70,10 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    """A test file that cannot be imported fails; ``--doctest-ignore-import-errors`` is for modules of extras alone."""
-    report = yield
-    if report.outcome == "skipped" and "unable to import module" in str(report.longrepr):
-        path = Path(str(collector.path))
-        if path.name.startswith("test_") and path.is_relative_to(Path(__file__).parent):
-            report.outcome = "failed"
-    return report
+def pytest_collect_file() -> Any:
+    """Examples in docstrings are of the source: to look for some in the tests takes a second, in each process."""
+    found = yield
+    return [each for each in found if not isinstance(each, DoctestModule)]
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +116,6 @@ def thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: kept[0])
 
 
-_TWICE = {"rounds": 2, "warmup": 1}
-
-
 class _Blank:
     """In place of a figure."""
 
@@ -149,15 +144,42 @@ def few_digits() -> Iterator[None]:
         yield
 
 
+_ONCE = {"rounds": 1, "warmup": 0}
+_SECONDS = 1e-4  # of a step that is timed for an estimate
+_whole: list[None] = []  # as many as there are blocks of whole_runs
+
+
 @contextmanager
 def short_runs() -> Iterator[None]:
-    """Blank pictures, and each network's latency from two measurements in place of thirty: a third of a small run."""
-    from potstill.experiment import results
+    """Runs without what their tests do not look at: half of a small one.
+
+    Blank pictures, each network's latency from one measurement in place of thirty, estimates from steps that only wait,
+    no examples with heat maps, and no similarity of layers.
+    """
+    from potstill.experiment import estimate, results
+
+    def instead(module: Any, name: str, other: Callable[..., Any]) -> None:
+        real = getattr(module, name)
+        patch.setattr(module, name, lambda *all_, **named: (real if _whole else other)(*all_, **named))
 
     measure = results.measure_latency
     with blank_pictures(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "measure_latency", lambda networks, **how: measure(networks, **how | _TWICE))
+        instead(results, "measure_latency", lambda networks, **how: measure(networks, **how | _ONCE))
+        instead(results, "describe_examples", lambda *_: None)
+        instead(results, "describe_similarity", lambda *_: None)
+        instead(estimate, "create_timed_step", lambda *_: lambda: time.sleep(_SECONDS))
         yield
+
+
+@contextmanager
+def whole_runs() -> Iterator[None]:
+    """Runs of which only the pictures are blank, within ``short_runs`` too: for those that a session shares."""
+    _whole.append(None)
+    try:
+        with blank_pictures():
+            yield
+    finally:
+        _whole.pop()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from potstill.methods import list_own_methods, method_class, method_info
 from potstill.options import RENAMED_OPTIONS
 from potstill.training.settings import TrainingSettings
 
-from .conftest import few_digits
+from .conftest import few_digits, whole_runs
 from .test_readme import carry_out
 from .test_setting_names import exists
 
@@ -58,7 +58,9 @@ def page(generated_docs):
 def worked(tmp_path_factory):
     """A folder in which the Python of the docs has been carried out."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("python", "data", "teachers", "start-research", "start-deployment"):
+    with whole_runs():  # the page on run folders is compared with the first
+        carry_out(DOCS / "python.md", folder)
+    for name in ("data", "teachers", "start-research", "start-deployment"):
         carry_out(DOCS / f"{name}.md", folder)
     return folder
 

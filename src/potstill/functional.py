@@ -1,7 +1,6 @@
 """Every loss as a pure function of tensors: shapes, formula and source in each docstring.
 
 The functions live in the files of their methods in ``potstill.methods``, and are imported at first use.
-A number outside the range in its annotation is a UsageError.
 """
 
 import importlib

@@ -42,7 +42,7 @@ class RecordFile:
         seed: of the checksums, so that those of another file do not match.
         size: bytes of all records, if the last one is shorter; None: any number of whole records.
         width: bytes of a checksum.  2 misses one in 65,536 damaged records, and none of up to 4,095 bytes in which one
-            to three bits have changed.
+            or two bits have changed.
         write: if False, existing files are opened for reading.
 
     Raises:

@@ -79,7 +79,7 @@ def test_run_trains_everything_and_says_what_to_do_next(
     assert captured.out.splitlines() == [
         "",
         "          top-1  top-3  macro F1  AUC  parameters  file  latency",
-        "teacher  50.0 %      -         -    -           7     -        -",
+        "teacher  50.0 %      –         –    –           7     –        –",
         "",
         "report: my runs/quickstart/report.html",
         "next:   potstill predict 'my runs/quickstart' IMAGE",

@@ -6,7 +6,6 @@ import pickle
 import random
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,8 @@ from potstill.data.settings import DataSettings
 from potstill.data.splits import DataSplits
 from potstill.errors import DataError
 from potstill.input_spec import InputSpec
+
+from ..forked import forked
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="without preadv, pixels are kept in memory")
 
@@ -455,12 +456,9 @@ print(kills, finished, resumed)
 
 
 def script(text: str, cache: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", text],
-        capture_output=True, text=True, timeout=1200, env=os.environ | {"POTSTILL_CACHE": str(cache.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = forked(["-c", text], os.environ | {"POTSTILL_CACHE": str(cache.parent)})
+    assert done.returncode == 0, done.out + done.errors
+    return done.out
 
 
 def test_of_three_processes_at_once_one_decodes_and_all_have_the_pixels(cache: Path) -> None:

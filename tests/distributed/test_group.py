@@ -1,9 +1,6 @@
 """Two processes on one machine are one training: what each of them found, against a single process and by hand."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ import torch
 from potstill.distributed import group
 from potstill.errors import UsageError
 
+from ..forked import forked_ranks
 from . import two_processes as two
 
 
@@ -19,11 +17,9 @@ from . import two_processes as two
 def found(tmp_path_factory):
     """What both found, by rank."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", two.__file__, folder]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1200, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    (ranks,) = forked_ranks([two.__file__, folder])
+    for each in ranks:
+        assert each.returncode == 0, each.errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -132,6 +134,20 @@ def test_an_error_is_shown_by_its_rank_and_the_others_end_with_its_code(ranks, e
         found = other.end(RuntimeError(GLOO))
         assert isinstance(found, RemoteFailure)
         assert found.exit_code == code
+
+
+def test_no_thread_is_within_a_call_of_the_store_when_the_process_ends(ranks, monkeypatch):
+    (rank,) = ranks(1)
+    calling = threading.Event()
+
+    def slow(now):
+        calling.set()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(rank, "_check_peer", slow)
+    assert calling.wait(10)
+    assert rank.end(None) is None
+    assert not rank._thread.is_alive()
 
 
 def test_a_mistake_of_all_is_shown_once(ranks):

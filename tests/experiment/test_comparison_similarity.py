@@ -8,6 +8,8 @@ from potstill.config.recipe import load_recipe
 from potstill.experiment import pipeline
 from potstill.io import file_sha256
 
+WHOLE_RUNS = True
+
 
 @pytest.fixture(scope="module")
 def run(photographs, tmp_path_factory):

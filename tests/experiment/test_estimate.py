@@ -8,6 +8,8 @@ from potstill.experiment.plan import plan_stages
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute
 
+WHOLE_RUNS = True
+
 
 def made(**changes):
     facts = {"views": 8, "images": 1000, "size": 8_150, "recorded": 0.0, "teacher": 0.003, "student": 0.001}

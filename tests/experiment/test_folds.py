@@ -231,7 +231,7 @@ def test_bad_input_gives_one_message(made, recipe, tmp_path):
 
 def test_weights_from_a_file_are_warned_of(whole):
     path, _, _ = whole
-    base = {"teacher": {"model": "cifar/resnet14"}, "student": {"model": "cifar/resnet8"}}
+    base = {"teacher": {"model": "cifar/resnet8"}, "student": {"model": "cifar/resnet8"}}
     assert describe_outside_weights(load_recipe(base, data_needed=False)) == []
     given = load_recipe(base, [f"teacher.weights={path / 'fold-1' / 'teacher'}"], data_needed=False)
     (warning,) = describe_outside_weights(given)

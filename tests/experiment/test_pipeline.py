@@ -194,7 +194,7 @@ def test_no_student_file_holds_the_teacher(run):
 
 
 def test_checkpoints_are_kept_on_request_and_hold_no_teacher(recipe, tmp_path):
-    kept = recipe(**{"training.epochs": 1, "training.keep_checkpoint": True})
+    kept = recipe(**{"training.epochs": 1, "training.keep_checkpoint": True, "teacher.model": "cifar/resnet14"})
     path = pipeline.run(kept, output_dir=tmp_path, evaluate=False)
     sizes = {}
     for stage in STAGES:
@@ -295,7 +295,8 @@ def test_overwriting_spares_the_weights_that_the_new_run_starts_from(recipe, tmp
 
 
 def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
-    path = pipeline.run(recipe(**{"teacher.weights": f"'{run / 'teacher'}'"}), output_dir=tmp_path)
+    changes = {"teacher.model": "cifar/resnet14", "teacher.weights": f"'{run / 'teacher'}'"}
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path)
     assert same(weights(path, "teacher"), weights(run, "teacher"))
     assert results(path)["stages"]["teacher"]["training"] is None
     assert not (path / "teacher" / "metrics.jsonl").exists()
@@ -304,9 +305,8 @@ def test_a_teacher_from_another_run_is_not_trained_again(run, recipe, tmp_path):
 def test_a_bare_state_dict_is_a_teacher_too(run, recipe, tmp_path):
     file = tmp_path / "teacher.pth"
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights(run, "teacher").items()}}, file)
-    path = pipeline.run(
-        recipe(**{"teacher.weights": f"'{file}'"}), output_dir=tmp_path, stages=("teacher",), evaluate=False
-    )
+    changes = {"teacher.model": "cifar/resnet14", "teacher.weights": f"'{file}'"}
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, stages=("teacher",), evaluate=False)
     assert same(weights(path, "teacher"), weights(run, "teacher"))
 
 
@@ -326,6 +326,7 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
     for new, old in {"azure": "blue", "green": "green", "red": "red"}.items():
         shutil.copytree(photographs / old, other / new)
     changes = {"data.source": f"'{other}'", "teacher.weights": f"'{run / 'teacher'}'"}
+    changes |= {"teacher.model": "cifar/resnet14"}
     with pytest.raises(ArtifactError, match="has other classes"):
         pipeline.run(recipe(**changes), output_dir=tmp_path, name="a")
 

@@ -198,7 +198,7 @@ def test_what_cannot_be_trained_without_labels_is_refused(without_labels, images
 def test_a_teacher_without_class_names_gets_them_from_the_recipe(without_labels, teacher, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(load_model(teacher / "teacher").module.state_dict(), weights)
-    bare = {"teacher": [f"cifar/resnet14@{weights}"]}
+    bare = {"teacher": [f"cifar/resnet8@{weights}"]}
     with pytest.raises(
         UsageError, match=r"takes the class names from the teacher, and it has none: .*teacher\.classes"
     ):

@@ -46,7 +46,7 @@ def environment(folder):
     return json.loads((folder / "environment.json").read_text())
 
 
-AUTO = {"training.precision": "auto", "training.threads": 1}
+AUTO = {"training.precision": "auto", "training.threads": 1, "teacher.model": "cifar/resnet14"}
 
 
 def test_baseline_and_distilled_share_one_precision_and_the_teacher_has_its_own(recipe, tmp_path, hardware):

@@ -161,7 +161,7 @@ def worse_teacher(recipe, tmp_path):
     torch.save(teacher.state_dict(), path)
 
     def make(**changes):
-        given = {"teacher.model": "cifar/resnet8", "teacher.weights": path, "training.epochs": 12}
+        given = {"teacher.model": "cifar/resnet8", "teacher.weights": path, "training.epochs": 6, "training.lr": 0.01}
         return recipe(**{"teacher_below_baseline": "stop", **given, **changes})
 
     return make
@@ -196,9 +196,8 @@ def test_noise_on_val_ends_no_run():
 def test_many_weights_from_scratch_on_few_images_are_warned_of(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "MANY_WEIGHTS", 150_000)  # between the teacher's and the student's
     heard = Listening()
-    path = pipeline.run(
-        recipe(**{"training.epochs": 1, "teacher.training.epochs": 1}), output_dir=tmp_path, observer=heard
-    )
+    changes = {"training.epochs": 1, "teacher.training.epochs": 1, "teacher.model": "cifar/resnet14"}
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, observer=heard)
     (line,) = [line for line in heard.lines if "million weights from scratch" in line]
     assert line.startswith("warning: teacher: 0 million weights")
     assert "42 images, and the device is cpu" in line
@@ -250,7 +249,17 @@ def test_photos_runs_on_a_small_folder_without_a_network(photographs, tmp_path, 
     assert any("convnext_tiny" in text for text in found["warnings"])
     (recorded,) = RunFolder(path).read_environment()["replaced_networks"]
     assert recorded == line.removeprefix("warning: ")
-    again = pipeline.run(recipe, output_dir=tmp_path, resume=True)
+
+
+def test_what_replaced_a_network_is_said_again_when_the_run_goes_on(offline, recipe, tmp_path):
+    fallback = "[{model: cifar/resnet8, weights: null, head: null}]"
+    given = recipe(student=f"{{model: efficientnet-lite0, weights: pretrained, fallback: {fallback}}}")
+    path = pipeline.run(given, output_dir=tmp_path, stages=("baseline",))
+    (recorded,) = RunFolder(path).read_environment()["replaced_networks"]
+    assert "efficientnet-lite0" in recorded
+    assert recorded in json.loads((path / "results.json").read_text())["warnings"]
+    (path / "results.json").unlink()
+    again = pipeline.run(given, output_dir=tmp_path, stages=("baseline",), resume=True)
     assert recorded in json.loads((again / "results.json").read_text())["warnings"]
 
 

@@ -91,9 +91,9 @@ def asked_in(cache):
 
 CONVERTED = {
     "precision": "bf16",
-    "folded": 15,
+    "folded": 9,
     "layout": "channels_last",
-}  # 1 + 2 x 6, and 2 shortcuts of cifar/resnet14
+}  # 1 + 2 x 3, and 2 shortcuts of cifar/resnet8
 PLAIN = {"precision": "float32", "folded": 0, "layout": "channels_last"}
 
 

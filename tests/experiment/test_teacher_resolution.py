@@ -15,7 +15,8 @@ from potstill.experiment.teacher_cache import cache_key
 from potstill.experiment.teacher_inference import convert_teachers
 from potstill.training.callbacks import SilentObserver
 
-TEACHER = {"training.epochs": 2, "teacher.size": 24, "teacher_cache.views": 2, "teacher.training.epochs": 1}
+TEACHER = {"teacher.model": "cifar/resnet14", "teacher.size": 24, "teacher.training.epochs": 1}
+TEACHER |= {"training.epochs": 2, "teacher_cache.views": 2}
 SHORT = {"stages": ("teacher", "distilled"), "evaluate": False}
 
 

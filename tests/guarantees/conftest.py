@@ -19,7 +19,7 @@ from potstill.models.model_file import load_model
 from potstill.report.run_reader import read_run
 from potstill.training.checkpointing import load_checkpoint
 
-from ..conftest import short_runs
+from ..conftest import short_runs, whole_runs
 
 COLOURS = {"blue": (30, 60, 200), "red": (210, 40, 30)}
 RECIPE = """
@@ -58,8 +58,8 @@ def recipe_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blank ones, but for modules that say DRAWS = True."""
-    with nullcontext() if getattr(request.module, "DRAWS", False) else short_runs():
+    """Short runs, but for modules that say WHOLE_RUNS = True."""
+    with nullcontext() if getattr(request.module, "WHOLE_RUNS", False) else short_runs():
         yield
 
 
@@ -70,9 +70,9 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run folder; nobody may change it."""
+    """A whole run folder, of which only the pictures are blank; nobody may change it."""
     root = tmp_path_factory.mktemp("runs")
-    with short_runs():
+    with whole_runs():
         assert main(["run", str(tiny_recipe), "--output-dir", str(root)]) == 0
     return root / "tiny"
 

@@ -116,21 +116,17 @@ def changed(key, other):
         after = load_recipe("quickstart", [f"{key}={text}", *beside(key)])
     except PotstillError:
         return None
-    return (
-        None if value_at(before(), key) == value_at(parse_yaml(dump_recipe(after), "recipe.yaml").value, key) else after
-    )
+    return None if value_at(before(), key) == value_at(after.model_dump(mode="json"), key) else after
 
 
 def candidates(key):
     return [*words_of(LEAVES[key]), *OTHERS]
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", sorted(set(KEYS) - ONLY_WITH_ANOTHER))
 def test_every_setting_is_refused_by_name(key, begun):
     valid = (recipe for other in candidates(key) if (recipe := changed(key, other)) is not None)
     recipes = list(itertools.islice(valid, 2))
-    if key in ONLY_WITH_ANOTHER:
-        return
     assert recipes, f"no other value of {key} is known to this test"
     for recipe in recipes:
         if key in FREE:

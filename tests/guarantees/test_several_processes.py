@@ -1,8 +1,8 @@
 """G13, G14: a run of several processes ends as a whole, shows why, and goes on where it was.
 
-Real commands under torchrun, two gloo processes.  What happens to a rank happens at a step of its training
-(``faulty.py``), so that no test depends on how far a process has come in a given time.  A launch costs some seconds:
-what needs none of torchrun is tried in ``tests/distributed/test_group_watchdog.py``; the rarer mishaps are ``slow``.
+Two gloo processes, started as torchrun starts them, without its seconds; torchrun itself, and the rarer mishaps, are
+``slow``.  What happens to a rank happens at a step of its training (``faulty.py``), so that no test depends on how far
+a process has come in a given time.  What needs no run is tried in ``tests/distributed/test_group_watchdog.py``.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.errors import RankLost
 from potstill.export.evaluate import evaluate
+
+from ..forked import forked_ranks
 
 RECIPE = """
 name: tiny
@@ -53,6 +57,15 @@ def place(tmp_path_factory):
     return folder
 
 
+def command(place, name, *flags, mishap=("none", 0)):
+    run = ["run", str(place / "tiny.yaml"), "--output-dir", str(place / "runs"), "--name", name, *flags]
+    return [str(FAULTY), *map(str, mishap), *run]
+
+
+def environment(cache, timeout="60"):
+    return os.environ | {"POTSTILL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "POTSTILL_TIMEOUT": timeout}
+
+
 class Launch:
     """torchrun and its processes.
 
@@ -66,15 +79,12 @@ class Launch:
 
     def __init__(self, place, name, *flags, mishap=("none", 0), options=("--nproc-per-node", "2"), before=()):
         self.cache = place / f"cache-{name}"
-        environment = os.environ | {
-            "POTSTILL_CACHE": str(self.cache), "OMP_NUM_THREADS": "1",
-            "POTSTILL_TIMEOUT": "6" if mishap[0] == "hangs" else "60",
-        }  # fmt: skip
-        run = ["run", str(place / "tiny.yaml"), "--output-dir", str(place / "runs"), "--name", name, *flags]
-        launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(FAULTY), *map(str, mishap)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
         self.process = subprocess.Popen(
-            [*before, *launcher, *run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+            [*before, *launcher, *command(place, name, *flags, mishap=mishap)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(self.cache, "6" if mishap[0] == "hangs" else "60"),
+        )  # fmt: skip
 
     def end(self):
         """The exit status, and the errors that potstill has shown, when all processes are gone."""
@@ -84,13 +94,17 @@ class Launch:
             assert time.monotonic() < until, "a process was left behind"
             time.sleep(0.05)
         self.errors = errors
-        shown = errors.split("error: ")[1:]
-        return self.process.returncode, ["\n".join(text.splitlines()[:2]) for text in shown]
+        return self.process.returncode, shown(errors)
 
     def code(self, rank):
         """The exit code of a rank, as torchrun reports it."""
         found = re.search(rf"rank +: {rank} .*\n +exitcode +: (-?\d+)", self.errors)
         return found and int(found[1])
+
+
+def shown(errors):
+    """The first two lines of each error that potstill has shown."""
+    return ["\n".join(text.splitlines()[:2]) for text in errors.split("error: ")[1:]]
 
 
 def alive(pid):
@@ -106,7 +120,10 @@ def weights(place, name):
 @pytest.fixture(scope="module")
 def whole(place):
     """The weights of a run to which nothing happened."""
-    assert Launch(place, "whole").end() == (0, [])
+    (ranks,) = forked_ranks(command(place, "whole"), environment=environment(place / "cache-whole"))
+    for each in ranks:
+        assert each.returncode == 0, each.errors
+        assert shown(each.errors) == []
     return weights(place, "whole")
 
 
@@ -129,13 +146,12 @@ def test_figures_are_those_of_a_single_process(place, whole):
 
 @pytest.fixture(scope="module")
 def unlucky(place):
-    """A run of which a process is killed, and which torchrun starts again: its launch, and how that ended.
+    """The attempts of a run of which a process is killed, and which starts again.
 
     A run has 8 steps of the teacher, 12 of the baseline and 12 of the distilled student.
     """
-    options = ("--nproc-per-node", "2", "--max-restarts", "1")
-    launch = Launch(place, "unlucky", mishap=("killed", 10), options=options)
-    return launch, *launch.end()
+    killed = command(place, "unlucky", mishap=("killed", 10))
+    return forked_ranks(killed, environment=environment(place / "cache-unlucky"), restarts=1)
 
 
 @pytest.mark.slow  # quick, without torchrun: tests/distributed/test_group_watchdog.py, a rank that hangs
@@ -156,16 +172,27 @@ def test_a_run_whose_launcher_was_sent_sigterm_is_interrupted(place):
     assert [text.splitlines()[0] for text in errors] == [INTERRUPTED]
 
 
-def test_a_killed_process_is_named_and_torchrun_starts_the_run_again(unlucky):
-    launch, status, errors = unlucky
-    assert status == 0, launch.errors
+def test_a_killed_process_is_named_by_the_other(unlucky):
+    first = unlucky[0]
+    assert [each.returncode for each in first] == [RankLost.exit_code, -signal.SIGKILL]
+    errors = shown("".join(each.errors for each in first))
     assert len(errors) == 1
     assert re.fullmatch(lost(1, "has died, or is stopped"), errors[0])
 
 
-def test_what_happened_to_a_run_changes_no_weight(unlucky, place, whole):
-    assert unlucky[1] == 0
+def test_a_run_that_starts_again_goes_on_to_the_same_weights(unlucky, place, whole):
+    assert [each.returncode for each in unlucky[1]] == [0, 0], "".join(each.errors for each in unlucky[1])
     assert weights(place, "unlucky") == whole
+
+
+@pytest.mark.slow  # quick, without torchrun: the two tests above
+def test_torchrun_starts_the_run_of_a_killed_process_again(place, whole):
+    options = ("--nproc-per-node", "2", "--max-restarts", "1")
+    status, errors = Launch(place, "restarted", mishap=("killed", 10), options=options).end()
+    assert status == 0
+    assert len(errors) == 1
+    assert re.fullmatch(lost(1, "has died, or is stopped"), errors[0])
+    assert weights(place, "restarted") == whole
 
 
 @pytest.mark.slow  # quick, without torchrun: tests/distributed/test_group_watchdog.py, an error shown by its rank

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from potstill.cli import main
 from potstill.experiment.run_folder import RunFolder
 
+from ..forked import Forked
+
 STAGES = ("teacher", "baseline", "distilled")
 LONG = 1200  # seconds after which a process counts as hanging
 
@@ -44,26 +46,21 @@ def arguments(recipe: Path, root: Path, *flags: str) -> list[str]:
     return ["run", str(recipe), "--output-dir", str(root), "--set", f"teacher_cache.folder={root}/store", *flags]
 
 
-def start(root: Path, *command: str) -> subprocess.Popen[str]:
+def environment(root: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "POTSTILL_CACHE": str(root / "cache")}
+
+
+def start(root: Path, *command: str) -> Forked:
     """A process in a session of its own, so that whoever is left of it can be found."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "POTSTILL_CACHE": str(root / "cache")}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    return Forked([str(Path(__file__).with_name("signalled.py")), *command], environment(root))
 
 
 def signalled(recipe: Path, root: Path, phase: str, number: str) -> tuple[int, str]:
     place, times = PHASES[phase]
-    script = str(Path(__file__).with_name("signalled.py"))
-    process = start(root, script, place, number, str(times), *arguments(recipe, root))
-    _, errors = process.communicate(timeout=LONG)
+    process = start(root, place, number, str(times), *arguments(recipe, root))
+    code = process.wait(LONG)
     assert left(process.pid, patience=60) == []
-    return process.returncode, errors
+    return code, process.errors
 
 
 def left(session: int, patience: float) -> list[str]:
@@ -143,14 +140,11 @@ def test_a_batch_system_kills_after_a_grace_time(
 ) -> None:
     """SIGTERM comes within a step that does not end, and SIGKILL a second later, as it does ten seconds later there."""
     place, times = PHASES[phase]
-    script = str(Path(__file__).with_name("signalled.py"))
-    process = start(tmp_path, script, place, "SIGTERM+hang", str(times), *arguments(tiny_recipe, tmp_path))
-    assert process.stderr is not None
-    assert any(line == "hangs\n" for line in process.stderr)
+    process = start(tmp_path, place, "SIGTERM+hang", str(times), *arguments(tiny_recipe, tmp_path))
+    assert process.wait_for("hangs\n"), process.errors
     time.sleep(1)
     assert process.poll() is None
     process.kill()
-    process.communicate()
     assert left(process.pid, patience=60) == []
     assert resumed(tiny_recipe, tmp_path) == weights(finished_run)
 
@@ -159,7 +153,10 @@ def test_a_batch_system_kills_after_a_grace_time(
 @pytest.mark.parametrize("number", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_no_worker_outlives_the_run(tiny_recipe: Path, tmp_path: Path, number: str) -> None:
     streamed = ["--set", "data.workers=2", "--set", "data.cache_fraction=1e-12", "--set", "training.epochs=500"]
-    process = start(tmp_path, "-m", "potstill", *arguments(tiny_recipe, tmp_path, *streamed))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "potstill", *arguments(tiny_recipe, tmp_path, *streamed)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(tmp_path), start_new_session=True,
+    )  # fmt: skip
     until = time.monotonic() + LONG
     while not list(tmp_path.glob("tiny/*/checkpoints/last.checkpoint")):
         assert process.poll() is None, process.communicate()[1]

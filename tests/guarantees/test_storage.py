@@ -175,7 +175,8 @@ def test_a_folder_in_which_one_may_not_write(faults: Faults, mode: int) -> None:
 
 @pytest.mark.parametrize("when", [12, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_broken_disk_as_the_system_tells_of_it(tiny: Tiny, tmp_path: Path, when: int) -> None:
-    strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}"]
+    strace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", os.devnull, "-e", "trace=fsync"]
+    strace += ["-e", f"inject=fsync:error=EIO:when={when}"]
     if shutil.which("strace") is None or subprocess.run([*strace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs strace, and the right to trace a process")
     command = [*strace, sys.executable, "-m", "potstill", *tiny.arguments, "--output-dir", str(tmp_path / "runs")]

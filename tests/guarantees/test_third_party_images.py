@@ -7,8 +7,6 @@ tests/data/test_image_io.py.
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from PIL import Image
 from potstill.data.entries import has_image_suffix
 
 from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL
+from ..forked import forked
 
 MOST_KILOBYTES = 200_000  # beyond what the command needs on two harmless images
 LONG = 1200  # seconds
@@ -44,12 +43,10 @@ sys.exit(code)
 
 def command(*arguments):
     """Exit code, output, errors and peak memory in kB (0 where the system does not say)."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=LONG, check=False
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    errors, _, peak = done.stderr.partition("peak ")
-    return done.returncode, done.stdout, errors, int(peak.split()[0] if peak else 0)
+    done = forked(["-c", SCRIPT, *map(str, arguments)], timeout=LONG)
+    assert "Traceback" not in done.errors, done.errors
+    errors, _, peak = done.errors.partition("peak ")
+    return done.returncode, done.out, errors, int(peak.split()[0] if peak else 0)
 
 
 @pytest.fixture(params=[12, pytest.param(1, marks=pytest.mark.slow)], ids=["every twelfth", "all"])

@@ -1,13 +1,13 @@
 """G4: one writer a run folder."""
 
-import multiprocessing
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..forked import Forked
 
 Tiny = Any  # the fixture of conftest.py
 START = """
@@ -18,30 +18,21 @@ render.render = lambda folder: folder / "report.html"  # pictures take most of t
 time.sleep(max(0.0, {when} - time.time()))
 raise SystemExit(main({arguments}))
 """
-HEAVY = ("potstill", "torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL", "pydantic", "jinja2")
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_two_starts_at_once(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], times: int) -> None:
+def test_two_starts_at_once(tiny: Tiny, tmp_path: Path, times: int) -> None:
     refusals = {
         5: r"error: \S+run is being written by another process; wait for it, or use --name",
         2: r"error: \S+run exists\. To continue it: --resume\. .*",  # it came when the other one was done
     }
     assert tiny(tmp_path / "alone") == 0
-    # Forked from a process that has imported everything and trained nothing: PyTorch's autograd is not to be forked.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in HEAVY])
     for attempt in range(times):
         root = tmp_path / str(attempt)
-        capfd.readouterr()
         code = START.format(when=time.time() + 0.2, arguments=[*tiny.arguments, "--output-dir", str(root)])
-        children = [context.Process(target=exec, args=(code, {})) for _ in range(2)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        codes = sorted(child.exitcode or 0 for child in children)
-        said = capfd.readouterr().err
+        children = [Forked(["-c", code]) for _ in range(2)]
+        codes = sorted(child.wait() for child in children)
+        said = "".join(child.errors for child in children)
         errors = [line for line in said.splitlines() if line.startswith("error")]
         assert codes[0] == 0, said
         assert codes[1] in refusals, said

@@ -108,7 +108,31 @@ def savez(**arrays):
             "a.csv",
             lambda path: write_csv(path, values=PROBABILITIES * [[1], [0.5], [1]]),
             DataError,
-            "1 of 3 rows do not sum to 1, such as 'cat/1.png' with 0.5",
+            "most rows are probabilities, but 1 of 3 rows do not sum to 1 .*, such as 'cat/1.png' with the sum 0.5",
+        ),
+        (
+            "a.csv",
+            lambda path: write_csv(path, values=np.add(PROBABILITIES, [[0, 0], [-1, 1], [0, 0]])),
+            DataError,
+            "1 of 3 rows do not sum to 1 or have a number below 0, such as 'cat/1.png' with the sum 1",
+        ),
+        (
+            "a.csv",
+            lambda path: write_csv(path, values=PROBABILITIES * [[1], [1], [3]]),
+            DataError,
+            "most rows are probabilities, but 1 of 3",
+        ),
+        (
+            "a.csv",
+            lambda path: write_csv(path, values=np.asarray(PROBABILITIES) * 100),
+            DataError,
+            "the rows seem to be percentages, which sum to 100: divide by 100",
+        ),
+        (
+            "a.csv",
+            lambda path: write_csv(path, values=PROBABILITIES * [[0.5], [0.5], [0.5]]),
+            DataError,
+            "all numbers are from 0 to 1, but 3 of 3 rows do not sum to 1",
         ),
         (
             "a.csv",

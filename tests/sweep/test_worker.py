@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
 from potstill.sweep import parse_space
 from potstill.sweep.worker import Sweep
+
+from ..forked import Forked, forked
 
 pytest.importorskip("optuna", reason='needs the extra "sweep"')
 
@@ -45,7 +45,7 @@ def command(source, folder, *more, through=("-m", "potstill")):
     over = ["--search", "method.temperature=1,2"]
     more = ("--confirm-seeds", "0", *more)
     where = ["--output-dir", str(folder.parent), "--name", folder.name]
-    return [sys.executable, *through, "sweep", source, *over, *where, *more]
+    return [*through, "sweep", source, *over, *where, *more]
 
 
 def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
@@ -135,16 +135,11 @@ def test_a_killed_process_loses_nothing_and_two_share_the_rest(source, tmp_path)
     longer = ("--set", "training.epochs=3")
     # Killed in the second epoch of the first trial.
     killing = (str(SIGNALLED), "potstill.training.trainer:write_json_lines", "SIGKILL", "4")
-    first = subprocess.run(
-        command(source, folder, *longer, through=killing), capture_output=True, text=True, check=False
-    )
-    assert first.returncode == -signal.SIGKILL, first.stderr
+    first = forked(command(source, folder, *longer, through=killing))
+    assert first.returncode == -signal.SIGKILL, first.errors
     (begun,) = folder.glob("trials/*/distilled/metrics.jsonl")
     home = begun.parents[1].name
-    pair = [
-        subprocess.Popen(command(source, folder, *longer), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    pair = [Forked(command(source, folder, *longer)) for _ in range(2)]
     said = [each.communicate(timeout=LONG) for each in pair]
     assert [each.returncode for each in pair] == [0, 0], said
     found = rows(folder)

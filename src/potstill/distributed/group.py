@@ -43,6 +43,7 @@ from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, Usa
 HEARTBEAT_SECONDS = 0.5
 _SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a heartbeat after a connection broke, a rank is lost
 _GRACE_SECONDS = 10.0  # for the main thread to end, after another process or the launcher has failed
+_JOIN_SECONDS = 5.0  # for a call of the store to return
 _IDLE_CPU_SHARE = 0.05  # of a core; a process that uses less is idle
 _TIMEOUT_FACTOR = 10.0  # of the time-out outside of training steps
 _RESUME_HINT = "What was saved is intact: start all again, with --resume"
@@ -110,6 +111,8 @@ class Watchdog:
             return RankLost(f"the process or machine that started the run no longer answers.\n{_RESUME_HINT}")
         finally:
             self._over.set()
+            # A thread within a call of the store when the interpreter ends would abort the process (SIGABRT).
+            self._thread.join(_JOIN_SECONDS)
 
     # the first failure
 

@@ -46,6 +46,9 @@ def abkd_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> teacher = torch.tensor([[3.0, 1.0]]).log()

@@ -45,6 +45,9 @@ def crld_within_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> import torch
         >>> flat, sure = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -85,6 +88,9 @@ def crld_cross_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch

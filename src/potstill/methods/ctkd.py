@@ -88,6 +88,9 @@ def ctkd_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> # T = 1 + 2 * 0.5 = 2: as in kd_loss
         >>> ctkd_loss(torch.zeros(1, 2), torch.tensor([[4.0, 0.0]]), torch.tensor(0.0), span=2.0)

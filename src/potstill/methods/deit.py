@@ -64,6 +64,9 @@ def deit_soft_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # as in kd_loss, 1.3113, over two classes

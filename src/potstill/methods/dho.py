@@ -55,6 +55,9 @@ def dho_loss(
     Returns:
         A scalar, at least 0; the mean of images of which there are none is 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> teacher = torch.tensor([[4.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
         >>> # as in kd_loss, 1.3113 for the labeled image; (1.3113 + 0) / 2 for the others

@@ -48,6 +48,9 @@ def dist_inter_loss(
     Returns:
         A scalar from 0 to 2 tau squared.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> import torch
         >>> # probabilities (1/2, 1/4, 1/4) and (1/4, 1/2, 1/4): correlation -1/2
@@ -78,6 +81,9 @@ def dist_intra_loss(
 
     Returns:
         A scalar from 0 to 2 tau squared.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -114,6 +120,9 @@ def dist_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch

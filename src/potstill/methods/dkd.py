@@ -33,6 +33,9 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # teacher (3/4, 1/4), student (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2)
@@ -59,6 +62,9 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -97,6 +103,9 @@ def dkd_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch

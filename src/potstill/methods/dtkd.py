@@ -34,6 +34,9 @@ def dtkd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Po
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> # largest logits 2 and 6 share 2 T = 2: 0.5 and 1.5.  Both softmaxes become softmax(4, 0) and agree.
         >>> dtkd_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[6.0, 0.0]]), temperature=1.0)

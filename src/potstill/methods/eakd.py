@@ -46,6 +46,9 @@ def eakd_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> import torch
         >>> # KL 0.1308 from (3/4, 1/4) to (1/2, 1/2); H_t 0.5623 and H_s ln 2, so w = 0.5623

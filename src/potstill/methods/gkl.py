@@ -33,6 +33,9 @@ def gkl_wmse_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``gamma`` is below 0.
+
     Example:
         >>> import torch
         >>> # weights 2 and 1: twice 2 * 4^2 / 4 over (2 + 1)^2

@@ -99,6 +99,9 @@ def ikl_soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     Returns:
         A scalar, at least the entropy of the targets.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # (3/4, 1/4) against (1/4, 3/4): 3/4 ln 4 + 1/4 ln(4/3)

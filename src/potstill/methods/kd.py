@@ -39,6 +39,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Posi
     Returns:
         A scalar, at least 0, in float32 or in float64 where the logits came so.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # by hand: 4 (0.8808 ln(0.8808 / 0.5) + 0.1192 ln(0.1192 / 0.5))

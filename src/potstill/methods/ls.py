@@ -34,6 +34,9 @@ def standardise(logits: Tensor, *, eps: NonNegative = 1e-7) -> Tensor:
     Returns:
         Shape [B, K], in at least float32.
 
+    Raises:
+        UsageError: ``eps`` is below 0.
+
     Example:
         >>> import torch
         >>> standardise(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])).round()  # mean 2, deviation 1; both alike

@@ -43,6 +43,9 @@ def mlld_batch_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # one image: student 1/4 + 1/4 = 1/2, teacher 9/16 + 1/16 = 5/8
@@ -66,6 +69,9 @@ def mlld_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch

@@ -63,6 +63,9 @@ def nkd_others_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> teacher = torch.tensor([[9.0, 3.0, 1.0]]).log()
@@ -97,6 +100,9 @@ def nkd_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch

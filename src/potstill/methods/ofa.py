@@ -50,6 +50,9 @@ def ofa_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[1.0, 1.0]])
         >>> # targets 1.5^2 - 1 and 0.5^2: 1.5 ln 2; in the paper's form 1.25 + 0.5

@@ -30,6 +30,9 @@ def pskd_targets(previous: Tensor, labels: Tensor, *, share: Share) -> Tensor:
     Returns:
         Shape [B, K], rows with the sum 1.
 
+    Raises:
+        UsageError: ``share`` is not from 0 to 1.
+
     Example:
         >>> pskd_targets(torch.tensor([[0.6, 0.4]]), torch.tensor([1]), share=0.5)
         tensor([[0.3000, 0.7000]])

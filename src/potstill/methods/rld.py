@@ -36,6 +36,9 @@ def scd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> import torch
         >>> # the teacher's largest is 3/4, of a class that is not the label: 3/4 ln(3/2) + 1/4 ln(1/2)
@@ -65,6 +68,9 @@ def mcd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -109,6 +115,9 @@ def rld_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> import torch

@@ -67,6 +67,9 @@ def sdd_kd_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> teacher = torch.tensor([[[3.0, 1.0], [1.0, 3.0]]]).log()  # right about the image, wrong about the region
         >>> # 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 of each: (1 + 2) / 2 times that
@@ -102,6 +105,9 @@ def sdd_dkd_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> teacher = torch.tensor([[[12.0], [3.0], [1.0]]]).log()

@@ -50,6 +50,9 @@ def tfkd_reg_loss(
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: a number out of its range.
+
     Example:
         >>> # the target is softmax(1, 0) = (0.7311, 0.2689): ln 2 minus its entropy 0.5822, over two classes
         >>> tfkd_reg_loss(torch.zeros(1, 2), torch.tensor([0]), temperature=1.0, correct=1.0)
@@ -77,6 +80,9 @@ def tfkd_self_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> # as in kd_loss, 1.3113, over two classes

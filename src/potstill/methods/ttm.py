@@ -38,6 +38,9 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive 
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``gamma`` is not above 0.
+
     Example:
         >>> import torch
         >>> # (9, 1) to the power 1/2 is (3, 1): 3/4 ln(3/2) + 1/4 ln(1/2)

@@ -37,6 +37,9 @@ def wkd_cost(rows: Tensor, *, sharpness: NonNegative = 1.0) -> Tensor:
     Returns:
         Shape [K, K].
 
+    Raises:
+        UsageError: ``sharpness`` is below 0.
+
     Example:
         >>> wkd_cost(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # right angles: 1 - exp(-1)
         tensor([[0.0000, 0.6321],
@@ -100,6 +103,9 @@ def wkd_distance_loss(
 
     Returns:
         A scalar, at least 0.
+
+    Raises:
+        UsageError: a number out of its range.
 
     Example:
         >>> # half of the probability goes from class 2 to class 1, at the cost 0.4

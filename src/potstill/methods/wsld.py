@@ -36,6 +36,9 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``temperature`` is not above 0.
+
     Example:
         >>> # equal logits: both errors are ln 2, u = 1 - 1/e = 0.6321, times the soft cross-entropy ln 2
         >>> wsld_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]), temperature=1.0)

@@ -30,6 +30,9 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive
     Returns:
         A scalar, at least 0.
 
+    Raises:
+        UsageError: ``gamma`` is not above 0.
+
     Example:
         >>> import torch
         >>> # (0.9, 0.1) to the power 1/2 sums to 1.2649; times 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308

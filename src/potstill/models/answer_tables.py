@@ -230,18 +230,25 @@ def _is_number(text: str) -> bool:
 
 
 def _guess_kind(values: NDArray[Any], path: Path, paths: Sequence[str]) -> AnswerKind:
-    """Return probabilities if all rows are such, logits if any number is outside [0, 1]."""
-    if values.min() < 0 or values.max() > 1 or not np.isfinite(values).all():
-        return "logits"
+    """Return probabilities if all rows are such, logits if a number is outside [0, 1] and most rows are no shares."""
+    if not np.isfinite(values).all():
+        return "logits"  # refused by ``_check_values``
     sums = values.sum(axis=1, dtype=np.float64)
-    wrong = np.flatnonzero(np.abs(sums - 1) > _SUM_TOLERANCE)
-    if len(wrong):
+    positive = values.min(axis=1) >= 0
+    shares = positive & (np.abs(sums - 1) <= _SUM_TOLERANCE)
+    if shares.all():
+        return "probabilities"
+    wrong = int(np.flatnonzero(~shares)[0])
+    advice = "If they are logits, write 'logit_' before the names of the columns; "
+    if (positive & (np.abs(sums / 100 - 1) <= _SUM_TOLERANCE)).mean() > 0.5:
+        raise DataError(f"{path}: the rows seem to be percentages, which sum to 100: divide by 100.\n{advice[:-2]}")
+    if 2 * shares.sum() > len(values) or (values.min() >= 0 and values.max() <= 1):
+        what = "most rows are probabilities" if shares.any() else "all numbers are from 0 to 1"
         raise DataError(
-            f"{path}: all numbers are from 0 to 1, but {len(wrong):,} of {len(values):,} rows do not sum to 1, such as "
-            f"{paths[wrong[0]]!r} with {sums[wrong[0]]:.4g}.\nIf they are logits, write 'logit_' before the names of "
-            "the columns; if a class is missing, add it"
+            f"{path}: {what}, but {int((~shares).sum()):,} of {len(values):,} rows do not sum to 1 or have a number "
+            f"below 0, such as {paths[wrong]!r} with the sum {sums[wrong]:.4g}.\n{advice}if a class is missing, add it"
         )
-    return "probabilities"
+    return "logits"
 
 
 def _check_values(table: AnswerTable) -> None:

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,18 @@ def final_student(run: Run) -> StageResult | None:
 
 def recipe_setting(run: Run, *path: str) -> Any:
     """Return a setting of the run's recipe; None if the recipe or the setting is missing."""
-    try:
-        found = parse_yaml(run.recipe or "", "recipe.yaml").value
-    except UsageError:
-        return None
+    found = _parse_recipe(run.recipe or "")
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
     return found
+
+
+@lru_cache(maxsize=1)  # several pieces of advice look at the recipe, which takes longer to parse than they take
+def _parse_recipe(text: str) -> Any:
+    try:
+        return parse_yaml(text, "recipe.yaml").value
+    except UsageError:
+        return None
 
 
 IMBALANCE_RATIO = 5.0  # images of the largest class to those of the smallest

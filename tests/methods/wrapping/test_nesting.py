@@ -10,7 +10,7 @@ from torch import nn
 
 from potstill.distillation.distiller import Distiller
 from potstill.errors import UsageError
-from potstill.methods import create_method, list_methods
+from potstill.methods import create_method, list_methods, method_class
 from potstill.methods.base import Method
 from potstill.types import Step
 
@@ -183,9 +183,6 @@ def test_methods_that_decide_over_labels_stay_out_of_combinations_when_wrapped()
         create_method(**nested(("combined", "eskd"), {"name": "pskd"}))
 
 
-@pytest.mark.parametrize("name", list_methods())
-def test_no_method_has_a_forward_of_its_own(name):
+def test_no_method_has_a_forward_of_its_own():
     """A method around another calls ``label_terms`` and ``distill``: what stands in ``forward`` would be lost."""
-    from potstill.methods import method_class
-
-    assert method_class(name).forward is Method.forward
+    assert [name for name in list_methods() if method_class(name).forward is not Method.forward] == []
