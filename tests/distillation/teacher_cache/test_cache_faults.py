@@ -16,7 +16,6 @@ from potstill.distillation.teacher_cache import cache
 from potstill.errors import ArtifactError, StorageError
 from potstill.io import write_checksummed_json
 
-
 SAMPLES = 600  # records of 8 bytes, so that a view's begin and end within a page
 
 
@@ -239,8 +238,11 @@ def test_where_nothing_can_be_reserved_zeros_are_written(known, tmp_path, monkey
 
     monkeypatch.setattr(os, "posix_fallocate", fail)
     store = known.store(tmp_path, samples=300_000)
-    known.fill(store, 0, range(10))
+    known.fill(store, 0, [0, 200_000, 299_999])  # more than 1 MB apart, which is read at once
     store.close()
+    again = known.store(tmp_path, samples=300_000)
+    assert known.check(again, 0) == (3, 0)
+    again.close()
     assert (store.path / "logits.bin").stat().st_blocks * 512 >= 2_400_000
     monkeypatch.delattr(os, "posix_fallocate")
     full(known, tmp_path / "b")
