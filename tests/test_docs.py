@@ -271,11 +271,18 @@ def test_pages_fetch_nothing_from_elsewhere(site):
 
 
 def test_a_broken_link_fails_the_build(generated_docs, tmp_path):
-    shutil.copytree(generated_docs, tmp_path / "copy")
-    for page, target in (("index", "no-such-page.md"), ("data", "recipes.md#nosuchsettings")):
-        with (tmp_path / "copy" / "docs" / f"{page}.md").open("a", encoding="utf-8") as file:
-            file.write(f"\n[nowhere]({target})\n")
-    done = build(tmp_path / "copy")
+    """In a site of three pages, with the settings of the whole one."""
+    docs = tmp_path / "docs"
+    shutil.copytree(generated_docs / "docs" / "stylesheets", docs / "stylesheets")
+    settings = (generated_docs / "zensical.toml").read_text(encoding="utf-8")
+    settings, replaced = re.subn(
+        r"^nav = \[.*?^\]$", 'nav = ["index.md", "data.md", "recipes.md"]', settings, flags=re.M | re.S
+    )
+    assert replaced == 1
+    (tmp_path / "zensical.toml").write_text(settings, encoding="utf-8")
+    for page, target in (("index", "no-such-page.md"), ("data", "recipes.md#nosuchsettings"), ("recipes", "data.md")):
+        (docs / f"{page}.md").write_text(f"# {page}\n\n[nowhere]({target})\n", encoding="utf-8")
+    done = build(tmp_path)
     assert done.returncode != 0
     assert "2 issues found" in done.stdout + done.stderr
 
