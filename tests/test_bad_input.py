@@ -97,6 +97,7 @@ def test_data(make, code, says, tmp_path, capsys):
     ("arguments", "says"),
     [
         (["--student", "resnet81"], ["no model 'resnet81'", "did you mean", "timm/resnet18"]),
+        (["--student", "runs/encoder"], ["no model 'runs/encoder', nor a run or model folder of this name"]),
         (["--set", "method.name=kdd"], ["no method 'kdd'; did you mean 'kd'?"]),
         (["--set", "method.temperature=0"], ["temperature must be above 0, got 0"]),
         (["--set", "method.alpha=1.2"], ["alpha must be from 0 to 1, got 1.2"]),

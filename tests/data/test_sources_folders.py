@@ -138,7 +138,7 @@ def test_twenty_problems_and_a_count(make_folder) -> None:
         ({"val/a": 1, "test/a": 1}, ["no folder train"]),
         (THREE | {"valid/cat": 1}, ["val and valid are both folders for val"]),
         ({"train/a": 3, "train/b": 3, "tset/a": 1}, ["tset: unknown folder beside train; did you mean 'test'?"]),
-        ({}, ["no class folders"]),
+        ({}, ["no class folders", "--no-labels"]),
         ({"train": 3}, ["no class folders"]),
     ],
 )

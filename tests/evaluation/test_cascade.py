@@ -125,6 +125,11 @@ def test_a_risk_is_a_share(risk: float) -> None:
         CascadeCalibration(10, 1, ((0.0, 0, 10),)).threshold(risk)
 
 
+def test_a_risk_in_percent_is_named_as_a_share() -> None:
+    with pytest.raises(UsageError, match=r"got 2; for 2 % give 0\.02$"):
+        CascadeCalibration(10, 1, ((0.0, 0, 10),)).threshold(2)
+
+
 def test_figures_on_test_by_hand() -> None:
     calibration = CascadeCalibration(1000, 1, ((0.75, 0, 400), (0.0, 300, 1000)))
     confidence = np.array([0.9, 0.8, 0.7, 0.6])
@@ -167,7 +172,7 @@ def test_a_changed_file_and_other_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "teacher" / "model.json").unlink()
     with pytest.raises(ArtifactError, match="run folder with student and teacher"):
         Cascade.read(tmp_path / "distilled")
-    with pytest.raises(ArtifactError, match=r"no cascade\.json"):
+    with pytest.raises(ArtifactError, match=r"no cascade \(cascade\.json\): give the run folder"):
         Cascade.read(tmp_path)
 
 

@@ -346,7 +346,8 @@ def test_one_image_of_a_class_is_refused(probing, photographs, tmp_path):
         ({"teacher.training.freeze": 3}, "freeze must be below epochs, 3"),
         ({"teacher.head": "prob"}, "probe"),
         ({"training.freeze": 1}, "student.weights is not given"),
-        ({"training.layer_decay": 0.5}, "student.weights is not given"),
+        ({"training.layer_decay": 0.5}, "student.weights is not given: set it for a network with weights only"),
+        ({"student.training.layer_decay": 0.5}, "student.weights is not given: give them, or leave it out"),
         ({"training.freeze_batch_norm": True}, "student.weights is not given"),
     ],
 )

@@ -491,10 +491,11 @@ def _training_problems(shared: dict[str, Any], value: dict[str, Any]) -> Iterato
             used = getattr(merged, key) not in (0, False, None, "auto")
             if used and key not in wrong and section.get("weights") is None:
                 section_path = (*network_path, "training") if key in own else ("training",)
+                advice = f"set it for a network with weights only, for example teacher.training.{key}"
                 yield (
                     (*section_path, key),
                     f"{dotted_key((*section_path, key))} needs initial weights, and {dotted_key(network_path)}.weights "
-                    f"is not given: set it for a network with weights only, for example teacher.training.{key}",
+                    f"is not given: {'give them, or leave it out' if key in own else advice}",
                 )
         for keys, message in _schedule_problems(merged):
             if wrong.intersection(keys):

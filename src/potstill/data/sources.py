@@ -52,7 +52,10 @@ def walk_folder(root: Path, *, follow_links: bool = False) -> Listing:
         _note_files_beside(listing, place, [])
         if not classes:
             listing.report(
-                "no-classes", place, "no class folders; put the images of each class into a folder of its name"
+                "no-classes",
+                place,
+                "no class folders; put the images of each class into a folder of its name, or learn from images "
+                "without labels with --no-labels",
             )
         for each in classes:
             _list_class(listing, each, split, real)

@@ -123,7 +123,11 @@ class CascadeCalibration:
             UsageError: a risk outside of (0, 1).
         """
         if not 0 < risk < 1:
-            raise UsageError(f"the risk of a cascade must be above 0 and below 1, such as {DEFAULT_RISK}, got {risk}")
+            hint = f"; for {risk:g} % give {risk / 100:g}" if 1 <= risk < 100 else ""
+            raise UsageError(
+                f"the risk of a cascade is a share of images, above 0 and below 1, such as {DEFAULT_RISK}, "
+                f"got {risk:g}{hint}"
+            )
         allowed = [step for step in self.steps if step[2] and self.bound(step[1]) <= risk]
         return allowed[-1] if allowed else None
 
@@ -189,8 +193,9 @@ class Cascade:
         path = folder / CASCADE_FILE
         if not path.is_file():
             raise ArtifactError(
-                f"{folder} has no {CASCADE_FILE}: a run writes it for a student that has a teacher with classes; of an "
-                "older run, `potstill run RECIPE --name NAME --resume` writes it"
+                f"{folder} has no cascade ({CASCADE_FILE}): give the run folder of a student that was distilled from a "
+                "teacher with classes; a run from before there were cascades gets one with `potstill run RECIPE --name "
+                "NAME --resume`"
             )
         found = read_checksummed_json(path)
         if found.get("schema") != 1:

@@ -126,8 +126,9 @@ def resolve(name: str) -> tuple[Family, str]:
         return FAMILIES[prefix], bare
     if own_models.is_model(full):
         return own_models, full
+    nor_folder = ", nor a run or model folder of this name" if slash and prefix not in FAMILIES else ""
     raise UsageError(
-        f"no model {name!r}{_nearest_names(prefix, bare)}\n"
+        f"no model {name!r}{nor_folder}{_nearest_names(prefix, bare)}\n"
         f"Known: names of timm, torchvision/NAME, open_clip/NAME, cifar/NAME, {', '.join(ALIASES)}; "
         "`potstill models PATTERN` lists them"
     )
