@@ -72,7 +72,7 @@ def cosine_agreement(fitted: tuple[Array, Array], held_out: tuple[Array, Array])
         >>> random = np.random.default_rng(0)
         >>> teacher = random.normal(size=(60, 3)) + 9.0
         >>> student = teacher @ random.normal(size=(3, 4))  # the same, in another basis
-        >>> cosine_agreement((student[:40], teacher[:40]), (student[40:], teacher[40:])).min() > 0.999
+        >>> bool(cosine_agreement((student[:40], teacher[:40]), (student[40:], teacher[40:])).min() > 0.999)
         True
     """
     from sklearn.linear_model import RidgeCV
