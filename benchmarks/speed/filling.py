@@ -1,8 +1,9 @@
 """(d) Bytes on disk for each view of a sample; (g) views per second that the teacher answers while a store is filled,
 by those of the same teacher on a batch in memory: goal 0.95.
 
-(d) counts the records and their checksums; the manifest takes one block of the file system besides.  (g) counts input
-pipeline, record and the last flush to disk on the side of the store, and nothing but the teacher on the other.
+(d) counts the records and their checksums, and besides all blocks of the file system, the manifest's among them.
+(g) counts input pipeline, record and the last flush to disk on the side of the store, and nothing but the teacher on
+the other.
 """
 
 import argparse
@@ -50,10 +51,10 @@ def bytes_per_view(samples: int, folder: Path) -> str:
         store.close()
         size = sum(path.stat().st_size for path in store.path.iterdir() if path.suffix == ".bin")
         goal = 2 * classes + 2 if classes <= 64 else 76 if kind == "top16" else None
-        rows.append(
-            (f"{classes} classes, {kind}", f"{size / samples / views:.2f}", "" if goal is None else f"<= {goal}")
-        )
-    return f"(d) {samples:,} samples\n" + table(("record", "bytes", "goal"), rows) + "\n"
+        blocks = sum(path.stat().st_blocks * 512 for path in store.path.iterdir())
+        per_record, everything = (f"{each / samples / views:.2f}" for each in (size, blocks))
+        rows.append((f"{classes} classes, {kind}", per_record, "" if goal is None else f"<= {goal}", everything))
+    return f"(d) {samples:,} samples\n" + table(("record", "bytes", "goal", "with all blocks"), rows) + "\n"
 
 
 def fill_rate(given: argparse.Namespace, folder: Path) -> str:
