@@ -117,7 +117,7 @@ def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
         (tmp_path / stage / "model.json").write_text("{}")
         assert find_model(tmp_path) == tmp_path / stage
     assert find_model(tmp_path / "teacher" / "model.json") == tmp_path / "teacher"
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         find_model(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="has no model"):

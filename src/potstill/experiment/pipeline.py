@@ -94,7 +94,7 @@ from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
 from potstill.hub import model_path
-from potstill.io import read_bytes, write_bytes
+from potstill.io import check_exists, read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
@@ -909,10 +909,14 @@ def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
 
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     """Return the run of ``--baseline``, given by its folder or that of its baseline."""
+    check_exists(path, "the folder of a run for --baseline")
     path = path.parent if (path / "model.json").is_file() else path
     if path.resolve() == own.resolve():
         raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
-    return RunFolder(path)
+    folder = RunFolder(path)
+    if not folder.known or not folder.trained("baseline"):
+        raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
+    return folder
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:

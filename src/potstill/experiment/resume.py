@@ -161,8 +161,6 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
 
 def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> None:
     """Check that the baseline of another run was trained as this run's would be."""
-    if not folder.known or not folder.trained("baseline"):
-        raise UsageError(f"--baseline {folder.path}: there is no trained baseline; give the folder of a run with one")
     theirs = _baseline_settings(load_recipe(folder.recipe, data_needed=False, recorded=True))
     theirs["images"] = folder.read_environment().get("data_fingerprint")
     ours = _baseline_settings(recipe) | {"images": data.fingerprint}

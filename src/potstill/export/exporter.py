@@ -51,7 +51,7 @@ from potstill.export.preprocessing import create_preprocessing
 from potstill.formatting import format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
-from potstill.io import read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
+from potstill.io import check_exists, read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_file import Classifier, load_class_model
 
@@ -146,6 +146,7 @@ def export_table(found: "Mapping[str, Path | PotstillError]") -> str:
 def _model_folder(model: Path, stage: str | None) -> Path:
     if stage is None:
         return find_model(model)
+    check_exists(model)
     trained = sort_stages(each.parent.name for each in model.glob("*/model.json"))
     if not trained:
         raise ArtifactError(f"{model} is no run folder with a trained model, so it has no stage {stage!r}")

@@ -31,7 +31,7 @@ from potstill.export.formats import (
     find_layer,
     quiet,
 )
-from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
+from potstill.io import DAMAGED, check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import (
     METADATA_KEY,
     ExportMetadata,
@@ -86,6 +86,7 @@ def load_onnx(path: Path) -> OnnxModel:
     No code in it runs and it refers to no other file.  If its ``NAME.json`` exists, the SHA-256 is compared before
     anything is parsed.
     """
+    check_exists(path, "a run folder, or a file that potstill export has written")
     content = read_bytes(path)
     check_digest(path, path.name, content)
     found = read_properties(content, str(path))
