@@ -297,9 +297,7 @@ def read_checksummed_text(path: Path) -> str:
 
 
 def write_checksummed_json(path: Path, value: dict[str, Any]) -> None:
-    """Put an object that is not empty at ``path`` as indented JSON, with a last entry ``checksum``: the SHA-256 of the
-    file without this entry.
-    """
+    """Write an object as indented JSON with a last entry ``checksum``, the SHA-256 of the file without it."""
     body = encode_json(value)
     write_bytes(path, body.removesuffix(_END), _CHECKSUM_PREFIX, sha256_hex(body).encode(), _CHECKSUM_SUFFIX)
 

@@ -266,9 +266,7 @@ def _set_value(document: Document, path: KeyPath, value: Any, location: str) -> 
 def _resolve_key(
     document: Document, section: Any, key: str | int, done: list[str | int], location: str
 ) -> tuple[Any, str | int] | None:
-    """Return (section, key in it), the key made if it is missing; None, and a problem recorded, if there can be
-    none.
-    """
+    """Return (section, key in it), made if missing; None, and a problem recorded, if there can be none."""
     enclosing = dotted_key(tuple(done))
     if isinstance(section, dict):
         section.setdefault(key, None)

@@ -62,9 +62,7 @@ class CurriculumSettings(BaseModel):
 
 
 class DomainSettings(BaseModel):
-    """Domain adaptation: which images of ``data.target`` the student learns from, and how the teacher adapts to
-    them.
-    """
+    """Domain adaptation: which target images the student learns from, and how the teacher adapts to them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,6 +1,4 @@
-"""``comparison`` and ``cka`` of results.json: distilled student against baseline, and the CKA of teacher and
-students.
-"""
+"""Distilled student against baseline, and the CKA of teacher and students, for results.json."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -158,9 +156,7 @@ def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
 def _over_seeds(
     stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int, looks: int
 ) -> dict[str, Any]:
-    """Return the comparison over all seeds: each seed, means, and the mean gain with its interval over seeds and
-    images.
-    """
+    """Return the comparison over all seeds: each seed, and the mean gain with its interval over seeds and images."""
     pairs = _pairs(stages)
     count = len(pairs)
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
@@ -183,9 +179,7 @@ def _over_seeds(
 
 
 def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Array, looks: int) -> dict[str, Any]:
-    """Return the comparison over all folds and seeds: each fold, and the mean gain with its interval over folds, seeds
-    and images.
-    """
+    """Return the comparison over all folds and seeds: each fold, and the mean gain with its interval."""
     pairs = _pairs(correct)
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
     whole = crossed_interval(before, after, interim_confidence(looks), folds)

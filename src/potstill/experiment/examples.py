@@ -206,9 +206,7 @@ def _heat_maps(
     images: ImageSet,
     positions: Sequence[int],
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
-    """Return heat maps, position -> stage -> ``rows`` (two hex digits a field) and ``region``, and errors, stage ->
-    message.
-    """
+    """Return heat maps, position -> stage -> ``rows`` (hex) and ``region``; and errors, stage -> message."""
     heat_maps: dict[int, dict[str, Any]] = {position: {} for position in positions}
     failed: dict[str, str] = {}
     by_side: dict[int, dict[int, Pixels]] = {}

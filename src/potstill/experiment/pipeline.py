@@ -840,9 +840,7 @@ class _Experiment:
         return float(model.facts["val"]["top1"])
 
     def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
-        processes but the first.
-        """
+        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         found = predict_probabilities(
             model.module,

@@ -223,9 +223,7 @@ def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
-    """Return whether no stage has fewer epochs than before, and no unfinished stage (its schedule is fixed) has
-    more.
-    """
+    """Return whether no stage has fewer epochs than before, and no unfinished one (its schedule is fixed) more."""
     former, _ = parse_settings(before, Recipe)
     if former is None:
         return False

@@ -132,9 +132,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RunFolder:
-    """One run's folder.  ``create`` locks it for writing, until the end of its ``with`` block; reading needs no
-    lock.
-    """
+    """One run's folder, locked for writing by ``create`` until its ``with`` block ends; reading needs no lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -304,9 +302,7 @@ class RunFolder:
         self._write("splits.csv", encode_text(as_csv(("split", "name", "class"), rows)))
 
     def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Write skipped.csv: (path, kind, reason) of each file and class that was left out; no file if there are
-        none.
-        """
+        """Write skipped.csv: (path, kind, reason) of each file and class that was left out, if any."""
         listed = list(rows)
         if listed:
             self._write("skipped.csv", encode_text(as_csv(("path", "kind", "reason"), listed)))

@@ -334,9 +334,7 @@ def _count_tensors(value: Any) -> int:
 
 
 def _named_architectures(content: Any) -> tuple[str, ...]:
-    """Return the architectures that a checkpoint names: ``arch`` of timm and PyTorch's examples, ``args.model`` of
-    torchvision.
-    """
+    """Return the architectures that a checkpoint names: timm's ``arch``, torchvision's ``args.model``."""
     if not isinstance(content, Mapping):
         return ()
     settings = content.get("args")

@@ -149,9 +149,7 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
-    """Return a note if the network has the temperature in its logits, or if it is at an end of its range, where the
-    scaled metrics mean little.
-    """
+    """Return a note if the temperature is in the network's logits, or at an end of its range."""
     temperature = facts["temperature"]
     if facts.get("applied"):
         return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."

@@ -249,9 +249,7 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
 
 
 def render_shrink(folder: Path) -> tuple[Path, list[str]]:
-    """Write the page of ``potstill shrink``, and the run's report, which links it; return the page's path and the lines
-    for a terminal.
-    """
+    """Write the page of ``potstill shrink`` and the run's report, which links it; return its path and a text."""
     if not (folder / "shrink.json").is_file():
         raise ArtifactError(f"{folder} holds no result of `potstill shrink`: shrink.json is missing")
     found = read_checksummed_json(folder / "shrink.json")

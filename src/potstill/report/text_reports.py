@@ -176,9 +176,7 @@ def _adapted_text(training: Mapping[str, Any]) -> str:
 
 
 def head_text(stage: StageResult) -> str:
-    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``, or "" if
-    there is no fitted head.
-    """
+    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, ...)``, or "" without a fitted head."""
     head = stage.facts.get("head")
     if not isinstance(head, dict):
         return ""
