@@ -63,15 +63,8 @@ def export(
 ) -> Path:
     """Write an exported model, and ``NAME.json`` with its SHA-256 and measurements.
 
-    Args:
-        model: a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
-        stage: a stage of the run: "teacher", "baseline", "distilled", ...; None: distilled, else baseline, else
-            teacher.
-        options: of the export.
-        note: called with each line of progress.
-
-    Returns:
-        The written file; of several, the one to open.
+    ``model`` is a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``; ``stage``
+    of a run: None: distilled, else baseline, else teacher.  Return the written file; of several, the one to open.
     """
     options = options or ExportOptions()
     form = find_format(options.format, options.runtime)
@@ -93,13 +86,7 @@ def export(
 def export_all(
     model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
 ) -> "dict[str, Path | PotstillError]":
-    """Export to each format whose engine is installed and runs here.
-
-    Arguments: as for ``export``; the format is disregarded.
-
-    Returns:
-        The written file of each format in ``FORMATS``, or the reason why there is none.
-    """
+    """Export to each format whose engine is installed and runs here; return its file, or why there is none."""
     options = options or ExportOptions()
     if options.output is not None:
         raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
@@ -237,13 +224,8 @@ def compute_logits(
 ) -> list[NDArray[Any]]:
     """Return the logits [N, K] of several models for the same images.
 
-    Args:
-        predictors: models with the same input.
-        images: a split.
-        index: positions of N images in it.
-        metadata: preprocessing of the models.
-        any_batch: whether the models take batches of any size.
-        full_size: decode large JPEG files at full size, as other programs do, and not as evaluation and prediction do.
+    ``any_batch``: the models take batches of any size.  ``full_size``: decode large JPEG files at full size, as other
+    programs do, and not as evaluation and prediction do.
     """
     # "resize" takes only images of equal size in a batch.
     step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
@@ -285,14 +267,9 @@ CALIBRATION_BATCH_SIZE = 32
 
 
 def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
-    """Weights and activations in 8 bits, with a scale for each output channel of the weights.
+    """Return an ``onnx.ModelProto`` with weights and activations in 8 bits, in the QDQ form, which every engine reads.
 
-    Args:
-        network: the bare network, an ``onnx.ModelProto`` in float32; it stays as it is.
-        images: [N, 3, S, S], prepared training images, from which the range of each activation is taken.
-
-    Returns:
-        An ``onnx.ModelProto`` in the QDQ form, which every engine reads.
+    ``images`` [N, 3, S, S] are prepared training images, from which the range of each activation is taken.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -362,24 +339,13 @@ def calibration_images(splits: DataSplits, spec: InputSpec) -> tuple[NDArray[np.
 def measure_network(
     module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool
 ) -> tuple[float, int]:
-    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
-
-    Args: as those of ``convert_network``.
-    """
+    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained."""
     content = convert_network(module, architecture, spec, splits, int8=int8)
     return single_thread_latency(content, spec.size), len(content)
 
 
 def convert_network(module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool) -> bytes:
-    """Return a network's ONNX file, not compared with the network.
-
-    Args:
-        module: the network.
-        architecture: its name.
-        spec: of its images.
-        splits: the data: its classes, and images for the calibration of int8.
-        int8: quantize it.
-    """
+    """Return a network's ONNX file, not compared with the network; int8 is calibrated by images of ``splits``."""
     from potstill.export.onnx import export_graph, finalize_model
 
     find_format("onnx")

@@ -111,10 +111,7 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
-    """Sort trials by their metric on val, best first; those without come last, by number.
-
-    Trials of a later rung, which were trained longer, come before those of earlier ones.
-    """
+    """Sort trials by rung, trained longest first, and by their metric on val; those without it come last."""
     sign = 1 if measure in _MINIMIZED else -1
 
     def key(trial: Mapping[str, Any]) -> tuple[bool, int, float, int]:

@@ -318,10 +318,7 @@ _CARD_METRICS = (
 
 
 def model_card(run: Run) -> str | None:
-    """Return the model card: front matter and Markdown; None if no student was trained.
-
-    The licence is left to the user.
-    """
+    """Return the model card: front matter and Markdown, without licence; None if no student was trained."""
     from huggingface_hub import ModelCard, ModelCardData
 
     student = run.stages.get("distilled") or run.stages.get("baseline")
