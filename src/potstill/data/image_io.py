@@ -143,7 +143,11 @@ def fingerprint_with_range(fingerprint: str, ends: ValueRange | None) -> str:
 
 
 def format_range(ends: ValueRange) -> str:
-    """Format a range for messages, such as "[0, 4095]"."""
+    """Format a range for messages.
+
+    >>> format_range((0.0, 4095.0)), format_range((-0.5, 1.02))
+    ('[0, 4095]', '[-0.5, 1.02]')
+    """
     return f"[{ends[0]:.10g}, {ends[1]:.10g}]"
 
 

@@ -91,7 +91,11 @@ def _pad_to_square(image: Image.Image, side: int) -> Pixels:
 
 
 def padded_shape(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return height and width of an image within its padded square, whose side is the longer one."""
+    """Return height and width of an image within its padded square, whose side is the longer one.
+
+    >>> padded_shape(100, 200, 32)
+    (16, 32)
+    """
     longer = max(height, width)
     return max(1, (2 * height * side + longer) // (2 * longer)), max(1, (2 * width * side + longer) // (2 * longer))
 

@@ -251,7 +251,11 @@ def _nested_note(listing: Listing) -> Iterator[str]:
 
 
 def ignored_files_note(passed_over: Counter[str]) -> str:
-    """Return a line on hidden and system files and folders: "passed over: 2 x @eaDir, 1 x hidden files"."""
+    """Return a line on hidden and system files and folders, by name.
+
+    >>> ignored_files_note(Counter({"@eaDir": 2, "hidden files": 1}))
+    'passed over: 2 x @eaDir, 1 x hidden files'
+    """
     names = [f"{count:,} x {name}" for name, count in passed_over.most_common()]
     return f"passed over: {format_names(names, _MAX_NAMES)}"
 
