@@ -276,10 +276,7 @@ _STDERR = 2  # the descriptor
 
 @contextmanager
 def silence_native_stderr() -> Iterator[None]:
-    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination.
-
-    Does nothing if ``sys.stderr`` is not that descriptor.
-    """
+    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination."""
     outer = sys.stderr
     if not isinstance(outer, io.TextIOWrapper) or _descriptor(outer) != _STDERR:
         yield

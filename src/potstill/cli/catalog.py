@@ -238,9 +238,7 @@ def models(
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this method.")] = None,
 ) -> None:
-    """List the methods by kind, or show one: paper, loss, needs, options, presets, published accuracies, price,
-    traps.
-    """
+    """List the methods by kind, or show one: paper, loss, needs, options, presets, accuracies, price and traps."""
     if name is not None:
         sys.stdout.write(method_text(name))
         return

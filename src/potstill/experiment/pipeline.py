@@ -152,21 +152,11 @@ def run(
 ) -> Path:
     """Train and evaluate the stages of a recipe; return the run folder.
 
-    Args:
-        recipe: checked settings.
-        output_dir: folder of the run folders.
-        name: name of the run folder; None: the recipe's.
-        resume: continue an existing run of the same recipe.
-        overwrite: delete an existing run of this name first.
-        stages: which of teacher, baseline, distilled to train (all teachers; with assistants and generations);
-            distilled alone needs a trained teacher if the method has one.
-        data: data sets from Python in place of ``recipe.data.source``.
-        observer: its methods are called with the progress; None: no output.
-        stopping: signal handler; after a signal, training stops at the end of its step and saves a checkpoint.
-        processes: the process group; the first process writes, into a folder that all processes see.
-        reproduce: record of a run to repeat, on the same images and with the same number of threads.
-        evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
-        baseline: folder of another run, whose baseline is used in place of training the same one again.
+    ``stages`` of teacher, baseline, distilled are trained; distilled alone needs a trained teacher if the method has
+    one. ``reproduce``: record of a run to repeat on the same images with as many threads.  ``evaluate=False`` stops
+    after training: no metrics on test, no results.json; ``resume`` adds them later.  ``baseline``: folder of another
+    run, whose baseline is used.  After a signal (``stopping``), training stops at the end of its step and saves a
+    checkpoint. The first of ``processes`` writes, into a folder that all see.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
@@ -340,12 +330,7 @@ def run(
 
 
 class _FoldObserver(ForwardingObserver):
-    """Shows the fold with each stage, the time of all folds, and every note and warning once.
-
-    Attributes:
-        fold: the number of the fold that runs.
-        estimate: measures the seconds of each stage of all folds.
-    """
+    """Shows the fold with each stage, the time of all folds, and every note and warning once."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(observer)
@@ -526,10 +511,7 @@ class _Experiment:
         return model
 
     def label_by_teachers(self) -> None:
-        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics; once.
-
-        The training images stay without labels for the losses.
-        """
+        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
         if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
@@ -840,9 +822,7 @@ class _Experiment:
         return float(model.facts["val"]["top1"])
 
     def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
-        processes but the first.
-        """
+        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         found = predict_probabilities(
             model.module,
@@ -932,12 +912,7 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
 
 
 def is_below(teacher: float, baseline: float, images: int) -> bool:
-    """Return whether a teacher's accuracy is below the baseline's by more than the standard error of the difference.
-
-    Args:
-        teacher: its share of correct val images.
-        baseline: that of the baseline.
-        images: number of val images.
+    """Return whether a teacher's val accuracy is below the baseline's by more than the difference's standard error.
 
     Example:
         >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085

@@ -61,15 +61,8 @@ def export(
 ) -> Path:
     """Write an exported model, and ``NAME.json`` with its SHA-256 and measurements.
 
-    Args:
-        model: a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
-        stage: a stage of the run: "teacher", "baseline", "distilled", ...; None: distilled, else baseline, else
-            teacher.
-        options: of the export.
-        note: called with each line of progress.
-
-    Returns:
-        The written file; of several, the one to open.
+    ``model`` is a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``; ``stage``
+    of a run: None: distilled, else baseline, else teacher.  Return the written file; of several, the one to open.
     """
     options = options or ExportOptions()
     form = find_format(options.format, options.runtime)
@@ -91,13 +84,7 @@ def export(
 def export_all(
     model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
 ) -> "dict[str, Path | PotstillError]":
-    """Export to each format whose engine is installed and runs here.
-
-    Arguments: as for ``export``; the format is disregarded.
-
-    Returns:
-        The written file of each format in ``FORMATS``, or the reason why there is none.
-    """
+    """Export to each format whose engine is installed and runs here; return its file, or why there is none."""
     options = options or ExportOptions()
     if options.output is not None:
         raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
@@ -236,13 +223,8 @@ def compute_logits(
 ) -> list[NDArray[Any]]:
     """Return the logits [N, K] of several models for the same images.
 
-    Args:
-        predictors: models with the same input.
-        images: a split.
-        index: positions of N images in it.
-        metadata: preprocessing of the models.
-        any_batch: whether the models take batches of any size.
-        full_size: decode large JPEG files at full size, as other programs do, and not as evaluation and prediction do.
+    ``any_batch``: the models take batches of any size.  ``full_size``: decode large JPEG files at full size, as other
+    programs do, and not as evaluation and prediction do.
     """
     # "resize" takes only images of equal size in a batch.
     step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
@@ -283,10 +265,7 @@ def measure_exported_latency(
 def measure_network(
     module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool
 ) -> tuple[float, int]:
-    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
-
-    Args: as those of ``convert_network``.
-    """
+    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained."""
     content = convert_network(module, architecture, spec, splits, int8=int8, choose_ranges=False)
     return single_thread_latency(content, spec.size), len(content)
 
@@ -300,16 +279,10 @@ def convert_network(
     int8: bool,
     choose_ranges: bool = True,
 ) -> bytes:
-    """Return a network's ONNX file, not compared with the network.
+    """Return a network's ONNX file, not compared with the network; int8 is calibrated by images of ``splits``.
 
-    Args:
-        module: the network.
-        architecture: its name.
-        spec: of its images.
-        splits: the data: its classes, and images for the calibration of int8.
-        int8: quantize it.
-        choose_ranges: look for the activation ranges that change its outputs least; else minimum and maximum, where
-            only speed and size count.
+    ``choose_ranges`` looks for the activation ranges that change the outputs least; it takes longer, and matters where
+    accuracy does.
     """
     from potstill.export.onnx import export_graph, finalize_model
 

@@ -60,10 +60,7 @@ class ExportFormat:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block, discard warnings, log lines up to WARNING and prints.
-
-    Converters report on their internals, which users of potstill cannot change.
-    """
+    """Within the block, discard warnings, log lines up to WARNING and prints of converters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sink = io.StringIO()
@@ -95,10 +92,7 @@ def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: 
 
 
 def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to one ``.pt2``, for PyTorch in C++ or compiled ahead of time.
-
-    The metadata is the file ``potstill`` in it.
-    """
+    """Convert to one ``.pt2``, for PyTorch in C++ or compiled ahead of time, with the metadata as a file in it."""
     import torch
 
     held = io.BytesIO()
@@ -123,10 +117,7 @@ TORCH_EXPORT = ExportFormat(convert_to_torch_export, open_torch_export_files, ".
 
 
 def convert_to_executorch(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to one ``.pte`` with XNNPACK, for phones and small boards, for one image at a time.
-
-    Class names and preprocessing are only in NAME.json.
-    """
+    """Convert to one ``.pte`` with XNNPACK, for one image at a time; class names are only in NAME.json."""
     program = export_program(module, metadata, any_batch=False)
     try:
         with quiet():
@@ -205,12 +196,7 @@ def _label_lines(metadata: ExportMetadata) -> str:
 
 
 def find_layer(program: Any, operation: str) -> str:
-    """Return "the layer PATH (CLASS)" that uses an operation; of several, the first.
-
-    Args:
-        program: as ``export_program`` gives it: the network is the last part of a sequence.
-        operation: the beginning of its name in ``torch.ops.aten``, such as "roll".
-    """
+    """Return "the layer PATH (CLASS)" that uses an operation of ``torch.ops.aten``, by the beginning of its name."""
     for each in (program, program.run_decompositions()):
         for node in each.graph.nodes:
             if str(node.target).startswith(f"aten.{operation}") and node.meta.get("nn_module_stack"):
@@ -249,10 +235,7 @@ LITERT = ExportFormat(
 
 
 def convert_to_coreml(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to a zip of the ``.mlpackage`` folder, for one image at a time, in float32.
-
-    It runs on Apple's devices only.
-    """
+    """Convert to a zip of the ``.mlpackage`` folder, for Apple's devices, for one image at a time, in float32."""
     try:
         with quiet():
             import coremltools

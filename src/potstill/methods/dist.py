@@ -40,16 +40,12 @@ def dist_inter_loss(
         {\lVert a - \bar a \rVert \lVert b - \bar b \rVert + \epsilon}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         temperature: tau > 0.
         eps: added to the product of the norms.
 
     Returns:
         A scalar from 0 to 2 tau squared.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -74,16 +70,13 @@ def dist_intra_loss(
     A class whose probability is the same for all images counts as uncorrelated.
 
     Args:
-        student_logits: shape [B, K]; with one image the loss is a constant.
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits: [B, K]; with one image the loss is a constant.
+        teacher_logits: [B, K].
         temperature: tau > 0.
         eps: added to the product of the norms.
 
     Returns:
         A scalar from 0 to 2 tau squared.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -111,18 +104,12 @@ def dist_loss(
     .. math:: \beta \, \mathrm{inter} + \gamma \, \mathrm{intra}
 
     Args:
-        student_logits: shape [B, K]; B of 2 or more.
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits: [B, K]; B of 2 or more.
+        teacher_logits: [B, K].
         temperature: tau > 0.
         beta: weight of ``dist_inter_loss``.
         gamma: weight of ``dist_intra_loss``.
         eps: added to the product of the norms.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

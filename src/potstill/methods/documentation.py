@@ -35,11 +35,7 @@ _FOLDER = "potstill.methods."
 
 
 def build_catalog() -> dict[str, Any]:
-    """What the classes of this folder declare, as plain values.
-
-    Raises:
-        TypeError: two classes have one name.
-    """
+    """Return what the classes of this folder declare, as plain values."""
     found: dict[str, Any] = {}
     functions: dict[str, str] = {}
     for each in pkgutil.iter_modules(methods.__path__, _FOLDER):
@@ -92,12 +88,7 @@ def _changed(value: Any) -> dict[str, Any]:
 
 
 def describe(kind: type[Method], name: str) -> MethodInfo:
-    """Everything that is to be known of a method.
-
-    Args:
-        kind: its class.
-        name: what recipes call it.
-    """
+    """Return everything that is to be known of a method by this name."""
     module = sys.modules[kind.__module__]
     summary, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n")
     paper, notes = _parse_citation(rest.strip())

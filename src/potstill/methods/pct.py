@@ -46,19 +46,13 @@ def pct_loss(
     predicts has in the mixture; of an image without a label it has nothing right.
 
     Args:
-        student_logits: shape [B, K].
-        previous_logits: shape [B, K]; no gradient reaches them.
-        targets: shape [B], int64 class ids or -1, or [B, K], shares of the classes in mixed images.
+        student_logits: [B, K].
+        previous_logits: [B, K].
+        targets: [B], int64 class ids or -1, or [B, K], shares of the classes in mixed images.
         base: :math:`\alpha`.
         focus: :math:`\beta`.
         temperature: T, for "kl".
         distance: "kl" or "logits".
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a weight below 0, a temperature that is not above 0, or another distance.
 
     Example:
         >>> import torch

@@ -92,16 +92,7 @@ class Converted:
 
 
 def convert(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted:
-    """Translate a checkpoint to the names of a network.
-
-    Args:
-        checkpoint: what was read.
-        architecture: name of the network.
-        own: state dict of the network; its number of classes may be another one.
-
-    Returns:
-        The weights under the names of ``own``; as they are where nothing fits.
-    """
+    """Return a checkpoint's weights under the names of the state dict ``own``; as they are where nothing fits."""
     for convention in (_convert_by_names, _convert_by_map, _convert_by_order):
         if converted := convention(checkpoint, architecture, own):
             return converted
@@ -180,17 +171,7 @@ def identify_network(path: Path) -> str:
     What the file records about itself is tried first (``arch`` and ``args`` of training scripts, ``config.json``), then
     its name, then all of ``cifar/`` and ``torchvision/``.  Only names and shapes of tensors are compared.
 
-    Raises:
-        ArtifactError: it cannot be read.
-        UsageError: no known network has such weights; describes them.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "weights.pth"
-        ...     torch.save(build_model("cifar/resnet20_a", 10, size=32).state_dict(), file)
-        ...     identify_network(file)
-        'cifar/resnet20_a'
+    UsageError: no known network has such weights; describes them.
     """
     checkpoint = read_checkpoint(path)
     groups: tuple[Callable[[], list[str]], ...] = (  # the later ones cost seconds
@@ -270,10 +251,7 @@ _VIT_DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24}
 
 
 def translate_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the tensors under timm's names; None for other kinds of networks.
-
-    The three attention matrices of ViT are concatenated, as in timm.
-    """
+    """Return the tensors under timm's names, ViT's attention matrices in one; None for other kinds of networks."""
     if "vit.embeddings.cls_token" in tensors:
         return _translate_vit(tensors)
     if "resnet.embedder.embedder.convolution.weight" in tensors:

@@ -227,10 +227,7 @@ def _teacher_digest(run: Run) -> str | None:
 
 
 def _group_key(run: Run, teacher: str | None) -> str:
-    """Return as text everything that two runs of a group have in common.
-
-    ``teacher``: digest of a teacher that several runs share; then it does not matter which of them trained it.
-    """
+    """Return as text what runs of a group have in common; ``teacher``: digest of one that they share."""
     recipe = _read_recipe(run)
     if isinstance(recipe, dict):
         ignored = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())

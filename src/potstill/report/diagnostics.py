@@ -149,9 +149,7 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
-    """Return a note if the network has the temperature in its logits, or if it is at an end of its range, where the
-    scaled metrics mean little.
-    """
+    """Return a note if the temperature is in the network's logits, or at an end of its range."""
     temperature = facts["temperature"]
     if facts.get("applied"):
         return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."
@@ -212,13 +210,7 @@ _CASCADE_SIZE = (5.2, 3.2)  # inches
 
 
 def draw_cascade(figure: "Figure", curve: Sequence[Sequence[float]], marks: Sequence[Sequence[float]]) -> None:
-    """Draw top-1 against the share of images that the teacher answers.
-
-    Args:
-        figure: to draw on.
-        curve: pairs of that share and top-1, from the student alone to the teacher alone.
-        marks: risk, share and top-1 of each promised risk.
-    """
+    """Draw top-1 against the share of images that the teacher answers; ``marks``: (risk, share, top-1) each."""
     from matplotlib.ticker import PercentFormatter
 
     axes: Axes = figure.subplots()
@@ -498,13 +490,7 @@ _HEAT_ALPHA = 0.84  # of the maximum
 
 
 def heatmap_uri(rows: Sequence[bytes]) -> str:
-    """Return a PNG with a pixel per value as a ``data:`` URI; the browser enlarges and smooths it.
-
-    Colours go from transparent over orange to light yellow: lighter is more, also for colour-blind readers.
-
-    Args:
-        rows: h of w bytes, 0 to 255.
-    """
+    """Return a PNG of bytes as a ``data:`` URI, transparent over orange to light yellow; the browser enlarges it."""
     from PIL import Image
 
     pixels = b"".join(bytes(_heat_color(value / 255)) for row in rows for value in row)

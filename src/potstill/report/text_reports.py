@@ -176,9 +176,7 @@ def _adapted_text(training: Mapping[str, Any]) -> str:
 
 
 def head_text(stage: StageResult) -> str:
-    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``, or "" if
-    there is no fitted head.
-    """
+    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, ...)``, or "" without a fitted head."""
     head = stage.facts.get("head")
     if not isinstance(head, dict):
         return ""
@@ -320,10 +318,7 @@ _CARD_METRICS = (
 
 
 def model_card(run: Run) -> str | None:
-    """Return the model card: front matter and Markdown; None if no student was trained.
-
-    The licence is left to the user.
-    """
+    """Return the model card: front matter and Markdown, without licence; None if no student was trained."""
     from huggingface_hub import ModelCard, ModelCardData
 
     student = run.stages.get("distilled") or run.stages.get("baseline")

@@ -53,14 +53,7 @@ def error_body(message: str) -> bytes:
 
 
 async def send_error(send: Send, status: int, message: str, *, more: bool = False) -> None:
-    """Send an error response, and close the connection without reading the rest of the request.
-
-    Args:
-        send: of the ASGI server.
-        status: HTTP status.
-        message: one sentence.
-        more: leave the response open, so that the caller can go on reading.
-    """
+    """Send an error response, and close the connection (unless ``more``) without reading the rest of the request."""
     body = error_body(message)
     headers = [*SECURITY_HEADERS, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers.append((b"connection", b"close"))
@@ -75,13 +68,7 @@ _DRAIN_SECONDS = 1.0  # for reading the rest of a refused body, so that a client
 
 
 class RequestGuardMiddleware:
-    """ASGI middleware that enforces the limits.
-
-    Args:
-        app: the application.
-        hosts: allowed values of the Host header, against DNS rebinding.
-        limits: to enforce.
-    """
+    """ASGI middleware that enforces the limits; ``hosts``: allowed Host headers, against DNS rebinding."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], limits: ServerLimits) -> None:
         self.app, self.hosts, self.limits = app, frozenset(hosts), limits

@@ -26,10 +26,7 @@ _IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as
 
 
 def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
-    """Return the runs below ``output_dir`` and the one that was named, by id, the newest first.
-
-    Requests are looked up here: none of their text becomes part of a path.
-    """
+    """Return the runs below ``output_dir`` and the one named, newest first, by id: all that requests look up."""
     found: dict[str, Path] = {}
     try:
         found = (

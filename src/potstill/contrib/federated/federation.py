@@ -165,16 +165,8 @@ def federate(
 ) -> Path:
     """Train with every algorithm of ``options`` on the same clients; return the run folder.
 
-    Args:
-        recipe: its epochs are not used.
-        options: clients, algorithms and rounds.
-        output_dir: folder of the run folders.
-        name: name of the run folder; None: the recipe's with ``-federated``.
-        resume: continue after the last finished round.
-        overwrite: delete an existing folder of this name first.
-        data: in place of ``recipe.data.source``.
-        observer: receives progress, notes and warnings.
-        clients: remote clients with images of their own; None: simulate them in this process.
+    ``recipe``: its epochs are not used.  ``name`` is by default the recipe's with ``-federated``.  ``clients``: remote
+    ones with images of their own; None: simulate them in this process.
     """
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()

@@ -42,10 +42,7 @@ def check(settings: DataSettings) -> None:
 
 
 def read_counts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the number of set bits in each 4x4 block, 0 to 16, [N, 8, 8], and labels [N].
-
-    Reads scikit-learn's file directly, since importing scikit-learn is slow.
-    """
+    """Return the number of set bits in each 4x4 block, [N, 8, 8], and labels [N], without importing scikit-learn."""
     found = importlib.util.find_spec("sklearn")
     file = Path(found.origin).parent / _FILE if found is not None and found.origin is not None else None
     if file is None or not file.is_file():
