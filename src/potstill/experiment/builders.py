@@ -541,6 +541,7 @@ def train_loader(
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
+        jpeg=recipe.data.cache == "jpeg",
         drawn_for=drawn_for,
         answers=table_answers(network, data.train, unlabeled),
         embeddings=answers_are_embeddings(network),

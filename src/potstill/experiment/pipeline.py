@@ -56,6 +56,7 @@ from potstill.experiment.plan import (
 )
 from potstill.experiment.preflight import (
     check_all,
+    choose_training_cache,
     create_stage_method,
     load_and_stage,
     warn_about_data,
@@ -221,6 +222,9 @@ def run(
             )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
+        cache_note = ""
+        if not resume and reproduce is None:  # else as when the run began
+            recipe, cache_note = processes.share(choose_training_cache(recipe, first_seed, splits, compute))
         text = dump_recipe(recipe)
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
@@ -244,6 +248,8 @@ def run(
                 observer.note(f"{stage}: {table}")
         if text := idle_gpus(compute):
             observer.note(text)
+        if cache_note:
+            observer.note(cache_note)
         if view_plan.note and "distilled" in stages:
             observer.note(view_plan.note)
         if text := describe_seeds(recipe, planned):
@@ -393,14 +399,17 @@ class _Folds:
             whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
             data = pool_splits(load_and_stage(recipe, plan_stages(recipe), self.data, observer, whole))
             check_poolable(data)
+            splits = fold_splits(data, fold_recipe(recipe, 1).data)
+            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+            cache_note = ""
+            if not resume:
+                recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
             recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
-            splits = fold_splits(data, recipes[1].data)
             if resume:
                 check_same_data(folder, data)
             if overwrite and processes.first:
                 folder.clear()
             processes.highest(0)  # a barrier, as in ``run``
-            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
             if processes.first:
                 text = dump_recipe(recipe)
                 before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
@@ -415,6 +424,8 @@ class _Folds:
                 f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
                 "once, and teacher, baseline and distilled student are trained without it"
             )
+            if cache_note:
+                observer.note(cache_note)
             warnings = [*replaced, *describe_outside_weights(recipe)]
             for warning in warnings:
                 observer.warn(warning)

@@ -242,6 +242,8 @@ def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
     settings["teacher_cache"] = {"views": value["teacher_cache"]["views"]}
+    if recipe.data.cache == "auto":  # of a run before there was a choice
+        settings["data"] = settings["data"] | {"cache": "raw"}
     unused = ("data.unlabeled", "student.precision")  # by a stage without teacher
     return {
         key: each
