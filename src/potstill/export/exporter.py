@@ -292,15 +292,12 @@ def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
 
 
 class _CalibrationReader:
-    """Calibration data for onnxruntime."""
-
     def __init__(self, images: NDArray[np.float32]) -> None:
         self._parts: Iterator[NDArray[np.float32]] = iter(
             [images[i : i + CALIBRATION_BATCH_SIZE] for i in range(0, len(images), CALIBRATION_BATCH_SIZE)]
         )
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the next batch, or None at the end."""
         part = next(self._parts, None)
         return None if part is None else {INPUT_NAME: part}
 
