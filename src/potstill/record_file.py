@@ -275,7 +275,6 @@ def _allocate(handle: int, start: int, length: int) -> None:
 
 
 def _pread(handle: int, at: int, length: int) -> bytes:
-    """Read up to ``length`` bytes, fewer at the end of the file."""
     parts: list[bytes] = []
     while length > 0 and (part := os.pread(handle, length, at)):
         parts.append(part)

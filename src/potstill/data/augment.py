@@ -75,7 +75,6 @@ def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[
 
 
 def _adjust_round(images: Tensor, factor: Tensor, operation: Tensor) -> None:
-    """Apply one round in place; ``factor`` and ``operation`` are [B, 1, 1, 1]."""
     grey, rest = _grey(images), 1 - factor
     rows = grey.sum(dim=3, keepdim=True)  # integers: exact in any order of summation, in float32 and float64
     total = rows.sum(dim=2, keepdim=True, dtype=widest_float(images.device))
@@ -162,7 +161,6 @@ def _magnitudes(space: str, size: int) -> dict[str, Callable[[int], float]]:
 
 
 def _operations() -> dict[str, Operation]:
-    """Return the operations by torchvision's names, in its order."""
     from torchvision.transforms.v2 import functional as F  # slow to import, and rarely needed
 
     def affine(images: Tensor, *, shear: list[float], translate: list[int], centre: list[float] | None) -> Tensor:

@@ -376,8 +376,6 @@ def from_torch(
 
 @dataclass
 class _Items:
-    """What a torch data set holds: labels, names and, if its images are files, their paths."""
-
     dataset: Any
     labels: Sequence[int | str]
     names: list[str]
@@ -406,7 +404,6 @@ class _Items:
         return cls(dataset, labels, names, paths)
 
     def as_images(self, class_names: Sequence[str], root: Path) -> ImageSet:
-        """Return the images, with the id of each label."""
         known = {name: i for i, name in enumerate(class_names)}
         ids: list[int] = []
         for name, label in zip(self.names, self.labels, strict=True):
@@ -531,7 +528,6 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _arguments(function: Callable[..., Any], settings: DataSettings) -> dict[str, Any]:
-    """Return the keyword arguments of the call."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a built-in that does not say

@@ -293,7 +293,8 @@ def load_files(
         division.class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
         origin=division.origin, augment=DEFAULT_AUGMENT, range=images.range,
         fingerprint=fingerprint_by_name(parts, division.class_names, contents, settings.range),
-        skipped=to_skipped(skipped), doubts=unused_findings(listing), notes=listing_notes(listing),
+        skipped=to_skipped(skipped), notes=listing_notes(listing),
+        doubts=tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused),
     )  # fmt: skip
 
 
@@ -377,11 +378,6 @@ def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -
 def to_skipped(findings: Sequence[Finding]) -> tuple[SkippedFile, ...]:
     """Return the rows of ``skipped.csv``, without repetitions."""
     return tuple(dict.fromkeys(SkippedFile(each.path, each.kind, each.reason) for each in findings))
-
-
-def unused_findings(listing: Listing) -> tuple[Finding, ...]:
-    """Return the findings on images that are not used."""
-    return tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused)
 
 
 def listing_notes(listing: Listing) -> tuple[str, ...]:
@@ -470,7 +466,6 @@ def load_shards(
 
 
 def _ignored_members(shards: Sequence[Shard]) -> str:
-    """Return a text on unused members of the shards, with counts and examples."""
     text = ""
     for why in dict.fromkeys(why for shard in shards for why in shard.left):
         names = [name for shard in shards for name in shard.left.get(why, [])]

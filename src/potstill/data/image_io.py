@@ -340,7 +340,7 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
             else:
                 pixels = to_rgb(image)
                 if structure.wide:
-                    span = ValueSpan("colour", *_high_bytes(pixels))
+                    span = ValueSpan("colour", *(256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255))
             upright = np.ascontiguousarray(_upright(pixels, orientation))
         width, height = full if reduced else image.size
         shape = (width, height) if orientation >= 5 else (height, width)
@@ -425,11 +425,6 @@ def _value_span(image: Image.Image, stored: StoredValues) -> ValueSpan:
             raise DataError("a pixel is NaN or infinite")
         low, high = min(low, float(values.min())), max(high, float(values.max()))
     return ValueSpan("float" if image.mode == "F" else "integer", low, high)
-
-
-def _high_bytes(pixels: Pixels) -> tuple[float, float]:
-    """Return the span of 16-bit values whose high bytes these are."""
-    return 256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255
 
 
 def _orientation(image: Image.Image) -> int:

@@ -508,7 +508,6 @@ def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
 
 
 def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
-    """Return the sets within wrappers."""
     if isinstance(images, (Subset, RelabeledSet)):
         return _leaf_sets(images.images)
     if isinstance(images, ConcatenatedSet):

@@ -51,8 +51,6 @@ class TableOptions(Options):
 
 @dataclass
 class _Table:
-    """The columns of one file."""
-
     image: str
     label: str
     names: list[str] | None  # of the labels, if the schema has them
@@ -193,7 +191,6 @@ def remove_unpacked_images() -> int:
 
 
 def _is_current(rows: Path) -> bool:
-    """Return whether all tables behind unpacked images are as they were."""
     try:
         files = read_checksummed_json(rows)["files"]
         return all(_state(Path(path)) == (size, modified) for path, size, modified in files)
@@ -254,7 +251,6 @@ def _table_errors(file: Path) -> Iterator[None]:
 
 
 def _label_text(label: Any, table: _Table) -> tuple[str, str]:
-    """Return the class name of a label, or what is wrong with it."""
     if label is None or label == "":
         return "", f"no label in column {table.label!r}"
     if isinstance(label, bool) or not isinstance(label, int) or table.names is None:

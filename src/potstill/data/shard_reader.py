@@ -186,7 +186,6 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """Read the next header."""
         try:
             found = super().fromtarfile(tarfile)
         except HeaderError as error:
@@ -327,7 +326,6 @@ def _add_member(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
 
 
 def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
-    """Return the class in a .cls or .json member; None, with a problem, if it cannot be used, or if there is none."""
     found: Any
     try:
         text = found = content.decode("utf-8").strip()

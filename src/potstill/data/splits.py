@@ -384,7 +384,6 @@ def _stratify_present(
 
 
 def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, parts: list[str]) -> Finding:
-    """Return a finding for a class whose ``members`` are too few for the parts."""
     first = listing.entries[int(members[0])]
     place = "." if listing.kind != "folders" else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
     needed = f"not enough images for a split into {', '.join(parts)}: every class needs at least {len(parts)}"

@@ -176,7 +176,9 @@ def draw_grid(
         line = _line(size, offset.astype(np.int64), reverse, device)
         inside = (line >= 0) & (line < size)
         black.append(~inside)
-        lines.append(_reflect(line, size) if augment.pad_mode == "reflect" else line.clamp(0, size - 1))
+        lines.append(
+            (size - 1 - (size - 1 - line.abs()).abs()) if augment.pad_mode == "reflect" else line.clamp(0, size - 1)
+        )
     has_black = shift > 0 and augment.pad_mode == "black"
     rows, columns = lines
     return SamplingGrid(
@@ -214,11 +216,6 @@ def _line(size: int, offset: NDArray[np.int64], reverse: NDArray[np.bool_], devi
     first = to_device(torch.from_numpy(np.where(reverse, size - 1, 0) + offset), device)[:, None]
     step = to_device(torch.from_numpy(np.where(reverse, -1, 1)), device)[:, None]
     return first + step * torch.arange(size, device=device)
-
-
-def _reflect(position: Tensor, size: int) -> Tensor:
-    """Mirror positions outside [0, size) at the borders, which are not repeated: -1 -> 1, size -> size - 2."""
-    return size - 1 - (size - 1 - position.abs()).abs()
 
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop: the default of RandomResizedCrop

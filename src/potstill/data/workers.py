@@ -169,7 +169,6 @@ class DecodeWorkers:
             return
 
     def _fetch(self, member: "_WorkerProcess", *, drop: bool = False) -> None:
-        """Wait until a process has decoded its oldest batch."""
         number = self._members.index(member)
         decoded, since = -1, time.monotonic()
         while True:
@@ -223,7 +222,6 @@ class _WorkerProcess:
     pending: deque[list[int]] = field(default_factory=deque)  # batches in progress
 
     def end(self) -> None:
-        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()

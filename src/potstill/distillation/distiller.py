@@ -454,6 +454,5 @@ def _gradients(value: Tensor, of: Sequence[Tensor]) -> tuple[Tensor | None, ...]
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the norm of all gradients together."""
     norms = [torch.linalg.vector_norm(each.float()) for each in gradients if each is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

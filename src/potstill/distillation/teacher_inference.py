@@ -100,8 +100,6 @@ def nearly_equal(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(eq=False)
 class _LayerOutput:
-    """The output of one call of a layer."""
-
     layer: FoldableLayer
     input: Tensor
     output: "weakref.ref[Tensor]"
@@ -144,7 +142,6 @@ class _BatchNormTracer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if any(True for _ in _tensors((result,))):  # reading a shape or device is no use

@@ -189,7 +189,6 @@ class StreamingMetrics:
         return sums
 
     def _scores(self) -> Tensor:
-        """Return the histogram, including the buffer."""
         return self._add_scores(None if self._histogram is None else self._histogram.clone())
 
     def _add_scores(self, histogram: Tensor | None) -> Tensor:

@@ -217,7 +217,6 @@ DEFAULT_PROMPT = "a photo of a {}."
 
 
 def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
-    """Return a network whose head is made of the class names."""
     assert network.weights is not None
     if network.weights != "pretrained" and _is_potstill_model(model_path(network.weights)):
         raise UsageError(
@@ -284,7 +283,6 @@ def _resolution_notes(architecture: str, size: int, key: str) -> list[str]:
 
 
 def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
-    """Return a teacher that is a file of another program."""
     key, source = network_key(recipe, network), str(network.weights)
     label = LABELS[network.model]
     if not key.startswith("teacher"):

@@ -58,7 +58,10 @@ def describe_similarity(
         "split": _CKA_SPLIT,
         "images": found.images,
         "layers": {name: list(paths) for name, paths in found.layers.items()},
-        "values": {name: [[_rounded(value) for value in row] for row in rows] for name, rows in found.values.items()},
+        "values": {
+            name: [[None if value is None else round(value, 4) for value in row] for row in rows]
+            for name, rows in found.values.items()
+        },
         "left_out": {name: list(paths) for name, paths in found.left_out.items()},
     }
 
@@ -77,10 +80,6 @@ def _batches(
     for start in range(batches):
         ids = torch.from_numpy(chosen[start::batches])
         yield {name: loader.view(ids, 0) for name, loader in loaders.items()}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # averaged over the seeds
@@ -193,7 +192,6 @@ def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Arra
 
 
 def _pairs(stages: Collection[str]) -> list[tuple[str, str]]:
-    """Return the names of baseline and distilled student of each seed."""
     found = [("baseline", "distilled")]
     while {*(further := tuple(stage_name(role, len(found) + 1) for role in found[0]))} <= set(stages):
         found.append((further[0], further[1]))

@@ -182,7 +182,6 @@ class Domains:
         return None if found is None else found[0]
 
     def _loader(self, model: Classifier, shuffled: int | None = None) -> Loader:
-        """Return a loader of the candidates, without augmentation: in order, or shuffled and complete everywhere."""
         processes, least = self.compute.processes, self.recipe.stage_training("student").batch_size
         return Loader(
             self.candidates,

@@ -200,7 +200,6 @@ def estimate_stages(
 
 
 def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Compute) -> tuple[float, float]:
-    """Return the seconds per image of a training step and of a forward pass; no step with hidden layers."""
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)
     if find_table(network) is not None:

@@ -183,7 +183,6 @@ def _heat_maps(
     images: ImageSet,
     positions: Sequence[int],
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
-    """Return heat maps, position -> stage -> ``rows`` (hex) and ``region``; and errors, stage -> message."""
     heat_maps: dict[int, dict[str, Any]] = {position: {} for position in positions}
     failed: dict[str, str] = {}
     by_side: dict[int, dict[int, Pixels]] = {}
@@ -216,7 +215,6 @@ def _heat_maps(
 
 
 def _grad_cam(model: Classifier, pixels: Sequence[Pixels], classes: Sequence[int]) -> Tensor:
-    """Return Grad-CAM maps, uint8 [B, h, w]."""
     device = next(model.module.parameters()).device
     images = torch.stack([preprocess(each, model.input) for each in pixels]).to(device)
     maps = grad_cam(model.module, images, classes)

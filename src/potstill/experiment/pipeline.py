@@ -287,7 +287,10 @@ def run(
             left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
-            for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+            for each in sorted(
+                planned,
+                key=lambda stage: not (stage.role == "teacher" and recipe.network(stage.name).weights is not None),
+            ):
                 if experiment.not_distilled and each.name not in ("teacher", "baseline"):
                     continue
                 if splits.teacher_labels and each.role != "teacher":
@@ -494,7 +497,6 @@ class _Experiment:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def run_stage(self, stage: PlannedStage) -> Classifier:
-        """Train a stage, or load it if it is finished."""
         started = time.monotonic()
         if self._done(stage):
             self.observer.note(f"{stage.name}: already trained")
@@ -563,7 +565,6 @@ class _Experiment:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
 
     def _reuse(self, stage: PlannedStage, other: RunFolder) -> Classifier:
-        """Copy the baseline of another run."""
         model = load_model(other.stage(stage.name))
         self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
         model.facts["reused_from"] = str(other.path)
@@ -673,7 +674,6 @@ class _Experiment:
             )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
         if not (by_default or fits_head(network)):
@@ -714,7 +714,9 @@ class _Experiment:
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
         teachers = ", ".join(
-            self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
+            self.models[name].architecture
+            + ("" if stage_role(name) == "teacher" else f" ({name})")
+            + _size_label(self.models[name], model)
             for name in stage.teachers
         )
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
@@ -793,7 +795,6 @@ class _Experiment:
             self.warn(self.not_distilled)
 
     def _compare_distilled(self, stage: PlannedStage) -> None:
-        """Warn if distillation has done harm."""
         baseline, images = stage_name("baseline", stage_number(stage.name)), len(self.data.val)
         if baseline not in self.models or "domain" in self.models[stage.name].facts:
             return
@@ -845,7 +846,6 @@ class _Experiment:
         return None if found is None else (found[0], found[1])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
-        """Warn if a pretrained teacher has the right classes in another order."""
         classes = self.data.class_names
         order = class_order(predicted, labels, len(classes))
         if order is None:
@@ -872,7 +872,6 @@ def _has_no_classes(recipe: Recipe, stage: str) -> bool:
 
 
 def _describe_classless(model: Classifier) -> dict[str, Any]:
-    """Return what results.json has of a teacher without classes in place of its metrics."""
     sentence = (
         f"The teacher {model.architecture} ({model.facts['weights']}) has no classes: it taught by what it computes of "
         "the images, and has no accuracy."
@@ -894,10 +893,6 @@ def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
     )
 
 
-def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
-    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
-
-
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     """Return the run of ``--baseline``, given by its folder or that of its baseline."""
     check_exists(path, "the folder of a run for --baseline")
@@ -911,7 +906,6 @@ def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
-    """Return the note on a finished training that gets more epochs."""
     steps = -(-steps // settings.gradient_accumulation_steps)
     last = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
     following = lr_factor(settings, steps)(before * steps)
@@ -946,10 +940,4 @@ def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
 
 
 def _size_label(teacher: Classifier, student: Classifier) -> str:
-    """Return the teacher's input size if it differs from the student's."""
     return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
-
-
-def _teacher_label(teacher: str) -> str:
-    """Return the stage of a network that is not the recipe's teacher."""
-    return "" if stage_role(teacher) == "teacher" else f" ({teacher})"

@@ -83,7 +83,6 @@ def stage_recipe(recipe: Recipe, stage: PlannedStage) -> Recipe:
 
 
 def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
-    """Return the stages of the first seed."""
     count = len(recipe.teacher_list) if needs_teacher(recipe.method) else 0
     before = tuple(stage_name("teacher", each) for each in range(1, count + 1))
     stages = [PlannedStage(name) for name in before] if "teacher" in wanted else []
@@ -215,7 +214,6 @@ def _replace_networks(recipe: Recipe, change: Callable[[str, str, StageSettings]
 
 
 def _replacement_text(key: str, missing: Sequence[tuple[StageSettings, str]], taken: StageSettings) -> str:
-    """Return which weights are missing, why, and what is used in their place."""
     names = " and ".join(each.model for each, _ in missing)
     instead = f"{taken.model} is used" if taken.weights else f"{taken.model} is trained from scratch, without them"
     reasons = "\n".join(dict.fromkeys(f"  {line}" for _, why in missing for line in _what_to_do(why)))

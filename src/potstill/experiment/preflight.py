@@ -159,7 +159,6 @@ def _check_classless(method: Method, hidden: OpaqueNetwork | None, recipe: Recip
 
 
 def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:
-    """Check that a table has a row for every image of the data, and that no row may belong to two."""
     if data.target is not None:
         raise UsageError(
             f"the {name} is a table of answers, and data.target needs a network: leave data.target out, or give the "
@@ -221,7 +220,6 @@ class _RandomImages:
         self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
 
     def batch(self) -> Batch:
-        """Return a batch with the shapes and dtypes of the loader's."""
         device, classes = self.compute.device, len(self.data.class_names)
         labels = np.asarray(self.data.train.labels)
         index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of several classes

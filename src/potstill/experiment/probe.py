@@ -441,7 +441,6 @@ def copy_fold_heads(source: Path, target: Path) -> None:
 
 
 def _train_digest(data: DataSplits) -> str:
-    """Return a digest of the training images in their order, which determines the folds."""
     return sha256_hex(f"{data.fingerprint}/{names_digest(data.train.names)}".encode())
 
 

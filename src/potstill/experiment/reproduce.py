@@ -294,7 +294,6 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's model name; "" if unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

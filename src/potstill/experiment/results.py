@@ -181,7 +181,6 @@ def evaluate_embeddings(
 
 
 def _describe_stage(run: RunFolder, name: str, model: Classifier, recipe: Recipe) -> dict[str, Any]:
-    """Write the summary of a stage's network; return its entry of results.json without costs and metrics."""
     folder = run.stage(name)
     is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
     parameters = known_parameters(model.module)
@@ -418,7 +417,6 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
 
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
-    """Return latency, for one image and for a batch, and memory of each network."""
     networks = {name: (model.module, model.input) for name, model in models.items() if not find_table(model.module)}
     one, several = (
         measure_latency(networks, batch=1),

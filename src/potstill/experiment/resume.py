@@ -222,7 +222,6 @@ def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
 
 
 def _planned_epochs(folder: RunFolder, stage: PlannedStage) -> int | None:
-    """Return the epochs of a finished stage; None for a teacher that was not trained."""
     found = _training_facts(folder, stage).get("planned_epochs")
     return found if isinstance(found, int) else None
 
@@ -260,7 +259,6 @@ def is_result_neutral(key: str) -> bool:
 
 
 def _plain_settings(recipe: Recipe) -> Any:
-    """Return a recipe's settings as recipe.yaml holds them."""
     return parse_yaml(dump_recipe(recipe), recipe.name).value
 
 
@@ -282,5 +280,4 @@ def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _rows_by_name(text: str) -> dict[str, list[str]]:
-    """Return the rows of splits.csv by the name of the image."""
     return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}

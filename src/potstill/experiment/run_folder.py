@@ -92,7 +92,6 @@ class RunLock:
         self.release()
 
     def _stale_lock_hint(self) -> str:
-        """Return what to do about a stale lock, on a file system without locks."""
         path = self.folder / LOCK_HOLDER_FILE
         if not isinstance(self._lock, SoftFileLock):
             return ""

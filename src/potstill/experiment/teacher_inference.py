@@ -144,13 +144,11 @@ class _FidelityCache:
         self.path = cache_folder("fidelity", f"{key}.json")
 
     def read(self) -> Fidelity | None:
-        """Return the result; None if there is none, or it is damaged."""
         with contextlib.suppress(ArtifactError, TypeError):
             return Fidelity(**read_checksummed_json(self.path))
         return None
 
     def write(self, found: Fidelity) -> None:
-        """Write the result; failures are ignored."""
         if math.isfinite(found.largest):  # JSON has no infinity or NaN
             with contextlib.suppress(StorageError):
                 write_checksummed_json(self.path, dataclasses.asdict(found))

@@ -116,7 +116,6 @@ def _open(path: Path, batch: int, threads: int) -> tuple[Callable[[NDArray[Any]]
 
 
 def _read_metadata(path: Path, suffix: str, files: dict[str, bytes]) -> ExportMetadata:
-    """Return the metadata of the JSON beside the file, else that in the file."""
     text = None
     if facts_path(path).is_file():
         facts = read_checksummed_json(facts_path(path))

@@ -182,17 +182,16 @@ def convert_to_litert(module: "nn.Module", metadata: ExportMetadata) -> Exported
         raise ArtifactError(f"{metadata.architecture} cannot be converted to LiteRT: {line[:600]}") from error
     held = io.BytesIO(content)
     with zipfile.ZipFile(held, "a") as appended:
-        for name, text in (("labels.txt", _label_lines(metadata)), (LITERT_METADATA, metadata.as_text())):
+        for name, text in (
+            ("labels.txt", "".join(" ".join(name.split()) + "\n" for name in metadata.class_names)),
+            (LITERT_METADATA, metadata.as_text()),
+        ):
             appended.writestr(zipfile.ZipInfo(name, _ZIP_TIME), text)
     return {".tflite": held.getvalue()}
 
 
 LITERT_METADATA = f"{METADATA_KEY}.json"
 OTHER_WAYS = "Try --format onnx, which has more operations, or train a convolutional student"
-
-
-def _label_lines(metadata: ExportMetadata) -> str:
-    return "".join(" ".join(name.split()) + "\n" for name in metadata.class_names)
 
 
 def find_layer(program: Any, operation: str) -> str:

@@ -125,13 +125,10 @@ def _quantize(source: Path, target: Path, images: NDArray[np.float32], batch: in
 
 
 class _CalibrationReader:
-    """Calibration data for onnxruntime."""
-
     def __init__(self, images: NDArray[np.float32], batch: int) -> None:
         self._parts = iter([images[i : i + batch] for i in range(0, len(images), batch)])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the next batch, or None at the end."""
         part = next(self._parts, None)
         return None if part is None else {INPUT_NAME: part}
 

@@ -131,7 +131,6 @@ class _StageReader:
         self.open = False  # whether the next activation function may be the stage's
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Register the hooks of this stage."""
         stage = self.stage
         module = find_submodule(model, stage.module)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
@@ -176,7 +175,6 @@ class _StageReader:
         self.latest = self._copy(_first_input(args, kwargs))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Handle the output of the stage's module."""
         self.open, number = False, self.calls
         self.calls += 1
         output = first_tensor(output)
@@ -193,7 +191,6 @@ class _StageReader:
             self.found[self.position] = self.latest
 
     def _activating(self, tensor: Tensor) -> Tensor | None:
-        """Handle the input of an activation function."""
         if not self.open or (self.stage.activated and tensor is not self.latest):
             return None
         return tensor if self.stage.activated else self._copy(tensor)

@@ -42,7 +42,9 @@ def find_stage_ends(trace: ForwardTrace) -> list[ModuleCall]:
         candidates = [call for call in candidates if not any(call in stage.parents for stage in chosen)]
         if size == (1, 1) and len(sizes) > 1 and candidates and not _continues_halving(candidates[0]):
             continue
-        while len(candidates) > 1 and _is_layer_norm(candidates[-1].module):
+        while len(candidates) > 1 and any(
+            name in type(candidates[-1].module).__name__ for name in ("LayerNorm", "RMSNorm", "RmsNorm")
+        ):
             candidates.pop()
         if candidates:
             fewest = min(_count_larger_parents(call) for call in candidates)
@@ -101,7 +103,6 @@ def _continues_halving(first: ModuleCall) -> bool:
 
 
 def _blocks(trace: ForwardTrace) -> list[ModuleCall]:
-    """Return the calls of blocks: of several layers each, and several of one class, or in a container with such."""
     units = [
         call
         for call in trace.calls
@@ -118,7 +119,6 @@ def _blocks(trace: ForwardTrace) -> list[ModuleCall]:
 
 
 def _container_of(trace: ForwardTrace, call: ModuleCall) -> tuple[str, int] | None:
-    """Return the outermost of the containers directly around a call, and its depth in there."""
     path, depth = call.path, 0
     while (outer := _parent(path)) in trace.containers:
         path, depth = outer, depth + 1
@@ -153,10 +153,6 @@ def _divide_blocks(single: ModuleCall, trace: ForwardTrace, blocks: list[ModuleC
 
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
-
-
-def _is_layer_norm(module: nn.Module) -> bool:
-    return any(name in type(module).__name__ for name in ("LayerNorm", "RMSNorm", "RmsNorm"))
 
 
 def find_head(trace: ForwardTrace) -> ModuleCall | None:
@@ -255,7 +251,6 @@ def _next_block_norm(trace: ForwardTrace, call: ModuleCall) -> PreActivation | N
 
 
 def _find_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> str | None:
-    """Return the BatchNorm whose output, perhaps with a shortcut added, is activated."""
     if activated is not None and activated.parents and activated.parents[-1] in _norm_calls(trace):
         found: ModuleCall | None = activated.parents[-1]
     else:

@@ -125,7 +125,6 @@ class ActivationMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         source = args[0] if args else kwargs.get("input")
         if func not in ACTIVATIONS or not isinstance(source, Tensor):
@@ -278,8 +277,6 @@ class _Recorder:
         self.latest: ModuleCall | None = None  # the last call that ended with a tensor
 
     def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Return the hooks before and after each call of this module."""
-
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             source = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             grid = None if source is None else self.layouts.grid(tuple(source.shape))
@@ -300,11 +297,9 @@ class _Recorder:
         return before, after
 
     def before_activation(self, source: Tensor) -> tuple[Tensor, int]:
-        """Record the input of an activation function."""
         return source, _version(source)
 
     def activated(self, recorded: tuple[Tensor, int], result: Tensor) -> None:
-        """Record its result."""
         if self.open_calls and is_activation(self.open_calls[-1].module):
             return
         source, version = recorded

@@ -168,7 +168,6 @@ def _start_threads(
     parameters: dict[str, Any],
     observer: Observer,
 ) -> list[LoggerThread]:
-    """Import the packages, before data workers are forked, and start the threads."""
     started = []
     for each in trackers:
         try:

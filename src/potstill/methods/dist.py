@@ -21,7 +21,6 @@ from potstill.types import Batch, Outputs, at_least_float32
 
 
 def _mean_distance(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
-    """1 minus Pearson's correlation of each row, averaged."""
     student = student - student.mean(dim=1, keepdim=True)
     teacher = teacher - teacher.mean(dim=1, keepdim=True)
     correlation = (student * teacher).sum(dim=1) / (student.norm(dim=1) * teacher.norm(dim=1) + eps)

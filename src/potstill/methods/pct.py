@@ -129,7 +129,11 @@ class PCT(MethodWrapper):
         others: Outputs | None = None
         if self._others:
             first = teacher.members[0]
-            others = teacher if self._apart else replace(first, second=_first_member(teacher.second))
+            others = (
+                teacher
+                if self._apart
+                else replace(first, second=None if teacher.second is None else teacher.second.members[0])
+            )
         terms = self.inner.distill(student, others, batch)
         loss = pct_loss(
             student.logits,
@@ -141,7 +145,3 @@ class PCT(MethodWrapper):
             distance=self.distance,
         )
         return terms | {"flips": self.weight * loss}
-
-
-def _first_member(outputs: Outputs | None) -> Outputs | None:
-    return None if outputs is None else outputs.members[0]

@@ -186,7 +186,6 @@ def _without(header: Sequence[str], at: int) -> list[str]:
 
 
 def _column_names(names: Sequence[str]) -> tuple[AnswerKind | None, tuple[str, ...] | None]:
-    """Return what the columns say they are, and the class names."""
     for prefix, kind in _PREFIXES.items():
         if names and all(name.startswith(prefix) for name in names):
             return kind, None if kind == "embeddings" else tuple(name.removeprefix(prefix) for name in names)

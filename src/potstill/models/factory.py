@@ -93,7 +93,6 @@ def output_groups(
 def _output_names(
     architecture: str, source: str, theirs: OutputClasses, size: int
 ) -> tuple[Sequence[str] | None, list[str]]:
-    """Return the names of the outputs, or None, and a note on how they were found."""
     if isinstance(theirs, str):
         return class_list(theirs), []
     if not isinstance(theirs, Mapping):

@@ -139,14 +139,12 @@ def _convert_by_order(checkpoint: Checkpoint, architecture: str, own: Mapping[st
 
 def _with_cifar_normalisation(state: State, note: str, architecture: str, own: Mapping[str, Tensor]) -> Converted:
     known = None
-    if architecture.startswith("cifar/") and (known := CIFAR_NORMALISATION.get(_count_outputs(state))):
+    if architecture.startswith("cifar/") and (
+        known := CIFAR_NORMALISATION.get(int(state["head.weight"].shape[0]) if "head.weight" in state else 0)
+    ):
         mean, std = (", ".join(f"{value:g}" for value in each) for each in known)
         note += f"; images are normalised as those repositories do, mean {mean}, std {std}"
     return Converted(state, (note,), known)
-
-
-def _count_outputs(state: Mapping[str, Tensor]) -> int:
-    return int(state["head.weight"].shape[0]) if "head.weight" in state else 0
 
 
 def _is_counter(key: str) -> bool:
@@ -154,7 +152,6 @@ def _is_counter(key: str) -> bool:
 
 
 def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Return whether names and shapes are the network's, except for the number of classes."""
     if any(key not in own for key in state) or any(key not in state and not _is_counter(key) for key in own):
         return False
     other = [key for key, value in state.items() if value.shape != own[key].shape]
@@ -192,7 +189,6 @@ def identify_network(path: Path) -> str:
 
 @functools.cache  # building all candidates takes seconds
 def _shapes(name: str) -> State:
-    """Return the state dict of a network on the meta device; empty if it cannot be built there."""
     try:
         with torch.device("meta"):
             return build_model(name, _PROBE_CLASSES, size=32 if name.startswith("cifar/") else 224).state_dict()
@@ -207,7 +203,6 @@ def _transformers_network(checkpoint: Checkpoint) -> list[str]:
 
 
 def _wide_resnets(checkpoint: Checkpoint) -> list[str]:
-    """Return the Wide ResNets of the weights' depth and width."""
     convolutions = [value for value in checkpoint.tensors.values() if value.ndim == 4]
     if not convolutions:
         return []
@@ -224,7 +219,6 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _describe(checkpoint: Checkpoint) -> str:
-    """Return a description of the weights, for an error message."""
     tensors = {key: value for key, value in checkpoint.tensors.items() if not _is_counter(key)}
     total = sum(value.numel() for value in tensors.values())
     ends = [f"{key} {tuple(value.shape)}" for key, value in tensors.items()]

@@ -59,7 +59,6 @@ def cut_channels(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) ->
 
 
 def _cut_tensors(layer: nn.Module, path: str) -> None:
-    """Cut the tensors of a layer to its numbers of channels."""
     wanted: tuple[int, ...]
     if isinstance(layer, nn.Conv2d):
         if layer.in_channels % layer.groups or layer.out_channels % layer.groups:
@@ -157,7 +156,6 @@ def check_prunable(network: nn.Module, architecture: str) -> None:
 
 
 def _prune(network: nn.Module, channel_share: float, size: int, architecture: str) -> nn.Module:
-    """Return a copy without this share of the channels of every group."""
     pruned = copy.deepcopy(network).cpu().eval()
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -273,6 +271,5 @@ def _width_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def _outputs(layer: nn.Module) -> int | None:
-    """Return the number of outputs of a linear layer or convolution."""
     found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     return found if isinstance(layer, (nn.Linear, nn.Conv2d)) else None

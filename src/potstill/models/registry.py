@@ -121,7 +121,6 @@ def resolve(name: str) -> tuple[Family, str]:
 
 
 def _nearest_names(prefix: str, bare: str) -> str:
-    """Return names similar to ``bare``: first of the given family, then of all."""
     found: list[str] = []
     bare = bare.rpartition("/")[2].partition(".")[0]  # without a prefix that is not known, without the tag of weights
     for family in [prefix, *FAMILIES]:

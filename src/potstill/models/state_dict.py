@@ -317,7 +317,6 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
 
 
 def _count_tensors(value: Any) -> int:
-    """Return the number of tensors in ``value``, including those inside wrapping keys."""
     if isinstance(value, Mapping):
         return sum(_count_tensors(each) for each in value.values())
     return int(isinstance(value, Tensor) and value.ndim > 0)

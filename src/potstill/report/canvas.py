@@ -252,7 +252,6 @@ def add_legend_below(figure: "Figure", axes: "Axes") -> None:
 
 
 def _set_layout(figure: "Figure", renderer: Any) -> None:
-    """Lay out the axes side by side in the space that their labels and the figure's legend leave."""
     width, height = figure.bbox.width, figure.bbox.height
     pad = _PADDING * figure.dpi
     below = sum(legend.get_window_extent(renderer).height for legend in figure.legends)

@@ -164,7 +164,6 @@ def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
 
 
 def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
-    """Return ``calibration`` of results.json if it is valid."""
     facts = stage.facts.get("calibration")
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
@@ -319,7 +318,6 @@ def fidelity_context(run: Run) -> dict[str, Any] | None:
 
 
 def _cka_svg(cka: dict[str, Any], name: str) -> str | None:
-    """Return the heat map of CKA between a student's and the teacher's stages; None if it was not measured."""
     layers, values = cka.get("layers") or {}, (cka.get("values") or {}).get(name)
     down, across = layers.get("teacher"), layers.get(name)
     if not values or not down or not across or [len(row) for row in values] != [len(across)] * len(down):
@@ -576,7 +574,6 @@ def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[
 
 
 def _thumbnail(found: Any) -> dict[str, Any] | None:
-    """Return ``uri``, ``width``, ``height`` and whether to enlarge without blur; None if there is no image."""
     if not isinstance(found, dict) or found.get("type") not in _IMAGE_TYPES:
         return None
     width, height = (format_number(found.get(side)) for side in ("width", "height"))

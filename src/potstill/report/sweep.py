@@ -350,5 +350,4 @@ def _confidence(row: Mapping[str, Any]) -> str:
 
 
 def _interval_text(interval: Mapping[str, float]) -> str:
-    """Return ``84.1 % (81.0 to 86.8)``."""
     return f"{format_percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"

@@ -278,7 +278,6 @@ def _metric_table(run: Run, stage: StageResult) -> str:
 
 
 def _class_table(stage: StageResult) -> str:
-    """Return a row for each class; columns are metrics by split."""
     per_split = {
         split: {row["class"]: row for row in stage.metrics[split]["per_class"]}
         for split in SPLITS
@@ -380,7 +379,6 @@ def _card_text(run: Run, student: StageResult) -> str:
 
 
 def _card_purpose(run: Run, network: str) -> str:
-    """Return what the student is."""
     names = run.class_names
     if not names:
         return f"A network ({network}) that was trained on embeddings and predicts no classes."
@@ -425,7 +423,6 @@ def _training_sentence(run: Run, student: StageResult) -> str:
 
 
 def _markdown(value: Any) -> str:
-    """Escape Markdown and HTML, on one line."""
     text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)

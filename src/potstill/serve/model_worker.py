@@ -133,14 +133,12 @@ def _predict_all(
 def _predict_one(
     stage: str, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the model of a stage predicts."""
     return _answer(stage, [stage], models, seen, head, lambda shares: shares[0])
 
 
 def _predict_together(
     cascade: CascadeRule, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the teachers of a cascade predict together."""
     import torch
 
     from potstill.config.recipe import TeachersSettings

@@ -256,8 +256,6 @@ class RecipeTrainings:
 
 
 class _EpochTimes(ForwardingObserver):
-    """Collects the seconds of a stage's epochs."""
-
     def __init__(self, stage: str, observer: Observer) -> None:
         super().__init__(observer)
         self._stage, self.seconds = stage, list[float]()
@@ -294,7 +292,10 @@ def find_families(
         return None if row is None or milliseconds is None else row.milliseconds(milliseconds, size)
 
     if names:
-        return [[(Student(name, pretrained(name)), estimate(find_row(table, name)))] for name in names]
+        return [
+            [(Student(name, pretrained(name)), estimate(table.get(name) or table.get(f"timm/{name}")))]
+            for name in names
+        ]
 
     def excess(row: ModelRow) -> float:
         if limits == Limits():
@@ -335,11 +336,6 @@ def find_in_either_precision(
         if int8:
             raise
     return find(int8=True), True
-
-
-def find_row(table: Mapping[str, ModelRow], name: str) -> ModelRow | None:
-    """Return the row of a network, whose name may be without the prefix of timm."""
-    return table.get(name) or table.get(f"timm/{name}")
 
 
 def fit(

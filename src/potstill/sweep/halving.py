@@ -272,7 +272,6 @@ class HalvingSearch:
         return self._spent + self.clock() - self._began
 
     def _left(self) -> float:
-        """Return the seconds of the budget that trainings can still take."""
         if self.within is None:
             return math.inf
         return _PLANNED_SHARE * self.within - self._elapsed() - self._end_seconds()
@@ -286,7 +285,6 @@ class HalvingSearch:
         write_checksummed_json(self.folder / FIT_FILE, self.state)
 
     def _students(self, families: Sequence[Sequence[tuple[Student, float | None]]]) -> list[Student]:
-        """Return the students within the limits, measured as exported files; drop the others by name."""
         found = self.state["students"]
         if found is None:
             found, ratios = [], list[float]()
@@ -360,7 +358,6 @@ class HalvingSearch:
         )
 
     def _race(self, costs: Costs, pool: list[Candidate], plan: Plan) -> Candidate:
-        """Return the candidate that is best on val in the last rung."""
         sizes, done = rung_sizes(plan.candidates), list[int]()
         for rung, size in enumerate(sizes):
             if rung == len(self.state["rungs"]):
@@ -407,7 +404,6 @@ class HalvingSearch:
     def _trial(
         self, costs: Costs, role: str, candidate: Candidate, rung: int, epochs: int, *, optional: bool
     ) -> dict[str, Any] | None:
-        """Train a candidate, unless it is done already; None: ``optional``, and there is no time for it."""
         key = {"role": role, "rung": rung, "chosen": candidate.chosen}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
@@ -480,7 +476,6 @@ class HalvingSearch:
         return pool[0]
 
     def _train_again(self, costs: Costs, winner: Candidate, baseline: Candidate) -> None:
-        """Train winner and baseline with fresh seeds, as long as there is time for."""
         name = winner.student.name
         both = {"distilled": (winner.student, winner.settings), "baseline": (baseline.student, baseline.settings)}
         if "final_epochs" not in self.state:

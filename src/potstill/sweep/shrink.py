@@ -130,7 +130,6 @@ class PrunedStudent:
         return stage_role(self.stage)
 
     def _recipe(self) -> Recipe:
-        """Return the recipe of the fine-tuning, but for the student's weights."""
         sets = [f"data.source={json.dumps(self.finetuning.data)}"] if self.finetuning.data else []
         own = load_recipe(self.run.recipe, data_needed=False, recorded=True)
         recipe = load_recipe(self.run.recipe, [*sets, *self.finetuning.sets], data_needed=True, recorded=True)
@@ -289,7 +288,6 @@ class PrunedStudent:
 
 
 def _check_same_settings(home: RunFolder, recipe: Recipe, role: str) -> None:
-    """Raise UsageError if a run folder of fine-tuning has other settings, or another number of epochs."""
     changes = []
     try:
         check_same_recipe(home, recipe)
@@ -368,8 +366,6 @@ class LossTest:
 
 @dataclass
 class _Candidate:
-    """A smaller file, and what was measured of it."""
-
     folder: Path  # of the model
     content: bytes
     row: dict[str, Any]  # as in shrink.json
@@ -405,8 +401,6 @@ def shrink(
 
 
 class _Search:
-    """The candidates of one search, from large to small."""
-
     def __init__(self, work: PrunedStudent, max_loss: float) -> None:
         from potstill.models.pruning import check_prunable
 
@@ -467,7 +461,6 @@ class _Search:
         return self.work.finetune(start, self.folder / "candidates" / name) / self.work.role
 
     def _try(self, folder: Path, how: str) -> _Candidate:
-        """Export a model, and measure size, latency, and accuracy on val."""
         from potstill.export.exporter import convert_network, single_thread_latency
         from potstill.models.exported_files import create_onnx_predictor
         from potstill.models.model_file import load_model
@@ -494,7 +487,6 @@ class _Search:
         return _Candidate(folder, content, row)
 
     def _finish(self, chosen: _Candidate) -> dict[str, Any]:
-        """Export the chosen file, and evaluate it and the student on test."""
         from potstill.export.exporter import export
         from potstill.export.options import ExportOptions
         from potstill.models.exported_files import create_onnx_predictor

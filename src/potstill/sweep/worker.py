@@ -223,7 +223,6 @@ class Sweep:
             return self._confirm_best(teachers, deadline) if self.confirm_seeds else True
 
     def _locked(self) -> RunLock:
-        """Return the sweep's lock, which processes hold in turn."""
         return RunLock(self.folder, wait=True)
 
     def _open_study(self) -> None:
@@ -256,7 +255,6 @@ class Sweep:
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
-        """Train the teacher once for all trials; return the settings with which a recipe uses it."""
         if self.student == "baseline" or not self.recipe.teacher_list:
             return ()
         recipe = self._recipe_with_teacher()
@@ -276,7 +274,6 @@ class Sweep:
         return None
 
     def _next_trial(self) -> Any:
-        """Return the next trial; _WAIT while other processes run the last ones; None at the end."""
         from optuna.trial import TrialState
 
         with self._locked():

@@ -123,13 +123,10 @@ def adapt_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
 
 
 class _LayerSums:
-    """Sums over all inputs of one layer, in float64 if the device has it."""
-
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Add the inputs [B, C, ...]; a forward pre-hook."""
         values: Tensor = inputs[0]
         channels = values.detach().to(widest_float(values.device)).transpose(0, 1).flatten(1)  # [C, B * H * W]
         if self.count == 0:

@@ -352,7 +352,6 @@ class Checkpointer:
         return int(facts["epoch"])
 
     def _random_states(self) -> dict[str, Tensor]:
-        """Return the random states of all processes; none in all processes but the first, which writes them."""
         states = self.compute.processes.collect(pack_random_state(self.compute.device)) or []
         return {
             name: value

@@ -111,7 +111,6 @@ class StudentCompiler:
             self._install(self.compiled_forward)
 
     def _install(self, call: ForwardCall) -> None:
-        """Use ``call`` for full batches until the end of the epoch."""
         uncompiled: ForwardCall = self.student.forward
         cuda_graphs = self._uses_cuda_graphs
 
@@ -152,7 +151,6 @@ class StudentCompiler:
         self.observer.note(f"the student's forward pass is compiled{how}: {self.clock() - started:.0f} s")
 
     def _warm_up(self, call: ForwardCall, images: Tensor) -> None:
-        """Run forward and backward so that compilation happens now; restore BatchNorm and random state."""
         images = images.contiguous(memory_format=self.compute.memory_format)
         saved_buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []

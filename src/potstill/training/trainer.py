@@ -310,7 +310,6 @@ class Trainer:
     # one epoch
 
     def _new_epoch_state(self) -> EpochState:
-        """Return the state at the beginning of an epoch."""
         metrics = StreamingMetrics(self.classes, device=self.compute.device)
         return EpochState(metrics, TermAverages(), lr=float(self.optimizer.param_groups[0]["lr"]))
 
@@ -410,7 +409,6 @@ class Trainer:
             self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
 
     def _save(self, number: int, state: EpochState, *, background: bool = False) -> None:
-        """Save a checkpoint within an epoch."""
         gathered = self.ddp.gather(state.metrics, state.averages)
         if gathered is not None:
             metrics, averages = gathered

@@ -213,8 +213,6 @@ _OWN_PREFIX = "own/"  # in a client's memory: the network that it keeps
 
 @dataclass
 class _Work:
-    """A client's objects, built from the server's recipe."""
-
     recipe: Recipe
     settings: TrainingSettings
     compute: Compute
@@ -255,7 +253,6 @@ class Client:
         return Message(request.task, numbers=work.counts)
 
     def _train(self, request: Message, memory: Arrays, work: _Work) -> Message:
-        """Train the server's student and return its weights."""
         student = decode_network(request, "student")
         student.module.load_state_dict(arrays_to_state_dict(request.arrays))
         loss = self._train_student(student, request, memory, work)

@@ -197,8 +197,6 @@ def federate(
 
 
 class _FederatedRun:
-    """The server, and the clients if they are in this process."""
-
     def __init__(
         self,
         recipe: Recipe,
@@ -222,7 +220,6 @@ class _FederatedRun:
             self.local = {each: Client(own, public) for each, own in enumerate(sources)}
 
     def describe(self) -> dict[str, Any]:
-        """Return each client's number of images; of clients in this process, also by class."""
         clients = self.remote or InProcessClients(self.local)
         # All servers are built first, so that a missing requirement of the last algorithm is an error before training.
         servers = {name: self._server(ALGORITHMS[name], clients) for name in self.options.algorithms}
@@ -241,7 +238,6 @@ class _FederatedRun:
         return {"recipe": self.recipe.name, "clients": found, "public": public, "test": len(self.data.test)}
 
     def train(self, folder: Path, results: FederatedResults) -> None:
-        """Train with every algorithm, then every baseline."""
         for name in self.options.algorithms:
             # Clients in this process keep nothing from one algorithm to the next.
             self._train(name, ALGORITHMS[name], self.remote or InProcessClients(self.local), folder, results)

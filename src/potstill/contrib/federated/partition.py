@@ -93,7 +93,6 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
 
 
 def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.random.Generator) -> list[IndexArray]:
-    """Divide each class in shares drawn from the Dirichlet distribution."""
     parts: list[list[IndexArray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))

@@ -57,7 +57,6 @@ def check(settings: DataSettings) -> None:
 
 
 def _find(options: CifarOptions) -> Path | None:
-    """Return the folder of the files; None if they must be downloaded."""
     if options.root is None:
         return _within(_cache())
     found = _within(Path(options.root).expanduser())
@@ -104,7 +103,6 @@ def _download(root: Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[tuple[str, ...], dict[str, ArraySet]]:
-    """Return class names, and the images of train and test."""
     if (folder / "train.bin").is_file():
         train, test, meta = FILES["cifar-100-binary"]
         names = _bytes(folder / meta).decode("utf-8", "replace").split()

@@ -209,7 +209,6 @@ def cache_findings(
 
 
 def _contents(listing: Listing, table: ScanTable) -> dict[str, str]:
-    """Return name -> content description of the decoded files, as ``scan.check_files`` does."""
     rows = table.rows
     found = {}
     for i in table.good.tolist():

@@ -199,7 +199,6 @@ def _class_embeddings(
 
 
 def _load_clip(name: str, state: dict[str, Tensor], size: int, origin: str) -> Any:
-    """Return open_clip's model with both towers and the weights ``state``, converted as open_clip does."""
     import open_clip
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -241,7 +240,6 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _tags(bare: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of the published weights by tag, in open_clip's order."""
     import open_clip
 
     return {tag: open_clip.get_pretrained_cfg(bare, tag) for tag in open_clip.list_pretrained_tags_by_model(bare)}
