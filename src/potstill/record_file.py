@@ -35,18 +35,10 @@ class RecordFile:
     ``records``: record after record.  ``checksums``: a CRC-32 of 4 bytes or a CRC-16 of 2 for each, of its bytes, its
     number and ``seed``; 0 where there is no record.
 
-    Args:
-        records: path of the records.
-        checksums: path of their checksums.
-        nbytes: of one record.
-        seed: of the checksums, so that those of another file do not match.
-        size: bytes of all records, if the last one is shorter; None: any number of whole records.
-        width: bytes of a checksum.  2 misses one in 65,536 damaged records, and none of up to 4,095 bytes in which one
-            or two bits have changed.
-        write: if False, existing files are opened for reading.
-
-    Raises:
-        OSError: from the constructor and from all methods.
+    ``nbytes`` are those of one record, ``size`` of all if the last one is shorter, ``width`` of a checksum: 2 misses
+    one in 65,536 damaged records, and none of up to 4,095 bytes in which one or two bits have changed.  ``seed`` keeps
+    checksums of other files from matching.  Without ``write``, existing files are opened for reading.  All methods
+    raise OSError.
     """
 
     def __init__(
@@ -118,12 +110,7 @@ class RecordFile:
         return binascii.crc_hqx(record, (start >> 16) ^ (start & 0xFFFF)) or 1
 
     def intact(self, numbers: Numbers, checksums: Checksums) -> NDArray[np.bool_]:
-        """Return which records have these checksums.  They are not mapped, so that an I/O error is raised.
-
-        Args:
-            numbers: of the records, ascending, shape [B].
-            checksums: shape [B].
-        """
+        """Return which records [B], ascending, have these checksums; not mapped, so that I/O errors are raised."""
         matches = np.zeros(len(numbers), bool)
         chunks = numbers // max(1, _CHUNK // self.nbytes)
         starts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(numbers)]
@@ -141,12 +128,7 @@ class RecordFile:
         pwrite(self.records, first * self.nbytes, records)
 
     def mark(self, numbers: Numbers, checksums: Checksums) -> None:
-        """Sync the written records to the disk, then write and sync their checksums.
-
-        Args:
-            numbers: of the records, ascending, shape [B].
-            checksums: shape [B].
-        """
+        """Sync the written records [B], ascending, to the disk, then write and sync their checksums."""
         os.fsync(self.records)
         content = memoryview(checksums.astype(self.dtype).tobytes())
         for start, stop in consecutive(numbers):
@@ -157,9 +139,8 @@ class RecordFile:
             self._folder_synced = True
 
     def reserve(self, first: int, end: int) -> None:
-        """Allocate the disk space for the records from ``first`` to before ``end``; undone if there is not enough.
-
-        Records before ``first`` may be a hole, which is filled as it is written.
+        """Allocate disk space for records, undone if there is not enough; a hole before them is filled as it is
+        written.
         """
         before = os.fstat(self.records).st_size
         if self.size is not None and before > self.size:
@@ -174,10 +155,7 @@ class RecordFile:
             raise
 
     def mapped(self, first: int, end: int) -> NDArray[np.uint8]:
-        """Return the bytes of the records from ``first`` to before ``end``, fewer if the file ends before.
-
-        A read-only memory map, whose memory the system can reclaim; it outlives ``close``.
-        """
+        """Return the bytes of records, as far as the file goes, in a read-only memory map, which outlives ``close``."""
         if len(self._map) < self._offset(end):
             length = os.fstat(self.records).st_size
             if length:
@@ -297,7 +275,6 @@ def _allocate(handle: int, start: int, length: int) -> None:
 
 
 def _pread(handle: int, at: int, length: int) -> bytes:
-    """Read up to ``length`` bytes, fewer at the end of the file."""
     parts: list[bytes] = []
     while length > 0 and (part := os.pread(handle, length, at)):
         parts.append(part)

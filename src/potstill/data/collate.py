@@ -39,20 +39,7 @@ def view_fingerprint(
     same_class: bool,
     device: str,
 ) -> dict[str, Any]:
-    """Return JSON values; if they are equal, so are the views of equal images.
-
-    Args:
-        augment: settings of the augmentation; None: none.
-        spec: preprocessing of the network.
-        side: of the squares from which views are cropped.
-        seed: of the views.
-        labels: [N] class ids, on which the partners may depend.
-        unlabeled: number of images without labels.
-        balanced: the class of a partner to mix with is drawn uniformly.
-        strong: these are the second views, with RandAugment.
-        same_class: these are views of other samples of the same class.
-        device: its type; only torchvision's policies may differ by a pixel between two types.
-    """
+    """Return JSON values that determine the views of equal images; ``device`` counts for torchvision's policies."""
     augment = augment or AugmentSettings()
     changes = not augment.changes_nothing or strong or same_class
     values: dict[str, Any] = {
@@ -111,16 +98,7 @@ class BatchPlan:
 
 
 class Collator:
-    """``batch(plan(ids, view), pixels)``; the arguments are those of ``Loader``.
-
-    Args:
-        labels: [N] class ids of the labeled images.
-        unlabeled: M.
-        side: of the squares that come as pixels.
-        balanced: partners to mix with are drawn class by class.
-        drawn: the pixels in which views are drawn; None: those in which they are shown.
-        answers: the pixels are logits or embeddings [B, K, 1, 1], equal for all views of an image.
-    """
+    """``batch(plan(ids, view), pixels)``; arguments as of ``Loader``, ``side`` that of the squares."""
 
     def __init__(
         self,
@@ -221,11 +199,7 @@ class Collator:
         return self._transform(plan, self._move_to_device(pixels), strong=False)[0]
 
     def second_images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
-        """Return only the batch's second images.
-
-        Raises:
-            UsageError: there are none.
-        """
+        """Return only the batch's second images."""
         self._require_second()
         second = self._transform(plan, self._move_to_device(pixels))[1]
         assert second is not None

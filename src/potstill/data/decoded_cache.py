@@ -58,14 +58,7 @@ Pixels = NDArray[np.uint8]
 class PixelFile:
     """N images of one size, ``pixels.bin`` (uint8 [N, 3, H, W]) with checksums ``done.bin``; see ``RecordFile``.
 
-    A record is a block of images.  Its bytes depend only on the key, so rewriting one changes nothing for processes
-    that read it at the same time.
-
-    Args:
-        folder: of the two files.
-        images: N.
-        shape: (3, H, W).
-        key: hex digits; part of the checksums, so that another file's blocks do not match.
+    A record is a block of images; its bytes depend only on the key, so rewriting one changes nothing for its readers.
     """
 
     def __init__(self, folder: Path, images: int, shape: tuple[int, int, int], key: str) -> None:
@@ -77,11 +70,7 @@ class PixelFile:
         self._seed = int(key[:8], 16)
 
     def open(self, *, write: bool = True) -> RecordFile:
-        """Open both files.
-
-        Raises:
-            OSError: one is missing, if not ``write``; or it cannot be opened.
-        """
+        """Open both files; OSError: one is missing, if not ``write``, or cannot be opened."""
         checksums = self.pixels.with_name("done.bin")
         return RecordFile(self.pixels, checksums, self.block_bytes, self._seed, size=self.nbytes, write=write)
 
@@ -120,16 +109,7 @@ _IDLE_SECONDS = 86_400.0  # without use, after which they are removed if space i
 
 
 def make_room(folder: Path, need: int, share: float) -> bool:
-    """Remove unused pixels if necessary; return whether new ones may be written.
-
-    Args:
-        folder: of the new pixels; its neighbours hold others, whose modification time is that of the last use.
-        need: bytes; those already in the folder count as free.
-        share: of the free disk that they may take.
-
-    Raises:
-        OSError: the free disk space is unknown.
-    """
+    """Remove unused pixels beside ``folder`` if necessary; return whether ``need`` bytes fit the share of the disk."""
     now, have = time.time(), _allocated_bytes(folder)
     for used, other in sorted(_neighbours(folder)):
         fits = need - have <= share * shutil.disk_usage(folder).free
@@ -244,14 +224,7 @@ _reported: "WeakKeyDictionary[ProgressReporter, set[str]]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Images to decode to squares.
-
-    Args:
-        images: N images.
-        side: R.
-        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
-        identity: identifies the images and their content.
-    """
+    """N images to decode to squares of ``side`` pixels; ``identity`` identifies them and their content."""
 
     images: ImageSet
     side: int
@@ -303,14 +276,7 @@ class DecodeRequest:
 
 
 def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
-    """Return the squares from a file of the cache, which is filled first if necessary.
-
-    Returns:
-        uint8 [N, *square_shape], memory-mapped and read-only; None if they cannot be cached on disk.
-
-    Raises:
-        DataError: an image cannot be decoded.
-    """
+    """Return the squares, memory-mapped uint8 [N, *square_shape], from a file of the cache; None: not to be cached."""
     if not hasattr(os, "preadv") or request.nbytes < SMALLEST:  # Windows
         return None
     text = request.manifest()
@@ -458,13 +424,8 @@ Square = tuple[int, str]  # side and resize mode, see ``read_square``
 class StagedSquares:
     """Squares of the images that a check decodes, until they are packed: so each file is read and decoded once.
 
-    They are in a file without a name in the cache folder, which is gone when the process ends, however it does.  Each
-    can be taken once.  Where there is no room for them, or where files are not checked because they have not changed,
-    nothing is staged, and packing decodes.
-
-    Args:
-        wanted: split -> squares that its loaders will ask for.
-        share: of the free disk that decoded pixels may take; the staged ones take half of it at most.
+    They are in a file without a name in the cache folder, gone when the process ends; each can be taken once.  Without
+    room, or where files are not checked as they have not changed, nothing is staged.
     """
 
     def __init__(self, wanted: Mapping[str, Collection[Square]], share: float) -> None:
@@ -501,11 +462,7 @@ class StagedSquares:
             self._wanted = {}
 
     def check(self, content: bytes, digest: bytes, name: str, path: str) -> ValueSpan | None:
-        """Decode a file, and stage its squares; return the span of its values.
-
-        Raises:
-            DataError: it cannot be decoded.
-        """
+        """Decode a file, and stage its squares; return the span of its values."""
         wanted = self._wanted.get(name)
         decoded = read_image(content, path, side=wanted[0][0] if wanted else None)
         if not wanted or (decoded.span is not None and decoded.span.kind != "colour"):  # the range is not known yet
@@ -810,24 +767,11 @@ def decode_all(
     identity: str | None = None,
     progress: ProgressReporter | None = None,
 ) -> Tensor | None:
-    """Return all images as squares, decoded once for the lifetime of the image set or, if cached on disk, until the
-    images change.
+    """Return all images as squares, uint8 [N, *square_shape], decoded once for the lifetime of the image set or, if
+    cached on disk by ``identity``, until the images change; None if they fit neither into memory nor on the disk.
 
-    Args:
-        images: N images.
-        side: R, of the square in pixels.
-        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
-        device: of the tensor; it stays on the CPU if the device has too little memory.
-        cache_fraction: of free memory, and of the free disk, that it may take.
-        processes: number of processes on this machine that call this; they share the memory, and map one file.
-        identity: identifies the images and their content; None: not cached on disk.
-        progress: receives the progress.
-
-    Returns:
-        uint8 [N, *square_shape], read-only; None if it fits neither into memory nor on the disk.
-
-    Raises:
-        DataError: an image cannot be decoded.
+    ``processes`` of this machine that call it share the memory; the tensor stays on the CPU if the device has too
+    little. ``cache_fraction`` is of free memory and of the free disk.
     """
     size = len(images) * math.prod(square_shape(side, resize_mode))
     cpu = torch.device("cpu")

@@ -213,14 +213,7 @@ class Loader:
         return self.collator.distinct_views
 
     def describe_views(self, second: bool = False) -> dict[str, Any]:
-        """Return everything that determines the pixels of a view besides the images, as JSON values.
-
-        Args:
-            second: describe ``Batch.second`` instead of ``Batch.images``.
-
-        Raises:
-            UsageError: this loader has no second images.
-        """
+        """Return what determines the pixels of a view (or second image) besides the images, as JSON values."""
         return self.collator.describe(second) | ({"records": JPEG_RECORDS} if self._jpeg else {})
 
     def ids_of(self, epoch: int) -> list[Ids]:
@@ -252,8 +245,7 @@ class Loader:
     def views_of(self, epoch: int) -> list[int | Ids]:
         """Return the view number of each batch of an epoch, one for all or int64 [B]; only those of this process.
 
-        Labeled images have that of the epoch; an unlabeled image has a new one each time that it is seen, as far as
-        ``views_in_turn`` allows.
+        An unlabeled image has a new view each time that it is seen, as far as ``views_in_turn`` allows.
         """
         view, ids = self.view_of(epoch), self.ids_of(epoch)
         if self.unlabeled is None or not self.distinct_views:
@@ -266,12 +258,7 @@ class Loader:
         return views
 
     def epoch(self, number: int = 0, step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number ``step`` on, in the views ``views_of(number)``.
-
-        Raises:
-            DataError: an image can no longer be decoded.
-            WorkerError: a process that decodes has died.
-        """
+        """Yield the batches of an epoch from number ``step`` on, in the views ``views_of(number)``."""
         self._start_decoding()
         batches = list(zip(self.ids_of(number), self.views_of(number), strict=True))
         plans = (self.collator.plan(ids, views) for ids, views in batches[step:])
@@ -279,25 +266,12 @@ class Loader:
             yield self.collator.batch(*self._complete(plan, pixels))
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Return the images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
-
-        Args:
-            index: [B] int64 sample ids.
-            view: view number, one for all or [B] int64.
-        """
+        """Return images [B, 3, S, S] of sample ids [B] in a view (one for all or [B]), as an epoch has them."""
         plan = self.collator.plan(*_to_numpy(index, view), second=False)
         return self.collator.images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Return the second images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
-
-        Args:
-            index: [B] int64 sample ids.
-            view: view number, one for all or [B] int64.
-
-        Raises:
-            UsageError: this loader has no second images.
-        """
+        """Return second images as ``view`` returns images; UsageError if this loader has none."""
         plan = self.collator.plan(*_to_numpy(index, view))
         return self.collator.second_images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
@@ -355,11 +329,7 @@ class Loader:
         yield from zip(epoch, pixels, strict=True)
 
     def _read_ahead(self, plans: Iterator[BatchPlan], pixels: Tensor) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Read the pixels of the next batches in a thread, into buffers that are used in turn.
-
-        A buffer is pinned, so that its copy to the GPU takes no time of the CPU, and is written again once that copy is
-        done.  So a batch must be copied before the next one is requested.
-        """
+        """Read batches ahead in a thread, into pinned buffers: copy a batch before requesting the next one."""
         largest = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
         on_gpu = self.device.type == "cuda"
         buffers = [

@@ -77,16 +77,10 @@ def square_shape(side: int, resize_mode: str) -> tuple[int, int, int]:
 
 
 def stretch_with_shape(image: Pixels | Image.Image, side: int, shape: tuple[int, ...]) -> Pixels:
-    """Return the whole image as a square, for crops that keep the shape of what they show.
+    """Return the whole image as a square, for crops that keep the shape (height, width) of what they show.
 
-    Args:
-        image: uint8 [H, W, 3], or an RGB image of Pillow.
-        side: of the square, in pixels; at least 8.
-        shape: height and width of the image.
-
-    Returns:
-        uint8 [3, side + 1, side]: the square as by "stretch", and a row that begins with ``shape``, so that both are
-        kept, cached and sent to other processes together; ``aspect_ratios`` reads it.
+    uint8 [3, side + 1, side]: the square as by "stretch", and a row that begins with ``shape``, so that both are cached
+    together; ``aspect_ratios`` reads it.  ``side`` is at least 8.
     """
     square = np.empty(square_shape(side, "whole"), np.uint8)
     square[:, side] = 0
@@ -118,9 +112,8 @@ def _pad_to_square(image: Image.Image, side: int) -> Pixels:
 def padded_shape(height: int, width: int, side: int) -> tuple[int, int]:
     """Return height and width of an image within its padded square, whose side is the longer one.
 
-    Example:
-        >>> padded_shape(100, 200, 32)
-        (16, 32)
+    >>> padded_shape(100, 200, 32)
+    (16, 32)
     """
     longer = max(height, width)
     return max(1, (2 * height * side + longer) // (2 * longer)), max(1, (2 * width * side + longer) // (2 * longer))

@@ -180,11 +180,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def read_options(settings: DataSettings, model: type[OptionsT]) -> OptionsT:
-    """Return ``settings.options`` as the options class of the data set.
-
-    Raises:
-        UsageError: unknown options or wrong values; names all of them, and the nearest known name.
-    """
+    """Return ``settings.options`` as the options class of the data set; UsageError names all that are wrong."""
     try:
         return model.model_validate(settings.options)
     except ValidationError as error:

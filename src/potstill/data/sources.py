@@ -9,6 +9,7 @@ Manifest: a CSV file with the header ``path,label`` or ``path,label,split``, or 
 may have other usual names, and further columns are not used.  Paths are relative to the manifest's folder, or absolute.
 """
 
+import codecs
 import csv
 import difflib
 import io
@@ -108,11 +109,7 @@ def _list_class(listing: Listing, folder: Path, split: str | None, real: str) ->
 
 
 def _walk_files(listing: Listing, folder: Path, real: str) -> Iterator[str]:
-    """Yield the names of regular files at any depth, relative to the root.
-
-    Without recursion, since folders may be nested deeply; names are concatenated as text, since creating a ``Path``
-    for each file takes several times as long.
-    """
+    """Yield the names of regular files at any depth, relative to the root, as text: a ``Path`` for each is slow."""
     inside = folder.relative_to(listing.root).as_posix()
     waiting = ["" if inside == "." else f"{inside}/"]
     while waiting:
@@ -257,9 +254,8 @@ def _nested_note(listing: Listing) -> Iterator[str]:
 def ignored_files_note(passed_over: Counter[str]) -> str:
     """Return a line on hidden and system files and folders, by name.
 
-    Example:
-        >>> ignored_files_note(Counter({"@eaDir": 2, "hidden files": 1}))
-        'passed over: 2 x @eaDir, 1 x hidden files'
+    >>> ignored_files_note(Counter({"@eaDir": 2, "hidden files": 1}))
+    'passed over: 2 x @eaDir, 1 x hidden files'
     """
     names = [f"{count:,} x {name}" for name, count in passed_over.most_common()]
     return f"passed over: {format_names(names, _MAX_NAMES)}"
@@ -307,12 +303,37 @@ def _text(listing: Listing, path: Path) -> str:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             listing.report("manifest", path, f"more than {MAX_MANIFEST_BYTES // 2**20} MiB; is it a list of images?")
             return ""
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         listing.report("manifest", path, f"cannot be read ({error.strerror or error})")
+        return ""
+    if encoding := _guess_encoding(content[:_ENCODING_BYTES]):
+        listing.report("manifest", path, f"a manifest is UTF-8 text, and this is {encoding}: save it as UTF-8")
+        return ""
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         listing.report("manifest", path, f"a manifest is UTF-8 text ({error.reason} at byte {error.start})")
     return ""
+
+
+_ENCODING_BYTES = 4096  # that tell the encoding
+
+
+def _guess_encoding(head: bytes) -> str | None:
+    r"""Return the encoding of text in UTF-16 or UTF-32, by its first bytes; None for others.
+
+    Example:
+        >>> _guess_encoding("path,label".encode("utf-16")), _guess_encoding("path,label".encode("utf-16-le"))
+        ('UTF-16', 'UTF-16')
+        >>> _guess_encoding("path,label\ncafé.png,a".encode())
+    """
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    zeros = max(head[::2].count(0), head[1::2].count(0))  # of ASCII text in UTF-16, every second byte is 0
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or zeros > len(head) // 4:
+        return "UTF-16"
+    return None
 
 
 def _csv_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:
@@ -480,9 +501,7 @@ def find_tables(root: Path) -> list[Path]:
 
 
 def _has_tables(root: Path) -> bool:
-    """Return whether Parquet files lie where they stand for a folder's data: in it, beside no folders but those of
-    splits and ``data``, or within these.
-    """
+    """Return whether Parquet files lie in a folder, in no folders but those of splits and ``data``."""
     try:
         inside = [path for path in root.iterdir() if not path.name.startswith(".")]
     except OSError:  # the walk of the folder reports it

@@ -95,7 +95,7 @@ from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
 from potstill.hub import model_path
-from potstill.io import read_bytes, write_bytes
+from potstill.io import check_exists, read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
@@ -153,21 +153,11 @@ def run(
 ) -> Path:
     """Train and evaluate the stages of a recipe; return the run folder.
 
-    Args:
-        recipe: checked settings.
-        output_dir: folder of the run folders.
-        name: name of the run folder; None: the recipe's.
-        resume: continue an existing run of the same recipe.
-        overwrite: delete an existing run of this name first.
-        stages: which of teacher, baseline, distilled to train (all teachers; with assistants and generations);
-            distilled alone needs a trained teacher if the method has one.
-        data: data sets from Python in place of ``recipe.data.source``.
-        observer: its methods are called with the progress; None: no output.
-        stopping: signal handler; after a signal, training stops at the end of its step and saves a checkpoint.
-        processes: the process group; the first process writes, into a folder that all processes see.
-        reproduce: record of a run to repeat, on the same images and with the same number of threads.
-        evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
-        baseline: folder of another run, whose baseline is used in place of training the same one again.
+    ``stages`` of teacher, baseline, distilled are trained; distilled alone needs a trained teacher if the method has
+    one. ``reproduce``: record of a run to repeat on the same images with as many threads.  ``evaluate=False`` stops
+    after training: no metrics on test, no results.json; ``resume`` adds them later.  ``baseline``: folder of another
+    run, whose baseline is used.  After a signal (``stopping``), training stops at the end of its step and saves a
+    checkpoint. The first of ``processes`` writes, into a folder that all see.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
@@ -297,7 +287,10 @@ def run(
             left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
-            for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+            for each in sorted(
+                planned,
+                key=lambda stage: not (stage.role == "teacher" and recipe.network(stage.name).weights is not None),
+            ):
                 if experiment.not_distilled and each.name not in ("teacher", "baseline"):
                     continue
                 if splits.teacher_labels and each.role != "teacher":
@@ -346,12 +339,7 @@ def run(
 
 
 class _FoldObserver(ForwardingObserver):
-    """Shows the fold with each stage, the time of all folds, and every note and warning once.
-
-    Attributes:
-        fold: the number of the fold that runs.
-        estimate: measures the seconds of each stage of all folds.
-    """
+    """Shows the fold with each stage, the time of all folds, and every note and warning once."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(observer)
@@ -509,7 +497,6 @@ class _Experiment:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def run_stage(self, stage: PlannedStage) -> Classifier:
-        """Train a stage, or load it if it is finished."""
         started = time.monotonic()
         if self._done(stage):
             self.observer.note(f"{stage.name}: already trained")
@@ -537,10 +524,7 @@ class _Experiment:
         return model
 
     def label_by_teachers(self) -> None:
-        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics; once.
-
-        The training images stay without labels for the losses.
-        """
+        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
         if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
@@ -581,7 +565,6 @@ class _Experiment:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
 
     def _reuse(self, stage: PlannedStage, other: RunFolder) -> Classifier:
-        """Copy the baseline of another run."""
         model = load_model(other.stage(stage.name))
         self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
         model.facts["reused_from"] = str(other.path)
@@ -691,7 +674,6 @@ class _Experiment:
             )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
         if not (by_default or fits_head(network)):
@@ -732,7 +714,9 @@ class _Experiment:
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
         teachers = ", ".join(
-            self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
+            self.models[name].architecture
+            + ("" if stage_role(name) == "teacher" else f" ({name})")
+            + _size_label(self.models[name], model)
             for name in stage.teachers
         )
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
@@ -811,7 +795,6 @@ class _Experiment:
             self.warn(self.not_distilled)
 
     def _compare_distilled(self, stage: PlannedStage) -> None:
-        """Warn if distillation has done harm."""
         baseline, images = stage_name("baseline", stage_number(stage.name)), len(self.data.val)
         if baseline not in self.models or "domain" in self.models[stage.name].facts:
             return
@@ -851,9 +834,7 @@ class _Experiment:
         return float(model.facts["val"]["top1"])
 
     def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
-        processes but the first.
-        """
+        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         found = predict_probabilities(
             model.module,
@@ -865,7 +846,6 @@ class _Experiment:
         return None if found is None else (found[0], found[1])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
-        """Warn if a pretrained teacher has the right classes in another order."""
         classes = self.data.class_names
         order = class_order(predicted, labels, len(classes))
         if order is None:
@@ -892,7 +872,6 @@ def _has_no_classes(recipe: Recipe, stage: str) -> bool:
 
 
 def _describe_classless(model: Classifier) -> dict[str, Any]:
-    """Return what results.json has of a teacher without classes in place of its metrics."""
     sentence = (
         f"The teacher {model.architecture} ({model.facts['weights']}) has no classes: it taught by what it computes of "
         "the images, and has no accuracy."
@@ -914,20 +893,19 @@ def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
     )
 
 
-def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
-    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
-
-
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     """Return the run of ``--baseline``, given by its folder or that of its baseline."""
+    check_exists(path, "the folder of a run for --baseline")
     path = path.parent if (path / "model.json").is_file() else path
     if path.resolve() == own.resolve():
         raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
-    return RunFolder(path)
+    folder = RunFolder(path)
+    if not folder.known or not folder.trained("baseline"):
+        raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
+    return folder
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
-    """Return the note on a finished training that gets more epochs."""
     steps = -(-steps // settings.gradient_accumulation_steps)
     last = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
     following = lr_factor(settings, steps)(before * steps)
@@ -939,12 +917,7 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
 
 
 def is_below(teacher: float, baseline: float, images: int) -> bool:
-    """Return whether a teacher's accuracy is below the baseline's by more than the standard error of the difference.
-
-    Args:
-        teacher: its share of correct val images.
-        baseline: that of the baseline.
-        images: number of val images.
+    """Return whether a teacher's val accuracy is below the baseline's by more than the difference's standard error.
 
     Example:
         >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
@@ -967,10 +940,4 @@ def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
 
 
 def _size_label(teacher: Classifier, student: Classifier) -> str:
-    """Return the teacher's input size if it differs from the student's."""
     return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
-
-
-def _teacher_label(teacher: str) -> str:
-    """Return the stage of a network that is not the recipe's teacher."""
-    return "" if stage_role(teacher) == "teacher" else f" ({teacher})"

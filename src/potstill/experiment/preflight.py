@@ -66,10 +66,8 @@ DRY_RUN_IMAGES = 4  # in a batch: enough for methods that compare images
 def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -> dict[str, str]:
     """Run one step of each stage on random images, so that methods reject unfit networks, class counts and batch sizes.
 
-    The networks are built for this only, and torch's random state is restored.
-
-    Returns:
-        For each distilling stage: the text on its feature pairs and adapters, "" if there are none.
+    The networks are built for this only, and torch's random state is restored.  Return for each distilling stage the
+    text on its feature pairs and adapters.
     """
     texts, networks = {}, dict[str, Classifier]()
     computes = [create_compute(recipe.stage_training(stage.name)) for stage in planned]
@@ -161,7 +159,6 @@ def _check_classless(method: Method, hidden: OpaqueNetwork | None, recipe: Recip
 
 
 def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:
-    """Check that a table has a row for every image of the data, and that no row may belong to two."""
     if data.target is not None:
         raise UsageError(
             f"the {name} is a table of answers, and data.target needs a network: leave data.target out, or give the "
@@ -223,7 +220,6 @@ class _RandomImages:
         self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
 
     def batch(self) -> Batch:
-        """Return a batch with the shapes and dtypes of the loader's."""
         device, classes = self.compute.device, len(self.data.class_names)
         labels = np.asarray(self.data.train.labels)
         index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of several classes
@@ -265,18 +261,7 @@ def check_data_requirements(
     labeled: bool = True,
     classes: bool = True,
 ) -> None:
-    """Check that a method fits the training images.
-
-    Args:
-        method: of the distilled stage.
-        mixes: whether training images are mixed (mixup, cutmix).
-        unlabeled: whether there are images without labels.
-        images: number of training images.
-        batch_size: of the student's training.
-        target: whether the student learns on another domain, whose images have no labels.
-        labeled: False: no image has a label.
-        classes: False: nor does the teacher have any.
-    """
+    """Check that a method fits the training images: mixed, without labels or classes, few."""
     needs, name = method.needs, type(method).__name__
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
@@ -324,18 +309,7 @@ def check_all(
     observer: Observer | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[DataSplits, Compute, dict[str, str]]:
-    """Check method, models, optimizers, device and data; load the data; run the dry run.
-
-    Args:
-        recipe: of the run.
-        data: data from Python; None: load the recipe's.
-        planned: the stages; None: all of the recipe.
-        observer: its ``wait`` is called while files are read.
-        processes: the process group of the run.
-
-    Returns:
-        Data, device, and the texts of ``dry_run``.
-    """
+    """Check method, models, optimizers, device and data; return data, device, and the texts of ``dry_run``."""
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
     checks: list[Callable[[], Any]] = [
@@ -432,13 +406,6 @@ def load_and_stage(
     """Load and check the data; keep the squares of new files until the loaders of these stages take them.
 
     Which squares they need is known but for networks whose weights are files; those decode what is missing.
-
-    Args:
-        recipe: of the run.
-        planned: its stages.
-        data: data from Python; None: load it.
-        observer: receives the progress.
-        settings: of the data; None: those of the recipe.
     """
     train, others = training_squares(recipe, planned, recipe.data.augment), set[Square]()
     for name, network, spec in _known_specs(recipe, planned):
@@ -516,18 +483,7 @@ def warn_about_settings(
     observer: Observer,
     compute: Compute | None = None,
 ) -> list[str]:
-    """Warn about settings without effect, given the number of epochs and images, and about small batches.
-
-    Args:
-        recipe: of the run.
-        planned: its stages.
-        data: its images.
-        observer: receives the warnings.
-        compute: device and processes; None: a single process.
-
-    Returns:
-        The warnings, for the report.
-    """
+    """Return warnings about settings without effect for so many epochs and images, and about small batches."""
     texts: dict[str, None] = {}  # in order, without repetitions
     images, method = len(data.train), create_stage_method(recipe)
     for stage in planned:
@@ -588,11 +544,7 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
 
 
 def warn_about_data(data: DataSplits, observer: Observer, resize_mode: str = "crop") -> list[str]:
-    """Report the findings of the quick data check, files that were left out, and cropped parts of images.
-
-    Returns:
-        The warnings, for the report; notes are not in it.
-    """
+    """Report findings of the quick data check, files left out, and cropped parts of images; return the warnings."""
     warnings, notes = list[str](), list[str]()
     for each in (data, data.target):
         if each is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from potstill.errors import ArtifactError, UsageError
 from potstill.export.formats import LITERT, LITERT_METADATA, ExportFormat
 from potstill.export.onnx import NCNN, ONNX, OPENVINO, check_digest, facts_path
-from potstill.io import read_bytes, read_checksummed_json
+from potstill.io import check_exists, read_bytes, read_checksummed_json
 from potstill.models.exported_files import METADATA_KEY, ExportMetadata, parse_metadata, read_properties
 
 # Suffix -> format, the engine's package, and what it is called where packages are installed.
@@ -56,11 +56,8 @@ class Measurement:
 def benchmark(paths: Sequence[Path | str], *, batch: int = 1, threads: int = 0, rounds: int = 50) -> list[Measurement]:
     """Measure the milliseconds for one batch of random pixels, alternating between the files.
 
-    Args:
-        paths: files that ``potstill export`` wrote: .onnx, .xml (OpenVINO), .tflite, .ncnn.param.
-        batch: images at a time; LiteRT and ncnn take one.
-        threads: of each engine; 0: as many as cores.
-        rounds: measurements of each file; fewer if they take more than 20 s.
+    ``paths`` are .onnx, .xml (OpenVINO), .tflite and .ncnn.param; the last two take one image.  ``threads`` 0: all
+    cores. Fewer than ``rounds`` are measured if they take more than 20 s.
     """
     if batch < 1 or rounds < 1 or threads < 0:
         raise UsageError(f"batch and rounds are at least 1, threads at least 0; got {batch}, {rounds}, {threads}")
@@ -95,6 +92,7 @@ def _open(path: Path, batch: int, threads: int) -> tuple[Callable[[NDArray[Any]]
     form, module, package = ENGINES[suffix]
     if batch > 1 and not form.any_batch:
         raise UsageError(f"{path}: {suffix} files take one image at a time, so --batch is 1, got {batch}")
+    check_exists(path, "files that potstill export has written")
     stem = path.name.removesuffix(suffix)
     suffixes = {".xml": (".xml", ".bin"), ".ncnn.param": (".ncnn.param", ".ncnn.bin")}.get(suffix, (suffix,))
     files = {each: read_bytes(path.with_name(f"{stem}{each}")) for each in suffixes}
@@ -118,7 +116,6 @@ def _open(path: Path, batch: int, threads: int) -> tuple[Callable[[NDArray[Any]]
 
 
 def _read_metadata(path: Path, suffix: str, files: dict[str, bytes]) -> ExportMetadata:
-    """Return the metadata of the JSON beside the file, else that in the file."""
     text = None
     if facts_path(path).is_file():
         facts = read_checksummed_json(facts_path(path))

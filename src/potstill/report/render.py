@@ -186,7 +186,6 @@ def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
 
 
 def _machine_facts(environment: str | None) -> list[tuple[str, str]]:
-    """Return package versions and machine, on which results may depend besides the recipe."""
     try:
         found = json.loads(environment or "{}")
     except (ValueError, RecursionError):
