@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import ArtifactError, StorageError
+from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean
 
 CACHE_VARIABLE = "POTSTILL_CACHE"
 
@@ -142,6 +142,24 @@ def remove_partial_files(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot tidy {folder}: {error.strerror or error}") from error
+
+
+def check_exists(path: Path, wanted: str = "a run folder or a folder with model.json") -> None:
+    """Check that a path which the user gave exists.
+
+    Raises:
+        UsageError: it does not; names what is ``wanted``, and the nearest name beside it.
+    """
+    if path.exists():
+        return
+    try:
+        beside = [each.name for each in itertools.islice(path.parent.iterdir(), _MAX_SIBLINGS)]
+    except OSError:
+        beside = []
+    raise UsageError(f"{path} does not exist{did_you_mean(path.name, beside)}; give {wanted}")
+
+
+_MAX_SIBLINGS = 1000  # names beside a path that does not exist, among which the nearest is looked for
 
 
 def _unreadable(path: Path, error: OSError) -> ArtifactError:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from potstill import errors
 from potstill.cli import main
@@ -89,6 +90,62 @@ def test_the_parsers_own_errors_exit_with_2(
 
     captured = capsys.readouterr()
     assert expected in captured.err + captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "m", "x", "--risk", "abc"], "--risk must be a number, got 'abc'"),
+        (["predict", "m", "x", "--risk", "5%"], "--risk must be a number, got '5%'; for 5 % give 0.05"),
+        (["predict", "m", "x", "--threshold", "50"], "--threshold must be at most 1, got '50'; for 50 % give 0.5"),
+        (["predict", "m", "x", "--top", "0"], "--top must be at least 1, got '0'"),
+        (["run", "quickstart", "--epochs", "1.5"], "--epochs must be a whole number, got '1.5'"),
+        (["run", "quickstart", "--lr", "0,1"], "--lr must be a number, got '0,1'; give 0.1"),
+        (["serve", "m", "--port", "99999"], "--port must be at most 65535, got '99999'"),
+        (
+            ["train", "quickstart", "--stage", "techer"],
+            "--stage must be one of teacher, baseline, distilled, got 'techer'; did you mean 'teacher'?",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_repeated(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "{}", "x.png"],
+        ["predict", "{}.onnx", "x.png"],
+        ["evaluate", "{}", "--data", "digits"],
+        ["export", "{}"],
+        ["export", "{}", "--model", "baseline"],
+        ["benchmark", "{}.onnx"],
+        ["shrink", "{}"],
+        ["push", "{}", "me/small"],
+        ["serve", "{}"],
+        ["report", "{}"],
+        ["report", "{}", "{}"],
+        ["run", "--reproduce", "{}"],
+        ["run", "quickstart", "--baseline", "{}"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_a_path_that_does_not_exist_is_a_usage_error(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-run").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+
+    assert main([each.format("my-runn") for each in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: my-runn")
+    assert "does not exist; did you mean 'my-run'?; give " in captured.err
+    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

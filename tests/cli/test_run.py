@@ -100,6 +100,25 @@ def test_several_teachers_by_a_repeated_flag(calls: list[dict[str, Any]]) -> Non
     ]
 
 
+def test_a_flag_that_the_teachers_own_settings_override_is_named(
+    calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The recipe's teacher has 15 epochs of its own, and no learning rate.
+    said = "--epochs 3 is for the students: teacher.training.epochs stays 15; --set teacher.training.epochs=3 changes"
+    cases = (
+        (["run", "quickstart", "--epochs", "3", "--lr", "0.1"], True),
+        (["train", "quickstart", "--stage", "teacher", "--epochs", "3"], True),
+        (["train", "quickstart", "--stage", "baseline", "--epochs", "3"], False),
+        (["run", "quickstart", "--epochs", "15"], False),
+        (["run", "quickstart", "--epochs", "3", "--set", "teacher.training.epochs=3"], False),
+        (["run", "quickstart", "--epochs", "3", "--teacher", "cifar/vgg8@pretrained"], False),  # it is not trained
+    )
+    for at, (arguments, named) in enumerate(cases):
+        assert main([*arguments, "--name", f"run-{at}"]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "is for the students" in line]
+        assert [said in line for line in lines] == [True] * named
+
+
 def test_train_carries_out_one_stage_under_a_name_of_its_own(
     calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

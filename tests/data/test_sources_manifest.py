@@ -99,6 +99,13 @@ def test_not_text(folder: Path) -> None:
         load_data(DataSettings(source=str(folder / "list.csv")))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named(folder: Path, encoding: str) -> None:
+    (folder / "list.csv").write_bytes("path,label\nx/0.png,a\n".encode(encoding))
+    with pytest.raises(DataError, match=f"is UTF-8 text, and this is {encoding[:6].upper()}: save it as UTF-8"):
+        load_data(DataSettings(source=str(folder / "list.csv")))
+
+
 def test_a_class_name_that_no_model_could_keep(folder: Path) -> None:
     lines = [
         json.dumps({"path": p, "label": "ab"[i % 2] * (1 + 255 * (i == 3))}) for i, (p, *_) in enumerate(rows(x=12))

@@ -9,7 +9,10 @@ from scipy import stats
 
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.cascade import CONFIDENCE, Cascade, CascadeCalibration, cascade_figures
+from potstill.input_spec import InputSpec
 from potstill.io import write_checksummed_json
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, save_model
 
 POPULATION = 40_000
 
@@ -173,6 +176,14 @@ def test_a_changed_file_and_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="run folder with student and teacher"):
         Cascade.read(tmp_path / "distilled")
     with pytest.raises(ArtifactError, match=r"no cascade \(cascade\.json\): give the run folder"):
+        Cascade.read(tmp_path)
+
+
+def test_an_encoder_lacks_its_head_before_its_cascade(tmp_path: Path) -> None:
+    module = create_model("cifar/resnet8", 2, size=16)
+    spec = InputSpec(16, (0.5,) * 3, (0.2,) * 3)
+    save_model(Classifier(module, "cifar/resnet8", ("a", "b"), spec, facts={"head": {"kind": "none"}}), tmp_path)
+    with pytest.raises(ArtifactError, match="which predicts nothing"):
         Cascade.read(tmp_path)
 
 

@@ -15,8 +15,10 @@ from sklearn import metrics as sk
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.evaluation.cascade import Cascade, CascadeCalibration
 from potstill.experiment import pipeline
+from potstill.experiment.builders import build_network
 from potstill.export.predict import predict
 from potstill.io import write_checksummed_text
+from potstill.models.factory import create_model
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.callbacks import SilentObserver
 
@@ -347,6 +349,14 @@ def test_a_teacher_of_other_classes_is_refused_or_gets_a_new_head(run, photograp
     )
     assert not any("NEW HEAD" in message for message in said)
     assert results(path)["stages"]["teacher"]["head"]["kind"] == "probe"
+
+
+def test_weights_of_another_number_of_classes_are_refused_with_both_numbers(recipe, tmp_path):
+    torch.save(create_model("cifar/resnet8", 7, size=16).state_dict(), tmp_path / "seven.pth")
+    for key, way_out in (("teacher", "teacher.head=probe"), ("student", "student.new_head=true")):
+        found = recipe(**{f"{key}.model": "cifar/resnet8", f"{key}.weights": f"'{tmp_path / 'seven.pth'}'"})
+        with pytest.raises(ArtifactError, match=rf"has 7 outputs, and this data 3 classes(.|\n)*--set {way_out}$"):
+            build_network(found, found.network(key), ("blue", "green", "red"))
 
 
 def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):

@@ -180,6 +180,10 @@ def test_what_cannot_be_trained_without_labels_is_refused(without_labels, images
     ):
         with pytest.raises(UsageError, match=message):
             without_labels(*changes, **flags)
+    with pytest.raises(UsageError) as caught:
+        without_labels("teacher.head=none", teacher=["cifar/resnet14"])
+    assert str(caught.value).count("\n") == 0  # one way out: a teacher with weights
+    assert "needs a ready teacher" in str(caught.value)
     with pytest.raises(UsageError, match="there is no baseline: it learns from labels"):
         pipeline.run(without_labels(), output_dir=tmp_path, stages=("baseline",))
     (labeled_test.parent / "wrong" / "reed").mkdir(parents=True, exist_ok=True)

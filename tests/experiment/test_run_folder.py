@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation.predictions import Predictions
@@ -107,6 +109,25 @@ def test_of_many_numbers_the_most_probable_classes_are_kept(tmp_path):
     assert pairs == "true_index,predicted_index,images,true,predicted\n0,5,1,a,f\n2,0,1,c,a\n"
 
 
+def test_scikit_learn_on_the_csv_gives_the_auc_of_a_saturated_network(tmp_path):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 5, 400)
+    logits = 40 * (random.normal(0, 1, (400, 5)) + 1.2 * np.eye(5)[labels])
+    shares = torch.from_numpy(logits).float().softmax(dim=1).numpy()
+    assert (shares == 1).mean() > 0.1  # float32 rounds so many to 1: there they are ties, by which AUC changes
+    found, run = Predictions.of(shares, labels), RunFolder(tmp_path / "a")
+    run.write_predictions("teacher", "test", [f"{i}.png" for i in range(400)], found, list("abcde"))
+    with (run.stage("teacher") / "predictions_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    read = np.array([[float(row[f"p:{name}"]) for name in "abcde"] for row in rows])
+    truth = np.array([[row["label"] == name for name in "abcde"] for row in rows])
+    areas = [sk.roc_auc_score(truth[:, k], read[:, k]) for k in range(5)]
+    assert found.auc_per_class == pytest.approx(areas, abs=1e-12)
+    assert found.auc_micro == pytest.approx(sk.roc_auc_score(truth.ravel(), read.ravel()), abs=1e-12)
+    exact = torch.from_numpy(logits).softmax(dim=1).numpy()  # of the logits themselves, fewer are ties
+    assert abs(np.mean(areas) - sk.roc_auc_score(labels, exact, multi_class="ovr")) > 1e-3
+
+
 def test_csv_has_no_raw_control_characters():
     assert as_csv(("a",), [("\x00\x07",)]) == "a\n\\x00\\x07\n"
 
@@ -117,7 +138,7 @@ def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
         (tmp_path / stage / "model.json").write_text("{}")
         assert find_model(tmp_path) == tmp_path / stage
     assert find_model(tmp_path / "teacher" / "model.json") == tmp_path / "teacher"
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         find_model(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="has no model"):

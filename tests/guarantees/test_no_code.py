@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import find_model
 from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, sha256_hex, write_bytes, write_checksummed, write_checksummed_json
@@ -102,5 +102,5 @@ def test_an_address_is_only_a_name_of_a_file(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     for address in ("https://example.org/model", "http://127.0.0.1/model.json", "hf-hub:timm/resnet18", "file:///etc"):
         for read in (load_model, load_checkpoint, state_dict.read_state_dict, find_model):
-            with pytest.raises(ArtifactError, match=re.escape(address.partition(":")[0])):
+            with pytest.raises((ArtifactError, UsageError), match=re.escape(address.partition(":")[0])):
                 read(Path(address))

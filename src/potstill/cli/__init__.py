@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -19,7 +20,7 @@ from potstill import __version__
 from potstill.cli import cache, catalog, check, deployment, federated, run, sweep
 from potstill.cli.run import check_torchrun_command, is_first_process, rank_prefix
 from potstill.console import escape_control
-from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, storage_error
+from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, did_you_mean, storage_error
 from potstill.training.callbacks import SignalHandler
 
 INTERNAL_ERROR = 1
@@ -161,6 +162,8 @@ def _report_other_error(error: Exception) -> int:
     if hasattr(error, "format_message") and hasattr(error, "show"):
         if new := _RENAMED.get(str(getattr(error, "option_name", ""))):
             return _print_error(f"{error.option_name} has been renamed to {new}", USAGE_ERROR)  # type: ignore[attr-defined]
+        if message := _invalid_value_message(error):
+            return _print_error(message, USAGE_ERROR)
         with contextlib.suppress(BrokenPipeError):
             error.show()
         return USAGE_ERROR
@@ -168,6 +171,47 @@ def _report_other_error(error: Exception) -> int:
     return _print_error(
         "this is a bug in potstill; please report it with the lines above and the command", INTERNAL_ERROR
     )
+
+
+def _invalid_value_message(error: Exception) -> str | None:
+    """Return the message on a value that typer could not convert, with the value; None for other errors.
+
+    Typer's own message leaves the value out since it converts by pydantic; before, its message had it.
+    """
+    from pydantic import ValidationError
+
+    from potstill.config.settings_errors import expected_value
+
+    cause, parameter = error.__cause__ or error.__context__, getattr(error, "param", None)
+    if not isinstance(cause, ValidationError) or parameter is None:
+        return None
+    details = cause.errors(include_url=False)[0]
+    name, text = parameter.opts[0], str(details["input"])
+    if choices := _CHOICE.findall(details["msg"].rpartition("is not one of")[2]):
+        return f"{name} must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
+    return f"{name} must be {expected_value(details)}, got {text!r}{_number_hint(text, parameter.metavar)}"
+
+
+def _number_hint(text: str, metavar: str | None) -> str:
+    """Return how a number is written, for one with a comma or, of a share, with a percent sign.
+
+    Example:
+        >>> _number_hint("5%", "SHARE"), _number_hint("0,1", None), _number_hint("abc", "SHARE")
+        ('; for 5 % give 0.05', '; give 0.1', '')
+    """
+    with contextlib.suppress(ValueError):
+        if text.endswith("%"):
+            share = metavar in _SHARES
+            return f"; for {text[:-1].strip()} % give {float(text[:-1]) / (100 if share else 1):g}"
+        if text.count(",") == 1:
+            return f"; give {float(text.replace(',', '.')):g}"
+        if metavar in _SHARES and 1 < float(text) <= 100:
+            return f"; for {text} % give {float(text) / 100:g}"
+    return ""
+
+
+_SHARES = ("SHARE", "P")  # metavars of shares of 1
+_CHOICE = re.compile(r"'([^']+)'")  # in typer's message on an unknown one
 
 
 def _message_with_rank(error: PotstillError) -> str:

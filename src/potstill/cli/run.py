@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from potstill.code_references import is_code_reference
 from potstill.data.concurrency import usable_cores
 from potstill.distributed import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError, WorkerError
+
+if TYPE_CHECKING:
+    from potstill.config.recipe import Recipe
 
 DISTRIBUTED_COMMANDS = ("run", "train")
 
@@ -482,7 +485,28 @@ def _run_pipeline(
             name = f"{recipe.name}-{stages[0]}" if name is None else name
         resume_after_restart(folder, recipe.name if name is None else name)
         with SignalHandler() as stopping, Progress() if is_first_process() else nullcontext() as progress:
+            if progress is not None:
+                for line in _overridden_flags(recipe, flags, stages):
+                    progress.note(line)
             return run_pipeline(recipe, name=name, observer=progress, stopping=stopping, **processes, **folder)
+
+
+def _overridden_flags(recipe: "Recipe", flags: Mapping[str, Any], stages: tuple[str, ...] | None) -> Iterator[str]:
+    """Yield a line for each flag of the training that a teacher to be trained has a setting of its own for."""
+    from potstill.config.overrides import SETTING_FLAGS
+    from potstill.config.settings_errors import dotted_key
+
+    if stages is not None and "teacher" not in stages:
+        return
+    several = len(recipe.teacher_list) > 1
+    for at, teacher in enumerate(recipe.teacher_list):
+        if teacher.weights is not None and teacher.head not in ("finetune", "random"):
+            continue  # not trained
+        for flag, path in SETTING_FLAGS.items():
+            given, own = flags.get(flag), teacher.training.get(str(path[-1])) if path[0] == "training" else None
+            if given is not None and own is not None and own != given:
+                key = dotted_key((f"teacher.{at}" if several else "teacher", *path))
+                yield f"{flag} {given} is for the students: {key} stays {own}; --set {key}={given} changes it too"
 
 
 def _report_results(folder: Path, next_command: list[str]) -> None:

@@ -18,7 +18,9 @@ SettingProblem = tuple[KeyPath, str]  # key and message
 _EXPECTED_TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "dict_type": "a mapping",
@@ -94,7 +96,7 @@ def _format_errors(errors: list[ErrorDetails], section: Any, model: type[BaseMod
         elif error["type"] == "missing":
             problems[path] = f"{dotted_key(path)} is missing{_description(path, model)}"
         else:
-            expected.setdefault(path, []).append(_expected(error))
+            expected.setdefault(path, []).append(expected_value(error))
     for path, texts in expected.items():
         got = _value_at(section, path)
         hint = did_you_mean(got, _choices(path, model)) if isinstance(got, str) else ""
@@ -104,7 +106,8 @@ def _format_errors(errors: list[ErrorDetails], section: Any, model: type[BaseMod
     return list(problems.items())
 
 
-def _expected(error: ErrorDetails) -> str:
+def expected_value(error: ErrorDetails) -> str:
+    """Return what would have been valid, as in "must be ...": "a whole number", "at least 1"."""
     context, kind = error.get("ctx", {}), error["type"]
     if kind in _EXPECTED_TYPES:
         return _EXPECTED_TYPES[kind]

@@ -370,6 +370,11 @@ def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
             yield path, f"teachers.weights must be at least 0, and not all 0, got {weights}"
 
 
+def _is_unlabeled(value: dict[str, Any]) -> bool:
+    data = value.get("data")
+    return isinstance(data, dict) and data.get("labeled") is False
+
+
 def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
     for network_path, section in network_sections(value):
         head, network = section.get("head"), dotted_key(network_path)
@@ -383,6 +388,8 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
         elif network_path[0] == "student" and head not in ("finetune", "random"):
             yield path, f"{key}: {head} leaves nothing to distil into: use finetune, or leave it out"
         elif section.get("weights") is None:
+            if network_path[0] == "teacher" and _is_unlabeled(value):
+                continue  # reported by label_problems, and to train it from scratch would be no way out
             yield (
                 path,
                 f"{key} needs a pretrained encoder, and {network}.weights is not given: set it "
@@ -413,7 +420,7 @@ def _no_head_problems(section: dict[str, Any], value: dict[str, Any], path: KeyP
         yield (*path, "classes"), f"{network}.classes has no effect with {network}.head: none: leave one of them out"
     if section.get("new_head"):
         yield (*path, "new_head"), f"{network}.new_head has no effect with {network}.head: none: leave one of them out"
-    if given.get("labeled") is False and not has_classless_teacher(value, every=True):
+    if _is_unlabeled(value) and not has_classless_teacher(value, every=True):
         yield (
             (*path, "head"),
             f"{network}.head: none: without labels (--no-labels) either every teacher names the classes, or none does: "

@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import DecodedImage, Pixels, ValueRange, read_file, read_image, silence_pillow, to_rgb
+from potstill.data.image_io import (
+    JPEG_START,
+    MAX_BYTES,
+    DecodedImage,
+    Pixels,
+    ValueRange,
+    read_file,
+    read_image,
+    silence_pillow,
+    to_rgb,
+)
 from potstill.data.image_structure import parse_structure
 from potstill.data.preprocessing import resize_to_square, stretch_with_shape
 from potstill.data.shard_reader import ShardSample, read_byte_range
@@ -49,10 +59,18 @@ class ShardSet:
 
     def read(self, i: int, side: int | None = None) -> DecodedImage:
         """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
+        return read_image(self.content(i), self.names[i], self.range, side)
+
+    def size(self, i: int) -> int:
+        """Return the bytes of image i's file."""
+        return self.locations[i][2]
+
+    def content(self, i: int) -> bytes:
+        """Return image i's file, if it has not changed since it was checked."""
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return read_image(content, self.names[i], self.range, side)
+        return content
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -123,11 +141,22 @@ class FileSet:
 
     def read(self, i: int, side: int | None = None) -> DecodedImage:
         """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
+        return read_image(self.content(i), str(self.root / self.names[i]), self.range, side)
+
+    def size(self, i: int) -> int:
+        """Return the bytes of image i's file; more than any file may have if it is gone."""
+        try:
+            return (self.root / self.names[i]).stat().st_size
+        except OSError:
+            return MAX_BYTES + 1
+
+    def content(self, i: int) -> bytes:
+        """Return image i's file, if it has not changed since it was checked."""
         path = self.root / self.names[i]
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return read_image(content, str(path), self.range, side)
+        return content
 
 
 class TorchSet:
@@ -274,6 +303,17 @@ class RelabeledSet:
 UNLABELED = -100  # as ``potstill.types.UNLABELED``, whose module imports torch
 
 
+class SquareSet(RelabeledSet):
+    """Another set's images, whose squares are made by ``square`` in place of decoding each image."""
+
+    def __init__(self, images: ImageSet) -> None:
+        super().__init__(images, images.labels)
+
+    def square(self, i: int) -> Pixels:
+        """Return image i as a square of the side and mode that the set is for, as ``read_square`` does."""
+        raise NotImplementedError
+
+
 class UnlabeledFileSet(FileSet):
     """Image files below a folder, without labels."""
 
@@ -398,6 +438,8 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
     ``resize_mode``: "crop", "pad", "stretch" (``resize_to_square``) or "whole" (``stretch_with_shape``, with the shape
     of the image in its file).
     """
+    if isinstance(images, SquareSet):
+        return images.square(i)
     images, i = _leaf_of(images, i)
     if isinstance(images, FileSet) and images.staged is not None and images.digests is not None:
         found = images.staged.take(images.digests[i].tobytes(), side, resize_mode)
@@ -409,6 +451,22 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
     if resize_mode == "whole":
         return stretch_with_shape(pixels, side, pixels.shape[:2])
     return resize_to_square(pixels, side, resize_mode)
+
+
+def small_jpeg_file(images: ImageSet, i: int, most: int, side: int) -> bytes | None:
+    """Return image i's file if it is a JPEG file of at most ``most`` bytes and ``side`` x ``side`` pixels; else None.
+
+    Raises:
+        DataError: the file has changed.
+    """
+    images, i = _leaf_of(images, i)
+    if not isinstance(images, (FileSet, ShardSet)) or images.size(i) > most:
+        return None
+    content = images.content(i)
+    if not content.startswith(JPEG_START):
+        return None
+    with silence_pillow(), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        return content if image.width * image.height <= side * side else None
 
 
 def read_pixels(images: ImageSet, i: int, side: int) -> Pixels:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.concurrency import ProgressReporter, worker_count
-from potstill.data.decoded_cache import decode_all, decode_squares
+from potstill.data.decoded_cache import JPEG_RECORDS, decode_all, decode_squares, jpeg_squares
 from potstill.data.image_io import decoder_version
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import aspect_ratios, decoded_side, decoded_square
@@ -289,6 +289,7 @@ class Loader:
         answers: [N + M, K, 1, 1] float32, logits of each image that take the place of its pixels, for a teacher that
             is a table: all views of an image have the same, and mixed images have mixed ones.
         embeddings: ``answers`` are embeddings [N + M, D, 1, 1]; those of mixed images are weighted means.
+        jpeg: the pixels have been through JPEG, see ``decoded_cache.jpeg_squares``; they are read from its records.
         drawn_for: return the same views as a loader with this spec, at ``spec.size`` and cropped from the original
             pixels, for a teacher of another size than its student.  Both specs have the same ``resize_mode`` and
             ``crop_share``.  Pixels are decoded when the first epoch begins; before, ``view`` decodes its images.
@@ -325,6 +326,7 @@ class Loader:
         progress: ProgressReporter | None = None,
         draws: EpochSampling | None = None,
         share: tuple[int, int] = (0, 1),
+        jpeg: bool = False,
         drawn_for: InputSpec | None = None,
         answers: Tensor | None = None,
         embeddings: bool = False,
@@ -387,7 +389,9 @@ class Loader:
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
-        self._rows: Ids | None = None  # of the images in the decoded pixels; None: all, in order
+        self._source: ImageSet = self._all  # decoded for each batch if there are no decoded pixels
+        self._rows: Ids | None = None  # of the images in the decoded pixels, or the source; None: all, in order
+        self._jpeg = jpeg
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, answers is not None
         if answers is not None:
@@ -432,7 +436,7 @@ class Loader:
 
     def describe_views(self, second: bool = False) -> dict[str, Any]:
         """Return what determines the pixels of a view (or second image) besides the images, as JSON values."""
-        return self.collator.describe(second)
+        return self.collator.describe(second) | ({"records": JPEG_RECORDS} if self._jpeg else {})
 
     def ids_of(self, epoch: int) -> list[Ids]:
         """Return the sample ids of each batch of an epoch, int64 [B]; only those of this process."""
@@ -498,17 +502,30 @@ class Loader:
         if self._decoding:
             return
         images, rows, identity = decoding_set(self._all, self._identity)
-        self._pixels = decode_all(
-            images,
-            self.side,
-            self._resize_mode,
-            device=self.device,
-            cache_fraction=self._cache_fraction,
-            processes=self._local_processes,
-            identity=identity,
-            progress=self._progress,
-        )
-        self._rows = rows
+        if self._jpeg:
+            self._source, self._rows = (
+                jpeg_squares(
+                    images,
+                    self.side,
+                    self._resize_mode,
+                    cache_fraction=self._cache_fraction,
+                    identity=identity,
+                    progress=self._progress,
+                ),
+                rows,
+            )
+        else:
+            self._pixels = decode_all(
+                images,
+                self.side,
+                self._resize_mode,
+                device=self.device,
+                cache_fraction=self._cache_fraction,
+                processes=self._local_processes,
+                identity=identity,
+                progress=self._progress,
+            )
+            self._rows = rows if self._pixels is not None else None
         self._decoding = True
         if self._pixels is not None and self._whole:
             self._aspects = aspect_ratios(self._pixels[:, :1, -1:, :8].cpu().numpy())
@@ -516,7 +533,7 @@ class Loader:
             largest_batch = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
             warn = self._progress.warn if self._progress is not None else warnings.warn
             workers = DecodeWorkers(
-                self._all, self.side, self._resize_mode, self._worker_count, batch=largest_batch, warn=warn
+                self._source, self.side, self._resize_mode, self._worker_count, batch=largest_batch, warn=warn
             )
             if workers.count:
                 self._workers, self.processes = workers, workers.count
@@ -530,7 +547,7 @@ class Loader:
                 yield plan, self._read_pixels(plan.pixel_ids)
             return
         epoch = list(plans)
-        pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
+        pixels = self._workers.squares([self._rows_of(plan.pixel_ids).tolist() for plan in epoch])
         yield from zip(epoch, pixels, strict=True)
 
     def _read_ahead(self, plans: Iterator[BatchPlan], pixels: Tensor) -> Iterator[tuple[BatchPlan, Tensor]]:
@@ -554,7 +571,7 @@ class Loader:
                         return
                     if (event := copied[number]) is not None:
                         event.synchronize()
-                    rows = plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]
+                    rows = self._rows_of(plan.pixel_ids)
                     torch.index_select(pixels, 0, torch.from_numpy(rows), out=buffers[number][: len(rows)])
                     filled.put((plan, number))
                 filled.put(None)
@@ -583,14 +600,18 @@ class Loader:
         if self._aspects is None:
             found = aspect_ratios(pixels.numpy())
         else:
-            found = self._aspects[plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]]
+            found = self._aspects[self._rows_of(plan.pixel_ids)]
         return dataclasses.replace(plan, aspects=found), pixels
 
     def _read_pixels(self, ids: Ids) -> Tensor:
+        rows = self._rows_of(ids)
         if self._pixels is not None:
-            ids = ids if self._rows is None else self._rows[ids]
-            return self._pixels.index_select(0, to_device(torch.from_numpy(ids), self._pixels.device))
-        return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
+            return self._pixels.index_select(0, to_device(torch.from_numpy(rows), self._pixels.device))
+        return decode_squares(self._source, rows.tolist(), self.side, self._resize_mode)
+
+    def _rows_of(self, ids: Ids) -> Ids:
+        """Return where these samples are in the decoded pixels or the source."""
+        return ids if self._rows is None else self._rows[ids]
 
 
 _BUFFERS = 3  # one is copied to the GPU while the next is ready and another one is filled

@@ -153,6 +153,13 @@ class DataSettings(BaseModel):
     workers: int | Literal["auto"] = Field(
         "auto", description="processes that decode images; results do not depend on it"
     )
+    cache: Literal["auto", "raw", "jpeg"] = Field(
+        "auto",
+        description="how training images are kept between epochs; raw: as pixels, or where these do not fit, as files, "
+        "decoded in each epoch; jpeg: as JPEG records of the size that the networks need, a tenth of the bytes, with "
+        "pixels that differ slightly; auto: jpeg only where raw pixels fit neither into memory nor on the disk, and "
+        "records do",
+    )
     cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory for decoded images")
 
     @field_validator("range")

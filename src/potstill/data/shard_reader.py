@@ -239,9 +239,27 @@ def _members(shard: Shard) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         RecursionError,
     ) as error:
         # Raised by tarfile for invalid numbers and names.
+        if program := _compressor(system, path):
+            raise DataError(
+                f"{shard.url}: compressed by {program}, and images are read at their places in a tar file: unpack it "
+                "first"
+            ) from error
         raise DataError(f"{shard.url}: damaged or no tar file ({_one_line(error)})") from error
     except OSError as error:
         raise DataError(f"{shard.url}: cannot be read: {_one_line(error)}") from error
+
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+
+
+def _compressor(system: Any, path: str) -> str | None:
+    """Return the program that compressed a file, by its first bytes; None if it is not compressed."""
+    try:
+        with system.open(path, "rb") as file:
+            head = file.read(8)
+    except OSError:
+        return None
+    return next((program for start, program in _COMPRESSED.items() if head.startswith(start)), None)
 
 
 def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> Iterator[tuple[tarfile.TarInfo, bytes]]:

@@ -9,6 +9,7 @@ Manifest: a CSV file with the header ``path,label`` or ``path,label,split``, or 
 may have other usual names, and further columns are not used.  Paths are relative to the manifest's folder, or absolute.
 """
 
+import codecs
 import csv
 import difflib
 import io
@@ -302,12 +303,37 @@ def _text(listing: Listing, path: Path) -> str:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             listing.report("manifest", path, f"more than {MAX_MANIFEST_BYTES // 2**20} MiB; is it a list of images?")
             return ""
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         listing.report("manifest", path, f"cannot be read ({error.strerror or error})")
+        return ""
+    if encoding := _guess_encoding(content[:_ENCODING_BYTES]):
+        listing.report("manifest", path, f"a manifest is UTF-8 text, and this is {encoding}: save it as UTF-8")
+        return ""
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         listing.report("manifest", path, f"a manifest is UTF-8 text ({error.reason} at byte {error.start})")
     return ""
+
+
+_ENCODING_BYTES = 4096  # that tell the encoding
+
+
+def _guess_encoding(head: bytes) -> str | None:
+    r"""Return the encoding of text in UTF-16 or UTF-32, by its first bytes; None for others.
+
+    Example:
+        >>> _guess_encoding("path,label".encode("utf-16")), _guess_encoding("path,label".encode("utf-16-le"))
+        ('UTF-16', 'UTF-16')
+        >>> _guess_encoding("path,label\ncafé.png,a".encode())
+    """
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    zeros = max(head[::2].count(0), head[1::2].count(0))  # of ASCII text in UTF-16, every second byte is 0
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or zeros > len(head) // 4:
+        return "UTF-16"
+    return None
 
 
 def _csv_rows(listing: Listing, path: Path, text: str) -> Iterator[Row]:

@@ -154,6 +154,10 @@ class Cascade:
         """Return the cascade of a student's folder; ArtifactError also if a model was trained again since."""
         path = folder / CASCADE_FILE
         if not path.is_file():
+            from potstill.models.model_file import FACTS_FILE, check_predicts_classes, read_facts  # imports torch
+
+            if (folder / FACTS_FILE).is_file():
+                check_predicts_classes(folder, read_facts(folder / FACTS_FILE).facts)
             raise ArtifactError(
                 f"{folder} has no cascade ({CASCADE_FILE}): give the run folder of a student that was distilled from a "
                 "teacher with classes; a run from before there were cascades gets one with `potstill run RECIPE --name "

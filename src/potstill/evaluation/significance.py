@@ -31,6 +31,16 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
     The interval is Wald's with one image more that only a gets right and one that only b does, which holds for few
     changed images too.  Source: D. G. Bonett, R. M. Price, Adjusted Wald confidence interval for a difference of
     binomial proportions based on paired data, J. Educ. Behav. Stat. 37 (2012).
+
+    Args:
+        correct_a: [N] bool, for the reference (the baseline).
+        correct_b: [N] bool, for the other model (the distilled student), on the same images.
+
+    Returns:
+        ``accuracy(b) - accuracy(a)``, low, high.
+
+    Raises:
+        UsageError: no images, or different numbers of them.
     """
     count = _count_images(correct_a, correct_b)
     only_b, only_a = _discordant_counts(correct_a, correct_b)
@@ -40,7 +50,10 @@ def paired_interval(correct_a: Array, correct_b: Array) -> Interval:
 
 
 def mean_interval(values: Array) -> Interval:
-    """Return the mean of two or more values, one for each image, with Student's 95 % interval over images.
+    """Return the mean of values, one for each image, with Student's 95 % interval over images.
+
+    Raises:
+        UsageError: fewer than two values.
 
     Example:
         >>> [round(each, 3) for each in mean_interval(np.array([0.5, 0.7, 0.9]))]  # t = 4.303, deviation 0.2
@@ -61,7 +74,14 @@ def paired_loss_bound(only_a: int, only_b: int, count: int, confidence: float = 
     It is the score interval, which holds for few changed images too.  Source: T. Tango, Equivalence test and confidence
     interval for the difference in proportions for the paired-sample design, Stat. Med. 17 (1998).
 
-    ``only_a`` of ``count`` images are right with the reference alone; ``confidence`` is in (0.5, 1).
+    Args:
+        only_a: images that only a, the reference, gets right.
+        only_b: images that only b gets right.
+        count: number of images.
+        confidence: of the interval, in (0.5, 1).
+
+    Raises:
+        UsageError: no images, or fewer than those that changed.
 
     Example:
         >>> round(paired_loss_bound(0, 0, 1000), 5)  # with no image changed: z^2 / (n + z^2)
@@ -87,7 +107,13 @@ def paired_loss_bound(only_a: int, only_b: int, count: int, confidence: float = 
 def mcnemar(correct_a: Array, correct_b: Array) -> dict[str, float | int]:
     """Run McNemar's exact test on the images that only one of two models gets right.
 
-    Return ``fixed``: images that only b gets right; ``broken``: that only a, the reference, does; ``p``: two-sided.
+    Args:
+        correct_a: [N] bool, for the reference (the baseline).
+        correct_b: [N] bool, for the other model, on the same images.
+
+    Returns:
+        ``fixed``: images that only b gets right; ``broken``: images that only a gets right; ``p``: two-sided binomial
+        probability.
 
     Example:
         >>> mcnemar(np.array([True, False, False, False]), np.array([True, True, True, True]))
@@ -105,6 +131,8 @@ def wilson_interval(correct: int, count: int) -> Interval:
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
+    Raises:
+        UsageError: no images, or ``correct`` not in 0 to ``count``.
 
     Example:
         >>> print("{:.3f} {:.3f} {:.3f}".format(*wilson_interval(9, 10)))
@@ -162,7 +190,14 @@ def crossed_interval(
     Grandvalet, No unbiased estimator of the variance of K-fold cross-validation, JMLR 5, 2004):
     ``tests/evaluation/test_significance_folds.py`` counts 1 to 7 % of false alarms with 5 and 10 folds.
 
-    Each of ``correct`` is [S, N] bool, a row for each seed, S >= 2 (or 1 with ``folds``, [N] from 0 to K - 1).
+    Args:
+        correct_a: [S, N] bool, row s: the reference with seed s; S >= 2, or one with ``folds``.
+        correct_b: [S, N] bool, the other model with the same seeds, on the same images.
+        confidence: level of the interval.
+        folds: [N] fold of each image, from 0 to K - 1, K >= 2; None: no folds.
+
+    Raises:
+        UsageError: fewer than two seeds or folds, no images, or different numbers of seeds or images.
     """
     count = _gains_per_image(correct_a, correct_b)[1] if folds is None else int(folds.max()) + 1
     if count < 2:
@@ -206,6 +241,9 @@ def sign_flip(correct_a: Array, correct_b: Array) -> float:
     Under the null hypothesis the sign of the gain on each image (summed over seeds) is random; p is the probability of
     a total gain at least as far from 0 over all sign flips.  With one seed this is McNemar's exact test.
 
+    Args:
+        correct_a: [S, N] bool, row s: the reference with seed s.
+        correct_b: [S, N] bool, the other model with the same seeds, on the same images.
 
     Example:
         >>> a, b = np.zeros((2, 3), dtype=bool), np.array([[True, True, False], [True, False, False]])
@@ -238,8 +276,14 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array, folds: Array |
     The share is a ratio of means; its interval is Fieller's, the ratios r for which ``gain - r * gap`` may be 0 (E. C.
     Fieller, Some problems in interval estimation, J. R. Stat. Soc. B 16, 1954).
 
-    ``teacher`` is [N] bool, ``baseline`` and ``distilled`` [S, N], a row for each seed; ``folds`` as for
-    ``crossed_interval``.
+    Args:
+        teacher: [N] bool, whether each image was classified correctly.
+        baseline: [S, N] bool, a row for each seed.
+        distilled: [S, N] bool, for the same seeds and images.
+        folds: [N] fold of each image, as for ``crossed_interval``; None: no folds.
+
+    Raises:
+        UsageError: no images, or different numbers of them.
     """
     _count_images(teacher, *baseline, *distilled)
     repeated = np.broadcast_to(np.asarray(teacher, dtype=bool), np.shape(baseline))
@@ -274,9 +318,19 @@ def gap_closed(teacher: Array, baseline: Array, distilled: Array, folds: Array |
 def seeds_summary(a: Sequence[float], b: Sequence[float], *, folds: bool = False) -> dict[str, float | int | None]:
     """Compare a metric of two settings over the same seeds, or the same folds, pairwise.
 
-    Return ``n``; ``mean_a``, ``sd_a``, ``mean_b``, ``sd_b``; ``difference`` (mean of b - a), ``difference_sd``, and its
-    95 % interval by Student's t, with ``folds`` corrected as in ``crossed_interval`` for overlapping training sets.
-    Standard deviations divide by n - 1; with one seed they and the interval are None.
+    Args:
+        a: [n] the metric of the reference setting.
+        b: [n] the metric of the other setting; entry i has the seed of ``a[i]``.
+        folds: the values are those of the n folds of a cross-validation, whose training sets overlap: the interval has
+            the correction of ``crossed_interval``, here for the whole variance.
+
+    Returns:
+        ``n``; ``mean_a``, ``sd_a``, ``mean_b``, ``sd_b``; ``difference`` (mean of b - a), ``difference_sd``, and
+        ``difference_low``, ``difference_high``, its 95 % interval by Student's t.  Standard deviations divide by n - 1;
+        with one seed they and the interval are None.
+
+    Raises:
+        UsageError: no seeds, or different numbers of them.
     """
     if len(a) != len(b) or not len(a):
         raise UsageError(f"needs the same seeds for both settings, got {len(a)} and {len(b)} values")

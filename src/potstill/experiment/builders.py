@@ -39,6 +39,7 @@ from potstill.models.exported_files import LABELS
 from potstill.models.factory import (
     OWN_WEIGHTS,
     LoadedModel,
+    count_outputs,
     create_model,
     group_outputs,
     load_for_classes,
@@ -165,10 +166,12 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
     loaded = load_weights(network.model, network.weights, len(classes), size=size)
     new_head = network.new_head or network.head is not None
     if loaded.new_head and network.weights not in WITHOUT_FILE and not new_head:
+        outputs = count_outputs(network.model, network.weights, size=size)
         raise ArtifactError(
-            f"{network.weights} has another number of classes than this data, {len(classes)}.\n"
-            f"If they include these, give the class of each output: {key}.classes={_likely_classes(classes)}; to train "
-            f"it with a new head, set {_new_head_setting(key)}"
+            f"{network.weights} has {outputs:,} outputs, and this data {len(classes):,} classes.\n"
+            "If its classes include these, give the class of each output, in order: "
+            f"--set {key}.classes={_likely_classes(classes)}; to train it with a new head: "
+            f"--set {_new_head_setting(key)}"
         )
     start = InitialNetwork(
         loaded.module,
@@ -536,6 +539,7 @@ def train_loader(
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
+        jpeg=recipe.data.cache == "jpeg",
         drawn_for=drawn_for,
         answers=table_answers(network, data.train, unlabeled),
         embeddings=answers_are_embeddings(network),

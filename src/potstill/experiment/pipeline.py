@@ -56,6 +56,7 @@ from potstill.experiment.plan import (
 )
 from potstill.experiment.preflight import (
     check_all,
+    choose_training_cache,
     create_stage_method,
     load_and_stage,
     warn_about_data,
@@ -94,7 +95,7 @@ from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
 from potstill.hub import model_path
-from potstill.io import read_bytes, write_bytes
+from potstill.io import check_exists, read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
@@ -221,6 +222,9 @@ def run(
             )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
+        cache_note = ""
+        if not resume and reproduce is None:  # else as when the run began
+            recipe, cache_note = processes.share(choose_training_cache(recipe, first_seed, splits, compute))
         text = dump_recipe(recipe)
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
@@ -244,6 +248,8 @@ def run(
                 observer.note(f"{stage}: {table}")
         if text := idle_gpus(compute):
             observer.note(text)
+        if cache_note:
+            observer.note(cache_note)
         if view_plan.note and "distilled" in stages:
             observer.note(view_plan.note)
         if text := describe_seeds(recipe, planned):
@@ -396,14 +402,17 @@ class _Folds:
             whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
             data = pool_splits(load_and_stage(recipe, plan_stages(recipe), self.data, observer, whole))
             check_poolable(data)
+            splits = fold_splits(data, fold_recipe(recipe, 1).data)
+            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+            cache_note = ""
+            if not resume:
+                recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
             recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
-            splits = fold_splits(data, recipes[1].data)
             if resume:
                 check_same_data(folder, data)
             if overwrite and processes.first:
                 folder.clear()
             processes.highest(0)  # a barrier, as in ``run``
-            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
             if processes.first:
                 text = dump_recipe(recipe)
                 before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
@@ -418,6 +427,8 @@ class _Folds:
                 f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
                 "once, and teacher, baseline and distilled student are trained without it"
             )
+            if cache_note:
+                observer.note(cache_note)
             warnings = [*replaced, *describe_outside_weights(recipe)]
             for warning in warnings:
                 observer.warn(warning)
@@ -884,10 +895,14 @@ def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
 
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     """Return the run of ``--baseline``, given by its folder or that of its baseline."""
+    check_exists(path, "the folder of a run for --baseline")
     path = path.parent if (path / "model.json").is_file() else path
     if path.resolve() == own.resolve():
         raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
-    return RunFolder(path)
+    folder = RunFolder(path)
+    if not folder.known or not folder.trained("baseline"):
+        raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
+    return folder
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:

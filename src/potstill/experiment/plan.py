@@ -151,7 +151,7 @@ def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
 
 
 def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
-    """Return the recipe of a resumed run with the networks and the least epochs that were chosen when it began."""
+    """Return the recipe of a resumed run with the networks, the least epochs and the cache of images of its start."""
     former = dict[str, StageSettings]()
 
     def remember(key: str, _: str, network: StageSettings) -> StageSettings:
@@ -170,6 +170,8 @@ def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
 
     _replace_networks(before, remember)
     recipe = _replace_networks(recipe, restore)
+    if recipe.data.cache == "auto":
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": before.data.cache})})
     return _replace_networks(recipe, lengthen)
 
 

@@ -1,5 +1,6 @@
 """Checks before the first training step: settings, data, devices, and a dry run of each stage on random images."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,13 +10,13 @@ import torch
 
 from potstill.config import stage_role
 from potstill.config.overrides import WITHOUT_FILE
-from potstill.config.recipe import Recipe
+from potstill.config.recipe import Recipe, StageSettings
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
-from potstill.data.decoded_cache import Square, StagedSquares
+from potstill.data.decoded_cache import DecodeRequest, Square, StagedSquares, choose_cache
 from potstill.data.entries import FINDING_KINDS, SkippedFile
-from potstill.data.image_sets import image_sizes
+from potstill.data.image_sets import SemiSupervisedSet, decoding_set, image_sizes
 from potstill.data.preprocessing import crop_notes, decoded_square
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
@@ -36,6 +37,7 @@ from potstill.experiment.builders import (
 from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
+from potstill.input_spec import InputSpec
 from potstill.loggers import check_loggers_installed
 from potstill.methods import create_method, describe_method, list_classless_methods, list_logit_methods
 from potstill.methods.base import Method
@@ -405,18 +407,8 @@ def load_and_stage(
 
     Which squares they need is known but for networks whose weights are files; those decode what is missing.
     """
-    train, others = set[Square](), set[Square]()
-    augment = recipe.data.augment
-    random_crops = augment is not None and augment.crop_scale is not None
-    for name in {name for stage in planned for name in (stage.name, *stage.teachers)}:
-        network = recipe.network(name)
-        if network.weights not in (None, *WITHOUT_FILE):
-            continue
-        try:
-            spec = network_spec(recipe, network)
-        except UsageError:  # an unknown network, which another check reports
-            continue
-        train.add(decoded_square(spec, random_crops=random_crops))
+    train, others = training_squares(recipe, planned, recipe.data.augment), set[Square]()
+    for name, network, spec in _known_specs(recipe, planned):
         others.add(decoded_square(spec))
         if network.weights is not None and (fits_head(network) or stage_role(name) == "teacher"):
             train.add(decoded_square(spec))  # a head is fitted to images as they are
@@ -425,6 +417,41 @@ def load_and_stage(
     staged = StagedSquares({"train": train, "val": others, "test": others}, recipe.data.cache_fraction)
     with silence_native_stderr():  # every file is read
         return load_data(recipe.data if settings is None else settings, data, progress=observer, staged=staged)
+
+
+def training_squares(recipe: Recipe, planned: Sequence[PlannedStage], augment: AugmentSettings | None) -> set[Square]:
+    """Return the squares that the training images of these stages are decoded to, as far as networks are known."""
+    random_crops = augment is not None and augment.crop_scale is not None
+    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, planned)}
+
+
+def _known_specs(recipe: Recipe, planned: Sequence[PlannedStage]) -> Iterator[tuple[str, StageSettings, InputSpec]]:
+    """Yield name, settings and preprocessing of the networks of these stages but those whose weights are a file."""
+    for name in dict.fromkeys(name for stage in planned for name in (stage.name, *stage.teachers)):
+        network = recipe.network(name)
+        if network.weights in (None, *WITHOUT_FILE):
+            with contextlib.suppress(UsageError):  # an unknown network, which another check reports
+                yield name, network, network_spec(recipe, network)
+
+
+def choose_training_cache(
+    recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
+) -> tuple[Recipe, str]:
+    """Return the recipe of a new run with what ``data.cache: auto`` means, and a sentence unless raw pixels fit."""
+    if recipe.data.cache != "auto":
+        return recipe, ""
+    images, _, identity = decoding_set(
+        data.train if data.unlabeled is None else SemiSupervisedSet(data.train, data.unlabeled),
+        f"{data.fingerprint}/train",
+    )
+    squares = sorted(training_squares(recipe, planned, recipe.data.augment or data.augment))
+    cache, note = choose_cache(
+        [DecodeRequest(images, side, mode, identity or "") for side, mode in squares],
+        device=compute.device,
+        cache_fraction=recipe.data.cache_fraction,
+        processes=compute.processes.local_count,
+    )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": cache})}), note
 
 
 MIN_IMAGES_PER_GPU = 32  # in a batch

@@ -26,7 +26,7 @@ from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiment.plan import STAGE_GROUPS
 from potstill.experiment.resume import changed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
-from potstill.io import read_bytes, read_checksummed_json, sha256_hex
+from potstill.io import check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.training.devices import Compute
 
 _IGNORED_KEYS = {
@@ -58,6 +58,7 @@ class ReproductionResult:
 
 def read_run_record(path: Path) -> RunRecord:
     """Return the record of a run."""
+    check_exists(path, "a run folder, such as runs/NAME")
     folder = RunFolder(path)
     if not folder.known:
         raise ArtifactError(f"{path} is not a run folder: it needs recipe.yaml and environment.json")

@@ -12,6 +12,7 @@ import torch
 from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
+from potstill.data.decoded_cache import JPEG_RECORDS
 from potstill.data.image_sets import ImageSet, Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
@@ -308,6 +309,7 @@ def describe_run(
             **({"teacher_labels": list(data.teacher_labels)} if data.teacher_labels else {}),
             "size": recipe.data.size,
             "resize_mode": recipe.data.resize_mode,
+            **({"training_images": JPEG_RECORDS} if recipe.data.cache == "jpeg" else {}),
             "unseen": crop_notes(*image_sizes(data.train), recipe.data.resize_mode),
             "skipped": len(source.all_skipped),
             **({} if data.unlabeled is None or source is not data else {"unlabeled": describe_unlabeled(recipe, data)}),

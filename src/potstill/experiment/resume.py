@@ -146,8 +146,6 @@ def extended_stages(folder: RunFolder, recipe: Recipe, planned: Iterable[Planned
 
 def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> None:
     """Check that the baseline of another run was trained as this run's would be."""
-    if not folder.known or not folder.trained("baseline"):
-        raise UsageError(f"--baseline {folder.path}: there is no trained baseline; give the folder of a run with one")
     theirs = _baseline_settings(load_recipe(folder.recipe, data_needed=False, recorded=True))
     theirs["images"] = folder.read_environment().get("data_fingerprint")
     ours = _baseline_settings(recipe) | {"images": data.fingerprint}
@@ -243,6 +241,8 @@ def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
     settings["teacher_cache"] = {"views": value["teacher_cache"]["views"]}
+    if recipe.data.cache == "auto":  # of a run before there was a choice
+        settings["data"] = settings["data"] | {"cache": "raw"}
     unused = ("data.unlabeled", "student.precision")  # by a stage without teacher
     return {
         key: each

@@ -29,6 +29,7 @@ from potstill.evaluation import Array
 from potstill.io import (
     PART,
     as_csv,
+    check_exists,
     csv_texts,
     encode_json,
     encode_text,
@@ -385,8 +386,7 @@ def find_model(path: Path) -> Path:
     for folder in (path, *(path / stage for stage in reversed(STAGES))):
         if (folder / "model.json").is_file():
             return folder
-    if not path.exists():
-        raise ArtifactError(f"{path} does not exist; give a run folder or a folder with model.json")
+    check_exists(path)
     if folds := RunFolder(path).folds:
         raise ArtifactError(
             f"{path} is a cross-validation and has a model in each fold: give the folder of a fold, such as "

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from potstill.errors import ArtifactError, UsageError
 from potstill.export.formats import LITERT, LITERT_METADATA, ExportFormat
 from potstill.export.onnx import NCNN, ONNX, OPENVINO, check_digest, facts_path
-from potstill.io import read_bytes, read_checksummed_json
+from potstill.io import check_exists, read_bytes, read_checksummed_json
 from potstill.models.exported_files import METADATA_KEY, ExportMetadata, parse_metadata, read_properties
 
 # Suffix -> format, the engine's package, and what it is called where packages are installed.
@@ -92,6 +92,7 @@ def _open(path: Path, batch: int, threads: int) -> tuple[Callable[[NDArray[Any]]
     form, module, package = ENGINES[suffix]
     if batch > 1 and not form.any_batch:
         raise UsageError(f"{path}: {suffix} files take one image at a time, so --batch is 1, got {batch}")
+    check_exists(path, "files that potstill export has written")
     stem = path.name.removesuffix(suffix)
     suffixes = {".xml": (".xml", ".bin"), ".ncnn.param": (".ncnn.param", ".ncnn.bin")}.get(suffix, (suffix,))
     files = {each: read_bytes(path.with_name(f"{stem}{each}")) for each in suffixes}

@@ -22,7 +22,7 @@ def find_model_folder(model: Path | str) -> Path | None:
     path = model_path(model)
     try:
         return find_model(path)
-    except ArtifactError:
+    except (ArtifactError, UsageError):
         architecture, weights = split_model(os.fspath(model))
         if architecture is not None and weights is not None:
             return None

@@ -31,7 +31,7 @@ from potstill.export.formats import (
     find_layer,
     quiet,
 )
-from potstill.io import DAMAGED, read_bytes, read_checksummed_json, sha256_hex
+from potstill.io import DAMAGED, check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import (
     METADATA_KEY,
     ExportMetadata,
@@ -79,6 +79,7 @@ def prepare_batch(images: Sequence[Pixels], metadata: ExportMetadata) -> NDArray
 
 def load_onnx(path: Path) -> OnnxModel:
     """Load a file that ``potstill export`` wrote, after comparing the SHA-256 of its ``NAME.json``; it runs no code."""
+    check_exists(path, "a run folder, or a file that potstill export has written")
     content = read_bytes(path)
     check_digest(path, path.name, content)
     found = read_properties(content, str(path))

@@ -17,7 +17,7 @@ from potstill.io import read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
-COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorch; for int8 calibration
+COMPARED_IMAGES = 200  # with PyTorch
 
 FORMATS = {
     "onnx": ONNX,

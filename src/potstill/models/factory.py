@@ -47,9 +47,9 @@ def load_for_classes(
     groups = output_groups(theirs, names, count, ours, key=key, source=source)
     loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
+        outputs = count_outputs(architecture, source, size=size)
         raise UsageError(
-            f"{key} has {count} classes, but {source} has another number of outputs: give the class of each output, "
-            "in order"
+            f"{key} has {count} classes, but {source} has {outputs} outputs: give the class of each output, in order"
         )
     loaded.notes += notes
     if all(len(group) == 1 for group in groups) and resolve(architecture)[0] is not own_models:

@@ -235,17 +235,27 @@ def predicts_classes(facts: dict[str, Any]) -> bool:
 def load_class_model(path: Path) -> Classifier:
     """Return the classifier of a folder as ``load_model``; ArtifactError if it has no classes."""
     model = load_model(path)
-    if not predicts_classes(model.facts):
-        if "training" in model.facts:
-            raise ArtifactError(
-                f"{path} was trained on images without labels by a teacher without classes (head: none): it has an "
-                "embedding and predicts nothing. Labeled images give it a head: potstill run RECIPE --data LABELED "
-                f"--student {path}"
-            )
-        raise ArtifactError(
-            f"{path} is a teacher without classes (head: none), which predicts nothing: give the student, or the run"
-        )
+    check_predicts_classes(path, model.facts)
     return model
+
+
+def check_predicts_classes(path: Path, facts: dict[str, Any]) -> None:
+    """Check that the network of a folder has classes.
+
+    Raises:
+        ArtifactError: it has none; names what gives it a head.
+    """
+    if predicts_classes(facts):
+        return
+    if "training" in facts:
+        raise ArtifactError(
+            f"{path} was trained on images without labels by a teacher without classes (head: none): it has an "
+            "embedding and predicts nothing. Labeled images give it a head: potstill run RECIPE --data LABELED "
+            f"--student {path}"
+        )
+    raise ArtifactError(
+        f"{path} is a teacher without classes (head: none), which predicts nothing: give the student, or the run"
+    )
 
 
 def read_facts(path: Path) -> ModelFacts:

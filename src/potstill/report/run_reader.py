@@ -17,12 +17,20 @@ from potstill.config import sort_stages, stage_role
 from potstill.errors import ArtifactError
 from potstill.evaluation import Array
 from potstill.formatting import format_number
-from potstill.io import encode_json, read_bytes, read_checksummed_json, read_checksummed_text, unescape_cell
+from potstill.io import (
+    check_exists,
+    encode_json,
+    read_bytes,
+    read_checksummed_json,
+    read_checksummed_text,
+    unescape_cell,
+)
 from potstill.methods import describe_method
 
 SCHEMA = 1
 STAGES = ("teacher", "baseline", "distilled")  # of a plain run
 SPLITS = ("train", "val", "test")
+_RUN_FOLDER = "a run folder, such as runs/NAME"
 
 
 @dataclass(frozen=True)
@@ -184,8 +192,9 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read all small files of a run folder; predictions are read on demand."""
     path = folder / "results.json"
+    check_exists(folder, _RUN_FOLDER)
     if not path.is_file():
-        raise ArtifactError(f"{folder} is no finished run: it has no results.json; a run folder looks like runs/NAME")
+        raise ArtifactError(f"{folder} is no finished run: it has no results.json; give {_RUN_FOLDER}")
     results = read_checksummed_json(path)
     if results.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}")

@@ -21,7 +21,7 @@ from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.resume import check_same_recipe
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_milliseconds, format_percent, format_points, format_scaled
-from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
 from potstill.models.model_table import Limits, parse_limits
 from potstill.training.callbacks import Observer, SilentObserver
 
@@ -92,6 +92,7 @@ class PrunedStudent:
     ) -> None:
         from potstill.models.model_file import load_model
 
+        check_exists(run, "a run folder, such as runs/NAME")
         self.run, self.finetuning = RunFolder(run), finetuning
         self.observer, self.stopping = observer or SilentObserver(), stopping
         if not self.run.recipe.is_file():

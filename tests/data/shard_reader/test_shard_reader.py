@@ -1,7 +1,10 @@
 """Shards that were damaged, made by odd programs, or made to do harm; and names with dots."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 
 import pytest
@@ -177,3 +180,12 @@ def test_what_is_left_alone_is_counted_and_named(tmp_path):
 def test_two_images_of_one_key_are_an_error(tmp_path):
     (tmp_path / "s.tar").write_bytes(tar(("a/0.v1.png", png(1)), ("a/0.v2.png", png(2))))
     assert "a second image under the key 'a/0'" in read_shard(str(tmp_path / "s.tar")).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("compress", "program"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_a_compressed_tar_file_is_named_as_such(tmp_path, compress, program):
+    (tmp_path / "s.tar").write_bytes(compress(tar(("a/0.png", png(1)))))
+    with pytest.raises(DataError, match=f"compressed by {program}.*unpack it first"):
+        read_shard(str(tmp_path / "s.tar"))

@@ -366,15 +366,32 @@ def _join_words(words: list[str]) -> str:
 def similar_classes(class_names: Iterable[str]) -> list[Finding]:
     """Return findings on classes like "Cat", "cat" and "cat "."""
     return [
-        Finding("similar-names", group[0], f"classes {', '.join(map(repr, group))}; rename or join them")
+        Finding("similar-names", group[0], f"classes {', '.join(_distinct(group))}; rename or join them")
         for group in _groups(class_names)
     ]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    r"""Return the names in quotes, with escapes where they differ only in how accents are encoded.
+
+    Example:
+        >>> _distinct(["Cat", "cat"]), _distinct(["caf" + chr(0xE9), "cafe" + chr(0x301)])
+        (["'Cat'", "'cat'"], ["'caf\\xe9'", "'cafe\\u0301'"])
+    """
+    same = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+    return [ascii(name) if same else repr(name) for name in names]
 
 
 def similar_files(names: Iterable[str]) -> list[Finding]:
     """Return findings on files like "a.JPG" and "a.jpg" in the same folder."""
     return [
-        Finding("similar-names", group[0], "where case does not count, one overwrites the other", tuple(group[1:]))
+        Finding(
+            "similar-names",
+            group[0],
+            "on file systems for which these names are equal, one overwrites the other: "
+            + ", ".join(_distinct([name.rpartition("/")[2] for name in group])),
+            tuple(group[1:]),
+        )
         for group in _groups(names)
     ]
 
