@@ -75,7 +75,7 @@ def quantize_network(network: Any, images: CalibrationImages, *, choose: bool = 
         network: the bare network, an ``onnx.ModelProto`` in float32; it stays as it is.
         images: for the range of each activation.
         choose: whether to try minimum and maximum of all images, then their means over batches, smaller and smaller
-            ones, until the outputs come no closer, by a tenth, to those in float32; else minimum and maximum of all images.
+            ones, until the outputs come no closer, by a tenth, to those in float32; else only the first.
 
     Returns:
         An ``onnx.ModelProto`` in the QDQ form, which every engine reads; and what was found: ``method``; ``batch``,
