@@ -15,7 +15,7 @@ from potstill.methods.documentation import tex_to_text
 _MATH_ROLE = re.compile(r":math:`([^`]+)`")
 _MATH_BLOCK = re.compile(r"^ *\.\. math::(.*?)(?=\n\s*\n|\Z)", re.DOTALL | re.MULTILINE)
 _HEADING = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Example|Note|Traps):$")
-_ITEM = re.compile(r"([\w*.]+): (.*)", re.DOTALL)
+_ITEM = re.compile(r"([\w*.]+(?:, [\w*.]+)*): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ PAGES = {
     "functional": Page(
         "Losses",
         "`potstill.functional`: the losses of all methods as pure functions of tensors. Letters in shapes: B batch "
-        "size, K classes, C channels, H and W height and width of a feature map, D size of an embedding.",
+        "size, K classes, C channels, H and W height and width of a feature map, D size of an embedding. Where an "
+        "entry says nothing else, a loss is a scalar of at least 0, the mean over the batch, in at least float32; "
+        "labels are int64 [B] class ids; `Positive` is above 0, `NonNegative` at least 0, `Share` from 0 to 1, "
+        "`Count` 1 or more; no gradient reaches what comes from a teacher. Numbers out of range, unequal shapes, "
+        "and a batch of one image where images are compared, raise `UsageError`.",
         tuple(f"potstill.functional:{name}" for name in functional.__all__),
     ),
     "errors": Page(
@@ -214,7 +218,7 @@ def _items(text: str) -> Iterator[str]:
     """A list of "name: what it is", each in one line."""
     for item in re.split(r"\n(?=\S)", text):
         found = _ITEM.match(item)
-        yield f"- `{found[1]}`: {_prose(found[2])}" if found else f"- {_prose(item)}"
+        yield f"- `{found[1].replace(', ', '`, `')}`: {_prose(found[2])}" if found else f"- {_prose(item)}"
 
 
 def _prose(text: str) -> str:

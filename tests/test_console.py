@@ -87,6 +87,27 @@ def test_the_end_is_in_sight_from_the_beginning(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+def test_images_decoded_within_an_epoch_do_not_foretell_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    progress.expect(lambda: {"distilled": 100.0})
+    progress.stage("distilled", "resnet8, 10 epochs")
+    progress.epoch_start(1, 10, 100, 100)
+    now[0] = 1.0
+    progress.step(10)
+    for now[0], done in ((1.0, 0), (21.0, 50), (41.0, 100)):  # the teacher's images, decoded at its first batch
+        progress.wait("decoding images", done, 100)
+    for now[0] in (42.0, 47.0):
+        progress.step(10)
+    assert out.getvalue().splitlines()[2:] == [
+        "decoding images: 50 of 100  1 min 19 s left, 1 min 19 s in all",  # by the estimate, as one step tells little
+        "distilled epoch 1/10  20 of 100 images  10 images/s  1 min 38 s left, 1 min 38 s in all",
+        "distilled epoch 1/10  30 of 100 images  4 images/s  3 min 46 s left, 3 min 46 s in all",  # 30 in 7 s
+    ]
+
+
 @pytest.mark.parametrize(
     ("epoch", "seconds", "left"),
     [

@@ -200,11 +200,7 @@ def _name_networks(
     teacher_input: InputSpec | None,
     student_input: InputSpec | None,
 ) -> tuple[dict[str, tuple[Network, InputSpec | None]], dict[str, Any]]:
-    """Return labels for networks from Python, and the flags that put them into the recipe.
-
-    Raises:
-        UsageError: a wrong type, or an input specification without its network.
-    """
+    """Return labels for networks from Python, and the flags that put them into the recipe."""
     # A module of layers, such as nn.Sequential, is no sequence of networks.
     teachers: list[Any] = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     for key, network in [("student", student), *(("teacher", each) for each in teachers)]:

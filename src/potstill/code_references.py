@@ -47,12 +47,7 @@ def is_file_reference(name: str) -> bool:
 
 
 def resolve_reference(name: str, base: Path | None = None) -> str:
-    """The same name with an absolute path, if it stands for code in a file.
-
-    Args:
-        name: a code reference.
-        base: folder that a relative path starts from; the working folder if None.
-    """
+    """Return the name with an absolute path, from ``base`` or the working folder, if it is that of code in a file."""
     if not is_file_reference(name):
         return name
     file, _, attribute = name.rpartition(":")
@@ -62,15 +57,9 @@ def resolve_reference(name: str, base: Path | None = None) -> str:
 def load_reference(name: str, *, base: Path | None = None) -> Any:
     """Import the module or run the file that a name stands for, and return the object.
 
-    A file is run once for each content, and may import what lies beside it. Modules are also looked for in the working
-    folder, as ``python -m`` does.
-
-    Args:
-        name: a code reference; see ``is_code_reference``.
-        base: folder that the path of a file starts from; the working folder if None.
-
-    Raises:
-        UsageError: no code reference, no such file, module or attribute, or the code raises while it is imported.
+    A file, relative to ``base`` or the working folder, is run once for each content, and may import what lies beside
+    it. Modules are also looked for in the working folder, as ``python -m`` does.  UsageError: no such file, module or
+    attribute, or the code raises while it is imported.
     """
     if not is_code_reference(name):
         raise UsageError(f"{name!r} names no code: write package.module:Name or path/file.py:Name")
@@ -195,15 +184,7 @@ def _find_code(value: Any, path: "KeyPath", keys: tuple[str, ...]) -> "Iterator[
 
 
 def refuse_code_in_recipe(value: Any, locations: "KeyLocations | None" = None) -> None:
-    """Raise an error if a recipe file names code; load nothing.
-
-    Args:
-        value: the recipe's plain values, after flags and ``--set``.
-        locations: where each key was written; None: all of ``value`` comes from a recipe file.
-
-    Raises:
-        UsageError: names every such key and its code.
-    """
+    """Raise UsageError, with all keys, if a recipe file names code (all values without ``locations``); load nothing."""
     found = [
         (locations.find(path) if locations else "", name)
         for path, name in find_code(value)
@@ -219,9 +200,7 @@ def refuse_code_in_recipe(value: Any, locations: "KeyLocations | None" = None) -
 
 
 def resolve_code_paths(value: Any, locations: "KeyLocations", folder: Path) -> None:
-    """Make the paths of code files absolute, in place: relative to ``folder``, that of the recipe file; if they come
-    from flags, to the working folder.
-    """
+    """Make the paths of code files absolute, in place: from ``folder``, or for flags from the working folder."""
     for path, name in list(find_code(value)):
         section = value
         for key in path[:-1]:

@@ -58,6 +58,7 @@ class Progress:
         self._epoch_starts: list[float] = []
         self._best = ""
         self._waiting: tuple[str, Any] | None = None  # its name, and its bar
+        self._waited_until: float | None = None  # the last call of wait() whose work was not over
         self._expected: dict[str, float] = {}  # seconds of the present stage and those after it, by an estimate
         self._passed = [0.0, 0.0]  # seconds of the stages before: by the estimate, and in fact
         self._start = self._last_line = self._stage_began = self._training_began = time.monotonic()
@@ -107,6 +108,7 @@ class Progress:
     def step(self, images: int) -> None:
         """Advance the bar; without a terminal, print a line now and then."""
         self._seen += images
+        self._waited_until = None
         speed = self._seen / max(time.perf_counter() - self._began, 1e-9)
         if self._bar is None or self._task is None:
             if self._seen < self._images and self._is_line_due():
@@ -141,6 +143,7 @@ class Progress:
 
     def wait(self, what: str, done: int, total: int) -> None:
         """Show progress of work outside of training; without a terminal, a line now and then."""
+        self._leave_out_of_speed(is_over=done >= total)
         if self._bar is None:
             if done < total and self._is_line_due():
                 self._line(f"{what}: {done:,} of {total:,}{self._time_left()}")
@@ -152,6 +155,16 @@ class Progress:
             if self._waiting is None:
                 self._waiting = what, self._bar.add_task(what, total=total, epoch="", speed="", val="")
             self._bar.update(self._waiting[1], completed=done, total=total)
+
+    def _leave_out_of_speed(self, is_over: bool) -> None:
+        """Leave the time since the last call out of the speed of the epoch, as decoding happens once."""
+        now = time.monotonic()
+        if self._waited_until is not None and self._epoch_starts:
+            passed = now - self._waited_until
+            self._began += passed
+            self._training_began += passed
+            self._epoch_starts[-1] += passed
+        self._waited_until = None if is_over else now
 
     def _is_line_due(self) -> bool:
         now = time.monotonic()
@@ -263,10 +276,7 @@ _STDERR = 2  # the descriptor
 
 @contextmanager
 def silence_native_stderr() -> Iterator[None]:
-    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination.
-
-    Does nothing if ``sys.stderr`` is not that descriptor.
-    """
+    """Discard what is written to descriptor 2 within the block; ``sys.stderr`` keeps its destination."""
     outer = sys.stderr
     if not isinstance(outer, io.TextIOWrapper) or _descriptor(outer) != _STDERR:
         yield

@@ -65,10 +65,7 @@ def is_hub_dataset(name: str) -> bool:
 def model_path(name: str | Path) -> Path:
     """Return the folder or file of a model; that of ``hf-hub:`` is downloaded if it is not in the cache.
 
-    Any other name is a path.
-
-    Raises:
-        UsageError: no such repository, revision or files, or they are not here and there is no network.
+    UsageError: no such repository, revision or files, or they are not here and there is no network.
     """
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
@@ -77,21 +74,13 @@ def model_path(name: str | Path) -> Path:
 
 
 def pinned_name(name: str) -> str:
-    """Return the name with the commit as its revision if it is that of a hub's repository; else the same name.
-
-    Raises:
-        UsageError: as ``model_path``.
-    """
+    """Return the name with the commit as its revision if it is that of a hub's repository; else the same name."""
     return fetch_model(name).name if name.startswith(HUB_PREFIX) else name
 
 
 @cache  # one commit for a whole process, and one request
 def fetch_model(name: str) -> HubFiles:
-    """Return the files of a model's repository.
-
-    Raises:
-        UsageError: as ``model_path``.
-    """
+    """Return the files of a model's repository."""
 
     def choose(files: Sequence[str]) -> list[str]:
         for needed, weights, optional in MODEL_FILES:
@@ -108,11 +97,7 @@ def fetch_model(name: str) -> HubFiles:
 
 @cache
 def fetch_dataset(name: str) -> HubFiles:
-    """Return the Parquet files of a data set's repository, or of the branch into which the hub converts others.
-
-    Raises:
-        UsageError: no such repository or revision, no Parquet files, or they are not here and there is no network.
-    """
+    """Return the Parquet files of a data set's repository, or of the branch into which the hub converts others."""
     path = name.removeprefix(DATASET_PREFIX)
     if path == name:
         raise UsageError(
@@ -249,11 +234,7 @@ def create_client() -> Any:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn what the hub's client raises inside the block into one error that states what to do.
-
-    Raises:
-        UsageError: for any error of the client, its transport or the hub.
-    """
+    """Turn what the hub's client raises inside the block into one UsageError that states what to do."""
     from huggingface_hub import errors
 
     login = "if it is private, log in with `hf auth login` or set HF_TOKEN"

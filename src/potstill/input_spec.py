@@ -26,11 +26,7 @@ class InputSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
-        """Invert ``dataclasses.asdict``, with JSON's lists for tuples.
-
-        Raises:
-            KeyError, TypeError or ValueError: something else.
-        """
+        """Invert ``dataclasses.asdict``, with JSON's lists; KeyError, TypeError or ValueError for something else."""
         values = with_current_names(values)
         mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3:

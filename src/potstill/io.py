@@ -31,14 +31,7 @@ CACHE_VARIABLE = "POTSTILL_CACHE"
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return a folder within the cache, which need not exist.
-
-    The cache is ``$POTSTILL_CACHE``, else ``$XDG_CACHE_HOME/potstill``, else ``~/.cache/potstill``.
-
-    Example:
-        >>> cache_folder("teachers").name
-        'teachers'
-    """
+    """Return a folder within the cache: ``$POTSTILL_CACHE``, ``$XDG_CACHE_HOME/potstill`` or ``~/.cache/potstill``."""
     if own := os.environ.get(CACHE_VARIABLE):
         root = Path(own).expanduser()
     else:
@@ -53,15 +46,10 @@ _NO_SYNCING = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems wh
 
 
 def write_bytes(path: Path, *chunks: bytes, previous: Path | None = None) -> None:
-    """Write ``chunks`` to ``path`` atomically; on failure the older file stays.
+    """Write ``chunks`` to ``path``, or what it links to, atomically; on failure the older file stays, else in
+    ``previous``.
 
-    Args:
-        path: a regular file, or nothing yet; of a link, what it leads to.
-        chunks: the content.
-        previous: beside ``path``; there the older file stays.
-
-    Raises:
-        StorageError: no space, no permission, or an I/O error; names path and reason.
+    StorageError names path and reason.
     """
     _write(path, chunks, previous)
 
@@ -104,11 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """Move a written file into the place of another one in its folder.
-
-    Raises:
-        StorageError: it could not be renamed; names path and reason.
-    """
+    """Move a written file into the place of another one in its folder."""
     try:
         os.replace(source, target)
         _sync_folder(target.parent)
@@ -122,11 +106,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def read_bytes(path: Path, *, sha256: str | None = None) -> bytes:
-    """Return the file's bytes after comparing them with ``sha256`` (hex).
-
-    Raises:
-        ArtifactError: missing, unreadable, or other bytes than were written.
-    """
+    """Return the file's bytes; ArtifactError: missing, unreadable, or of another ``sha256`` (hex)."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -156,11 +136,7 @@ def encode_text(text: str) -> bytes:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete temporary files of killed processes below ``folder``; no other process may be writing there.
-
-    Raises:
-        StorageError: one cannot be deleted.
-    """
+    """Delete temporary files of killed processes below ``folder``; no other process may be writing there."""
     try:
         for leftover in folder.rglob(f".*{PART}"):
             leftover.unlink(missing_ok=True)
@@ -272,23 +248,15 @@ _NO_CHECKSUM = "is damaged, or was written before potstill 0.1.0: it carries no 
 
 
 def write_checksummed(path: Path, content: bytes, *, keep_previous: bool = False) -> None:
-    """Write 64 hex digits of SHA-256, a line break, and ``content``.
-
-    Args:
-        path: of a file that ``read_checksummed`` reads.
-        content: any bytes.
-        keep_previous: the older file stays as ``NAME-previous.SUFFIX``.
+    """Write 64 hex digits of SHA-256, a line break, and ``content``; the older file may stay as
+    ``NAME-previous.SUFFIX``.
     """
     previous = path.with_name(f"{path.stem}-previous{path.suffix}") if keep_previous else None
     write_bytes(path, sha256_hex(content).encode(), b"\n", content, previous=previous)
 
 
 def read_checksummed(path: Path) -> bytes:
-    """Read what ``write_checksummed`` wrote, without the digest.
-
-    Raises:
-        ArtifactError: missing, cut short or changed; names the newest intact older file of this name, if there is one.
-    """
+    """Read what ``write_checksummed`` wrote, without the digest; ArtifactError names the newest intact older file."""
     content = _verified_content(read_bytes(path))
     if content is None:
         older = _newest_intact(path)
@@ -304,11 +272,7 @@ def write_checksummed_text(path: Path, text: str) -> None:
 
 
 def read_checksummed_text(path: Path) -> str:
-    """Read what ``write_checksummed_text`` wrote, without the first line.
-
-    Raises:
-        ArtifactError: missing, cut short or changed, be it by hand.
-    """
+    """Read what ``write_checksummed_text`` wrote, without the first line; ArtifactError: missing or changed."""
     data = read_bytes(path)
     if not data.startswith(_TEXT):
         raise ArtifactError(f"{path} {_NO_CHECKSUM}")
@@ -319,19 +283,13 @@ def read_checksummed_text(path: Path) -> str:
 
 
 def write_checksummed_json(path: Path, value: dict[str, Any]) -> None:
-    """Put an object that is not empty at ``path`` as indented JSON, with a last entry ``checksum``: the SHA-256 of the
-    file without this entry.
-    """
+    """Write an object as indented JSON with a last entry ``checksum``, the SHA-256 of the file without it."""
     body = encode_json(value)
     write_bytes(path, body.removesuffix(_END), _CHECKSUM_PREFIX, sha256_hex(body).encode(), _CHECKSUM_SUFFIX)
 
 
 def read_checksummed_json(path: Path) -> dict[str, Any]:
-    """Read what ``write_checksummed_json`` wrote, without the checksum.
-
-    Raises:
-        ArtifactError: missing, cut short or changed, be it by hand.
-    """
+    """Read what ``write_checksummed_json`` wrote, without the checksum; ArtifactError: missing or changed."""
     data = read_bytes(path)
     body, tail = data[:-_TAIL] + _END, data[-_TAIL:]
     if not (tail.startswith(_CHECKSUM_PREFIX) and tail.endswith(_CHECKSUM_SUFFIX)):
@@ -347,26 +305,16 @@ def read_checksummed_json(path: Path) -> dict[str, Any]:
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> list[str]:
-    """Write one JSON value per line; the file is rewritten each time, so that no reader sees half a line.
-
-    Returns:
-        16 hex digits for each line, the beginning of its SHA-256; for ``verify_json_lines``.
-    """
+    """Write one JSON value per line, the whole file anew; return 16 hex digits of each line's SHA-256."""
     lines = [encode_text(json.dumps(value, ensure_ascii=False, allow_nan=False)) for value in values]
     write_bytes(path, b"".join(line + b"\n" for line in lines))
     return [_short_digest(line) for line in lines]
 
 
 def verify_json_lines(path: Path, digests: Sequence[str], *, more: bool = False) -> bytes:
-    """Return the file's bytes after comparing each line with its digest.
+    """Return the file's bytes after comparing each line with its digest; ``more``: further lines are allowed.
 
-    Args:
-        path: of what ``write_json_lines`` wrote.
-        digests: what it returned then.
-        more: lines may have come since; they are not looked at.
-
-    Raises:
-        ArtifactError: missing or unreadable, or a line is another one, missing, or too many; names it.
+    ArtifactError names a line that is another one, missing, or too many.
     """
     data = read_bytes(path)
     *lines, rest = data.split(b"\n")
@@ -406,10 +354,8 @@ _FORMULA = re.compile(r"'*[=+\-@]")  # start of a cell that a spreadsheet runs a
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return comma-separated text.
-
-    Control characters in names become visible escapes, so that a line stays a line.  Texts that a spreadsheet would run
-    as formulas get a leading apostrophe, which ``unescape_cell`` takes off.
+    """Return comma-separated text, with escaped control characters; formulas of spreadsheets get an apostrophe, see
+    ``unescape_cell``.
     """
     return "".join(csv_texts(header, rows))
 

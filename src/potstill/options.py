@@ -106,10 +106,8 @@ def option(*, default: Any = REQUIRED, doc: str, fixed: bool = False, of_epochs:
 
 
 def json_schema(annotation: Any) -> Schema:
-    """The JSON schema of a type: numbers with their range, ``Literal``, ``list``, ``dict``, ``| None``, plain types.
-
-    Raises:
-        TypeError: another type.
+    """Return the JSON schema of a type: numbers with range, ``Literal``, ``list``, ``dict``, ``| None``, plain; else
+    TypeError.
 
     Example:
         >>> json_schema(Share)
@@ -245,10 +243,7 @@ def _example(schema: Schema) -> Any:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Check keyword arguments against the ranges and choices in the function's annotations.
-
-    Raises (at call time):
-        UsageError: a ValueError that names the option, the allowed range and what came.
+    """Check keyword arguments against the ranges and choices in the function's annotations, at call time.
 
     Example:
         >>> @checked

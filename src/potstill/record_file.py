@@ -1,4 +1,4 @@
-"""A file of records of one size, with a checksum for each in a second file.
+"""A file of records, with a checksum for each in a second file; records of one size, or of any size with an index.
 
 A record exists once its checksum does.  Checksums are written after the records are on the disk, and compared before
 records are used, so whatever ends the process, no incomplete or damaged record is taken for a whole one.
@@ -35,18 +35,10 @@ class RecordFile:
     ``records``: record after record.  ``checksums``: a CRC-32 of 4 bytes or a CRC-16 of 2 for each, of its bytes, its
     number and ``seed``; 0 where there is no record.
 
-    Args:
-        records: path of the records.
-        checksums: path of their checksums.
-        nbytes: of one record.
-        seed: of the checksums, so that those of another file do not match.
-        size: bytes of all records, if the last one is shorter; None: any number of whole records.
-        width: bytes of a checksum.  2 misses one in 65,536 damaged records, and none of up to 4,095 bytes in which one
-            or two bits have changed.
-        write: if False, existing files are opened for reading.
-
-    Raises:
-        OSError: from the constructor and from all methods.
+    ``nbytes`` are those of one record, ``size`` of all if the last one is shorter, ``width`` of a checksum: 2 misses
+    one in 65,536 damaged records, and none of up to 4,095 bytes in which one or two bits have changed.  ``seed`` keeps
+    checksums of other files from matching.  Without ``write``, existing files are opened for reading.  All methods
+    raise OSError.
     """
 
     def __init__(
@@ -118,12 +110,7 @@ class RecordFile:
         return binascii.crc_hqx(record, (start >> 16) ^ (start & 0xFFFF)) or 1
 
     def intact(self, numbers: Numbers, checksums: Checksums) -> NDArray[np.bool_]:
-        """Return which records have these checksums.  They are not mapped, so that an I/O error is raised.
-
-        Args:
-            numbers: of the records, ascending, shape [B].
-            checksums: shape [B].
-        """
+        """Return which records [B], ascending, have these checksums; not mapped, so that I/O errors are raised."""
         matches = np.zeros(len(numbers), bool)
         chunks = numbers // max(1, _CHUNK // self.nbytes)
         starts = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(numbers)]
@@ -141,29 +128,19 @@ class RecordFile:
         pwrite(self.records, first * self.nbytes, records)
 
     def mark(self, numbers: Numbers, checksums: Checksums) -> None:
-        """Sync the written records to the disk, then write and sync their checksums.
-
-        Args:
-            numbers: of the records, ascending, shape [B].
-            checksums: shape [B].
-        """
+        """Sync the written records [B], ascending, to the disk, then write and sync their checksums."""
         os.fsync(self.records)
         content = memoryview(checksums.astype(self.dtype).tobytes())
         for start, stop in consecutive(numbers):
             pwrite(self.checksums, self.width * int(numbers[start]), content[self.width * start : self.width * stop])
         os.fsync(self.checksums)
         if not self._folder_synced:
-            handle = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync_folder(self.folder)
             self._folder_synced = True
 
     def reserve(self, first: int, end: int) -> None:
-        """Allocate the disk space for the records from ``first`` to before ``end``; undone if there is not enough.
-
-        Records before ``first`` may be a hole, which is filled as it is written.
+        """Allocate disk space for records, undone if there is not enough; a hole before them is filled as it is
+        written.
         """
         before = os.fstat(self.records).st_size
         if self.size is not None and before > self.size:
@@ -178,10 +155,7 @@ class RecordFile:
             raise
 
     def mapped(self, first: int, end: int) -> NDArray[np.uint8]:
-        """Return the bytes of the records from ``first`` to before ``end``, fewer if the file ends before.
-
-        A read-only memory map, whose memory the system can reclaim; it outlives ``close``.
-        """
+        """Return the bytes of records, as far as the file goes, in a read-only memory map, which outlives ``close``."""
         if len(self._map) < self._offset(end):
             length = os.fstat(self.records).st_size
             if length:
@@ -192,6 +166,89 @@ class RecordFile:
     def _offset(self, number: int) -> int:
         """Return where a record starts, or the end of the last one."""
         return number * self.nbytes if self.size is None else min(number * self.nbytes, self.size)
+
+
+_INDEX_ROW = np.dtype([("at", "<u8"), ("bytes", "<u4"), ("checksum", "<u4")])
+
+
+class IndexedRecords:
+    """Open handles of a file of records of any size and of its index; missing ones are created empty.
+
+    The index has offset, bytes and CRC-32 of each record, of its bytes, its number and ``seed``; 0 bytes where there
+    is no record.  ``write`` appends; one process may write at a time, and any number may read.
+
+    Args:
+        records: path of the records.
+        index: path of their index.
+        count: N, of the records when all exist.
+        seed: of the checksums, so that those of another file do not match.
+        write: if False, existing files are opened for reading.
+
+    Raises:
+        OSError: from the constructor and from all methods.
+    """
+
+    def __init__(self, records: Path, index: Path, count: int, seed: int, *, write: bool = False) -> None:
+        self._arguments, self.folder, self.seed = (records, index, count, seed), records.parent, seed
+        flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
+        self.records = os.open(records, flags | os.O_CLOEXEC, 0o666)
+        try:
+            self.index = os.open(index, flags | os.O_CLOEXEC, 0o666)
+        except OSError:
+            os.close(self.records)
+            raise
+        self._release = weakref.finalize(self, _close_all, self.records, self.index)
+        self.rows = np.zeros(count, _INDEX_ROW)
+        content = _pread(self.index, 0, self.rows.nbytes)
+        known = len(content) // _INDEX_ROW.itemsize
+        self.rows[:known] = np.frombuffer(content, _INDEX_ROW, known)
+        self._end = self.nbytes
+        self._unmarked: list[int] = []
+
+    def __reduce__(self) -> tuple[type["IndexedRecords"], tuple[Path, Path, int, int]]:
+        return IndexedRecords, self._arguments  # another process opens the files for reading
+
+    def close(self) -> None:
+        """Close both handles.  May be called twice."""
+        self._release()
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """Which records are in the index, [N]."""
+        present: NDArray[np.bool_] = self.rows["bytes"] > 0
+        return present
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the beginning of the file to the end of the last record of the index."""
+        return int((self.rows["at"] + self.rows["bytes"]).max(initial=0))
+
+    def read(self, number: int) -> bytes | None:
+        """Return a record; None if there is none, or if it does not match its checksum."""
+        at, length, checksum = self.rows[number].tolist()
+        content = _pread(self.records, at, length)
+        return content if length and len(content) == length and self._checksum(number, content) == checksum else None
+
+    def write(self, number: int, record: bytes) -> None:
+        """Append a record, which exists once it is marked."""
+        pwrite(self.records, self._end, memoryview(record))
+        self.rows[number] = (self._end, len(record), self._checksum(number, record))
+        self._end += len(record)
+        self._unmarked.append(number)
+
+    def mark(self) -> None:
+        """Sync the written records to the disk, then write and sync their rows of the index."""
+        os.fsync(self.records)
+        numbers = np.array(sorted(self._unmarked), np.int64)
+        for start, stop in consecutive(numbers):
+            first, end = int(numbers[start]), int(numbers[stop - 1]) + 1
+            pwrite(self.index, first * _INDEX_ROW.itemsize, memoryview(self.rows[first:end].tobytes()))
+        os.fsync(self.index)
+        _sync_folder(self.folder)
+        self._unmarked = []
+
+    def _checksum(self, number: int, record: bytes) -> int:
+        return zlib.crc32(record, (self.seed + number) & _UINT32_MAX)
 
 
 def consecutive(numbers: Numbers) -> list[tuple[int, int]]:
@@ -218,7 +275,6 @@ def _allocate(handle: int, start: int, length: int) -> None:
 
 
 def _pread(handle: int, at: int, length: int) -> bytes:
-    """Read up to ``length`` bytes, fewer at the end of the file."""
     parts: list[bytes] = []
     while length > 0 and (part := os.pread(handle, length, at)):
         parts.append(part)
@@ -231,6 +287,15 @@ def pwrite(handle: int, at: int, data: memoryview) -> None:
     while len(data):
         count = os.pwrite(handle, data, at)
         at, data = at + count, data[count:]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync the folder's entries of its files to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _close_all(*handles: int) -> None:

@@ -137,7 +137,6 @@ def _command() -> Any:
 
 
 def _run_verb(arguments: list[str]) -> Any:
-    """Run the command by typer; return its exit code, or None."""
     if "" in arguments:  # it would be the path of the current folder
         before = shlex.join(["potstill", *arguments[: arguments.index("")]])
         raise UsageError(f"an argument is empty, the one after `{before}`: is a variable of the shell not set?")

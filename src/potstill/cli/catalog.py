@@ -49,7 +49,10 @@ def method_text(name: str) -> str:
         _section("Loss", [_wrapped(_plain(info.loss), 2), *_rows(info.terms, wrap=False)]),
         _section(f"Needs ({info.kind})", [_wrapped(", ".join(info.needs), 2)]),
         _section("Options (method.NAME in a recipe)", _rows({k: _option_text(v) for k, v in info.options.items()})),
-        _section("Presets (method.preset)", _rows({k: _settings_text(v) for k, v in info.presets.items()})),
+        _section(
+            "Presets (method.preset)",
+            _rows({k: ", ".join(f"{key}={value}" for key, value in v.items()) for k, v in info.presets.items()}),
+        ),
         _section("Published top-1 of the student", _rows({k: f"{v:.2f} %" for k, v in info.published.items()})),
         _section("Price", [_wrapped(cost_text(cost), 2)] if cost else []),
         _section("Notes", [_wrapped(_plain(info.notes), 2)] if info.notes else []),
@@ -61,10 +64,6 @@ def method_text(name: str) -> str:
 def _option_text(option: Option) -> str:
     default = "required" if option.default is REQUIRED else f"default {option.default}"
     return f"{allowed_values(option.schema)}, {default}: {_plain(option.doc)}"
-
-
-def _settings_text(settings: dict[str, object]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def cost_text(cost: StepCost) -> str:
@@ -238,9 +237,7 @@ def models(
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show all about this method.")] = None,
 ) -> None:
-    """List the methods by kind, or show one: paper, loss, needs, options, presets, published accuracies, price,
-    traps.
-    """
+    """List the methods by kind, or show one: paper, loss, needs, options, presets, accuracies, price and traps."""
     if name is not None:
         sys.stdout.write(method_text(name))
         return

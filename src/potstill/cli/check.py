@@ -87,7 +87,6 @@ def check(
 
 
 def _data_settings(data: str, changes: list[str]) -> "DataSettings":
-    """Return the data settings with ``--set`` applied."""
     from potstill.data.settings import DataSettings
 
     permit_code([data])

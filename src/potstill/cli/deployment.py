@@ -146,7 +146,6 @@ class _Counts:
         self._start = self._end = time.monotonic()
 
     def count(self, predictions: "Iterable[Prediction]") -> "Iterator[Prediction]":
-        """Yield the predictions."""
         terminal = sys.stderr.isatty() and not sys.stdout.isatty()
         self._start = time.monotonic()
         due = self._start + self.DELAY_SECONDS
@@ -166,7 +165,6 @@ class _Counts:
             sys.stderr.write("\r\33[K")
 
     def summary(self) -> str:
-        """Return how many images there were, at which speed, and how many were unknown or could not be read."""
         parts = [f"{self.images:,} image{'' if self.images == 1 else 's'}, {self._speed():,.0f} images/s"]
         parts += [f"{self.unknown:,} unknown"] if self.unknown else []
         parts += [f"{len(self.broken):,} could not be read"] if self.broken else []

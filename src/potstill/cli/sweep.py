@@ -236,7 +236,6 @@ def fit(
 
 
 def _launch_jobs(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:
-    """Run the sweep in Slurm jobs or Ray tasks."""
     from potstill.console import print_section
     from potstill.sweep.study import SLURM_FOLDER
 

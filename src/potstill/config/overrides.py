@@ -83,10 +83,8 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
 
 
 def _drop_own_training(document: Document, changes: list[tuple[KeyPath, Any, str]]) -> None:
-    """Remove what the student's section says of the training settings that the caller gives for all networks.
-
-    They would have no effect otherwise: the recipe of a run folder has the student's epochs of that run.  The teacher's
-    section stays, as ``training`` is for the students where the teacher has settings of its own.
+    """Remove what the student's section says of settings that the caller gives for all networks, which would have no
+    effect (a run folder's recipe has the student's epochs); the teacher's section stays.
     """
 
     def given(*section: str) -> set[Any]:
@@ -210,11 +208,7 @@ def complete_fallbacks(section: dict[str, Any]) -> None:
 
 
 def _settings_for(section: dict[str, Any], weights: str | None) -> dict[str, Any]:
-    """Return the settings that a network given by a flag keeps of the recipe's network.
-
-    They are those of the first alternative that starts as it does, with weights or without.  A model of ours has a head
-    and an image size.
-    """
+    """Return the settings that a network given by a flag keeps: of the first alternative with weights, or without."""
     section = copy.deepcopy(section)
     complete_fallbacks(section)
     fallbacks = section.pop("fallback", None)
@@ -266,9 +260,7 @@ def _set_value(document: Document, path: KeyPath, value: Any, location: str) -> 
 def _resolve_key(
     document: Document, section: Any, key: str | int, done: list[str | int], location: str
 ) -> tuple[Any, str | int] | None:
-    """Return (section, key in it), the key made if it is missing; None, and a problem recorded, if there can be
-    none.
-    """
+    """Return (section, key in it), made if missing; None, and a problem recorded, if there can be none."""
     enclosing = dotted_key(tuple(done))
     if isinstance(section, dict):
         section.setdefault(key, None)
@@ -326,9 +318,7 @@ def choose_method(value: dict[str, Any]) -> None:
     """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
 
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
-    weights and embeddings; else ``kd``; both at T = 1.  From few images, a network without pretrained weights learns
-    more from a pretrained teacher's embeddings than from its probabilities alone; a pretrained student has such
-    features already.
+    weights and embeddings, which teach more from few images than probabilities alone; else ``kd``; both at T = 1.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -383,10 +373,8 @@ _STAGE_PREFERENCE = {"teacher": ("teacher", "distilled", "baseline"), "student":
 def fill_architectures(
     value: dict[str, Any], *, allow_code: bool = False, recorded: bool = False
 ) -> list[tuple[KeyPath, PotstillError]]:
-    """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run.
-
-    Returns:
-        The keys whose weights cannot be used, each with the error.
+    """Fill in, in place, ``model`` of each network from its ``weights``, and the model folder of a run; return the keys
+    whose weights cannot be used, each with the error.
     """
     failures: list[tuple[KeyPath, PotstillError]] = []
     for path, section in network_sections(value):
@@ -424,12 +412,8 @@ def fill_architectures(
 
 
 def fill_class_names(value: dict[str, Any]) -> list[tuple[KeyPath, PotstillError]]:
-    """Fill in, in place, ``data.classes`` of data without labels: the classes of the first teacher.
-
-    Call it after ``fill_architectures``.  Teachers without classes (``head: none``) give none.
-
-    Returns:
-        ``data.classes`` with an error, if its file cannot be read.
+    """Fill in, in place, ``data.classes`` of data without labels by the classes of the first teacher, if it has any;
+    call it after ``fill_architectures``.  Return ``data.classes`` with an error, if its file cannot be read.
     """
     data = value.get("data")
     if not isinstance(data, dict) or data.get("labeled") is not False or has_classless_teacher(value, every=True):
@@ -483,10 +467,7 @@ def _class_names(teacher: dict[str, Any]) -> list[str] | None:
 
 
 def find_model_json(path: Path, stage: str = "student") -> Path | None:
-    """Return the model.json of a model file, a model folder or a run folder; None if there is none.
-
-    ``stage``: the key of the recipe's network, by which a model of a run is chosen.
-    """
+    """Return the model.json of a model file, model folder or run folder (of its ``stage``); None: there is none."""
     if path.is_file():
         card = path if path.suffix == ".json" else path.with_suffix(".json")
         return card if card.is_file() and path.stem == "model" else None

@@ -62,9 +62,7 @@ class CurriculumSettings(BaseModel):
 
 
 class DomainSettings(BaseModel):
-    """Domain adaptation: which images of ``data.target`` the student learns from, and how the teacher adapts to
-    them.
-    """
+    """Domain adaptation: which target images the student learns from, and how the teacher adapts to them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -318,19 +316,13 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe; flags override the file, and ``overrides`` override both.
 
-    Args:
-        source: name of a shipped recipe, a YAML file, or the same content as a dict.
-        overrides: texts such as ``"training.epochs=5"``, as after ``--set``; values are YAML.
-        flags: values by flag, such as ``{"--data": "photos"}`` (see ``config.overrides.FLAGS``); None if not given.
-            ``"--allow-code"``: True loads code that a recipe file names.
-        data_needed: False leaves ``data.source`` unchecked, since the images come from Python or are not read.
-        recorded: True for the recipe of a run folder: code that it names is neither loaded nor refused, and settings
-            that only this code could check are not checked.
+    ``overrides`` are as after ``--set``; ``flags`` as in ``config.overrides.FLAGS``, None if not given;
+    ``"--allow-code": True`` loads code that a recipe file names.  ``data_needed=False`` leaves ``data.source``
+    unchecked. ``recorded``: of a run folder; code that it names is neither loaded nor refused, nor settings checked by
+    it.
 
-    Raises:
-        UsageError: the recipe is wrong: all problems, one per line, with file, line and column, or the flag; or a
-            recipe file names code, without ``--allow-code``.
-        DataError, ArtifactError: the recipe is valid, but its data or weights cannot be used.
+    UsageError: all problems, one per line, with file, line and column, or the flag.  DataError, ArtifactError: the
+    recipe is valid, but its data or weights cannot be used.
     """
     document = Document("", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else _read(source)
     value = document.value

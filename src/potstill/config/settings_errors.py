@@ -152,7 +152,6 @@ def _value_at(section: Any, path: KeyPath) -> Any:
 
 
 def _settings_class(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | None:
-    """Return the settings class at ``path`` inside ``model``."""
     current: type[BaseModel] | None = model
     for key in path:
         if isinstance(key, int):  # a position in a list of sections of one kind
@@ -164,7 +163,6 @@ def _settings_class(path: KeyPath, model: type[BaseModel]) -> type[BaseModel] | 
 
 
 def _annotation_parts(annotation: Any) -> Iterator[Any]:
-    """Yield an annotation and, recursively, its arguments."""
     yield annotation
     for part in get_args(annotation):
         yield from _annotation_parts(part)

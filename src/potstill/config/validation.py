@@ -36,7 +36,6 @@ def method_problems(method: Any) -> Iterator[SettingProblem]:
 
 
 def _weighted_method(settings: Any, path: KeyPath) -> Iterator[SettingProblem]:
-    """Yield the problems of a method in a list, which may have a factor beside its own options."""
     if isinstance(settings, dict) and "factor" in settings:
         for problem in value_problems(dotted_key((*path, "factor")), WEIGHT_SCHEMA, settings["factor"]):
             yield (*path, "factor"), problem
@@ -285,7 +284,6 @@ def _data_problems(section: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _fold_problems(data: DataSettings, wrong: set[str]) -> Iterator[SettingProblem]:
-    """Yield the problems of cross-validation: a fold that there is not, and data that cannot be divided."""
     if wrong & {"folds", "fold"}:
         return
     if data.folds is None:
@@ -318,7 +316,6 @@ def _sections_in(section: Any, path: KeyPath) -> Iterator[tuple[KeyPath, dict[st
 
 
 def _fallback_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of ``fallback``: one within another, or one that is never used."""
     for path, section in network_sections(value):
         key = dotted_key((*path, "fallback"))
         if not section.get("fallback"):
@@ -330,7 +327,6 @@ def _fallback_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _previous_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of ``previous``: a network that is not one in use, or without its labels."""
     previous = value.get("previous")
     if not isinstance(previous, dict):
         return
@@ -348,7 +344,6 @@ def _previous_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _teacher_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of teachers, assistants and generations that depend on the method or on their number."""
     teacher, method = value.get("teacher"), value.get("method")
     count = len(teacher) if isinstance(teacher, list) else int(teacher is not None)
     if needs_teacher(method):
@@ -381,7 +376,6 @@ def _is_unlabeled(value: dict[str, Any]) -> bool:
 
 
 def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
-    """Yield the problems of ``head`` and ``prompts``: a network that cannot have such a head, prompts without class."""
     for network_path, section in network_sections(value):
         head, network = section.get("head"), dotted_key(network_path)
         if section.get("prompts") is not None:
@@ -420,7 +414,6 @@ def _head_problems(value: dict[str, Any]) -> Iterator[SettingProblem]:
 
 
 def _no_head_problems(section: dict[str, Any], value: dict[str, Any], path: KeyPath) -> Iterator[SettingProblem]:
-    """Yield what does not go together with a teacher without classes."""
     network, data = dotted_key(path), value.get("data")
     given = data if isinstance(data, dict) else {}
     if section.get("classes") is not None:
@@ -597,7 +590,6 @@ _OPTIMIZERS = (
 
 
 def _is_optimizer(name: str) -> bool:
-    """Return whether there is an optimizer of this name; case is ignored."""
     if name.lower() in {"dot", *(each.lower() for each in _OPTIMIZERS)}:
         return True
     from potstill.training.optim import get_optimizer_class

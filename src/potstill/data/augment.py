@@ -3,9 +3,8 @@
 A view is a pure function of (seed, sample id, view number), so that a teacher's output for it can be cached and the
 view reproduced exactly.  Order: crop, shift, flips, rotation, colour jitter, policy, erasing.
 
-Colour jitter follows torchvision's formulas, which apply to one image at a time.  Here each of three rounds applies to
-every image its next operation; all three have the form ``factor * pixels + offset``.  Factors are multiples of 2**-10,
-and grey values are integers, so that hardly anything is rounded: views are the same on every device.
+Colour jitter follows torchvision's formulas, all of the form ``factor * pixels + offset``; factors are multiples of
+2**-10, so that hardly anything is rounded and views are the same on every device.
 
 RandAugment and TrivialAugment call torchvision's operations, once for all images that get the same one: Cubuk et al.,
 "RandAugment", NeurIPS 2020, https://arxiv.org/abs/1909.13719; Müller and Hutter, "TrivialAugment: Tuning-free Yet
@@ -54,16 +53,7 @@ _ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1
 
 
 def color_jitter(images: Tensor, strength: float, draws: CounterRNG) -> Tensor:
-    """Change brightness, contrast and saturation, in a random order for each image.
-
-    Args:
-        images: uint8 [B, 3, S, S].
-        strength: s; the factors are uniform in [1 - s, 1 + s].
-        draws: random numbers of these samples.
-
-    Returns:
-        The same shape and type.
-    """
+    """Change brightness, contrast and saturation of uint8 [B, 3, S, S] by up to ``strength``, in random order."""
     uniforms = np.stack([draws(f"jitter {name}") for name in ("brightness", "contrast", "saturation")], axis=1)
     factors = np.rint((1 - strength + 2 * strength * uniforms) * _STEPS) / _STEPS
     orders = _ORDERS[(draws("jitter order") * len(_ORDERS)).astype(np.int64)]
@@ -71,12 +61,8 @@ def color_jitter(images: Tensor, strength: float, draws: CounterRNG) -> Tensor:
 
 
 def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[np.int64]) -> Tensor:
-    """Apply one operation to each image in each round; pixels are rounded down to integers after each.
-
-    Args:
-        images: uint8 [B, 3, S, S].
-        factors: [B, rounds], multiples of 2**-10 of at least 0.
-        orders: [B, rounds]: 0 brightness, 1 contrast, 2 saturation.
+    """Apply an operation (0 brightness, 1 contrast, 2 saturation) to each image in each round; ``factors`` and
+    ``orders`` are [B, rounds], the factors multiples of 2**-10; pixels are rounded down after each round.
     """
     rounds = to_device(torch.from_numpy(np.stack([factors, orders]).astype(np.float32)), images.device)
     adjusted = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -89,7 +75,6 @@ def adjust_colors(images: Tensor, factors: NDArray[np.float64], orders: NDArray[
 
 
 def _adjust_round(images: Tensor, factor: Tensor, operation: Tensor) -> None:
-    """Apply one round in place; ``factor`` and ``operation`` are [B, 1, 1, 1]."""
     grey, rest = _grey(images), 1 - factor
     rows = grey.sum(dim=3, keepdim=True)  # integers: exact in any order of summation, in float32 and float64
     total = rows.sum(dim=2, keepdim=True, dtype=widest_float(images.device))
@@ -118,10 +103,7 @@ _SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness
 
 @dataclass(frozen=True)
 class AugmentPolicy:
-    """``policy(images, draws)`` applies ``count`` operations to each image, each equally likely.
-
-    Magnitudes and operations are those of torchvision's ``v2.RandAugment`` and ``v2.TrivialAugmentWide``.
-    """
+    """``policy(images, draws)`` applies ``count`` of torchvision's operations to each image."""
 
     field: str  # prefix of the random numbers' fields
     count: int = 1
@@ -179,7 +161,6 @@ def _magnitudes(space: str, size: int) -> dict[str, Callable[[int], float]]:
 
 
 def _operations() -> dict[str, Operation]:
-    """Return the operations by torchvision's names, in its order."""
     from torchvision.transforms.v2 import functional as F  # slow to import, and rarely needed
 
     def affine(images: Tensor, *, shear: list[float], translate: list[int], centre: list[float] | None) -> Tensor:
@@ -241,10 +222,7 @@ class ViewTransform:
         self.moves_pixels = augment.pad_crop > 0 or augment.hflip or augment.vflip or augment.rotate90
 
     def __call__(self, squares: Tensor, ids: Ids, view: Ids | int, aspects: Numbers | None = None) -> Tensor:
-        """Return the views of samples ``ids`` [B] with view number ``view`` (one for all, or [B]).
-
-        ``aspects`` [B] are width / height of images that were stretched to the squares; None: they were not.
-        """
+        """Return the views; ``aspects`` [B] are width / height of images that were stretched to the squares."""
         draws = CounterRNG(self.seed, ids, view)
         drawn = self.drawn or ViewSize(squares.shape[-1], self.size)
         images = self._crop_and_move(squares, draws, drawn, aspects)
@@ -335,13 +313,7 @@ class BatchMixer:
         return MixParams(partners, weights, is_mixup, boxes)
 
     def images(self, own: Tensor, others: Tensor, params: MixParams) -> Tensor:
-        """Return the mixed images.
-
-        Args:
-            own: [B, 3, H, H], normalised; H may differ from S.
-            others: [B, 3, H, H], those of the partners.
-            params: of these samples.
-        """
+        """Return the mixed images, normalised [B, 3, H, H]; H may differ from S."""
         size, device = own.shape[-1], own.device
         line = torch.arange(size, device=device)
         # A few numbers per image are copied to the device, on which the masks [B, 1, S, S] are computed.
@@ -356,14 +328,7 @@ class BatchMixer:
         return own * weight + others * (1 - weight)
 
     def answers(self, own: Tensor, others: Tensor, params: MixParams, *, linear: bool = False) -> Tensor:
-        """Return the logits of mixed images if their probabilities are mixed as the images are.
-
-        Args:
-            own: logits [B, K, 1, 1].
-            others: logits [B, K, 1, 1], those of the partners.
-            params: of these samples.
-            linear: they are embeddings, which are mixed themselves.
-        """
+        """Return logits [B, K, 1, 1] whose probabilities are mixed as the images; embeddings are mixed themselves."""
         weight = to_device(torch.from_numpy(params.weights.astype(np.float32)), own.device)
         weight = weight[:, None, None, None]
         if linear:
@@ -371,29 +336,15 @@ class BatchMixer:
         return torch.logaddexp(own.log_softmax(1) + weight.log(), others.log_softmax(1) + (1 - weight).log())
 
     def labels(self, own: Tensor, others: Tensor, params: MixParams) -> tuple[Tensor, Tensor]:
-        """Return the labels of the larger weight, int64 [B], and the soft labels [B, K]: rows of 0 if unlabeled.
-
-        Args:
-            own: int64 [B].
-            others: int64 [B], those of the partners.
-            params: of these samples.
-        """
+        """Return the labels of the larger weight, int64 [B], and the soft labels [B, K]: rows of 0 if unlabeled."""
         weight = to_device(torch.from_numpy(params.weights.astype(np.float32)), own.device)
         soft = _one_hot(own, self.classes) * weight[:, None] + _one_hot(others, self.classes) * (1 - weight)[:, None]
         return torch.where(weight >= 0.5, own, others), soft
 
 
 def cutmix_boxes(size: int, weight: Numbers, row: Numbers, column: Numbers) -> Ids:
-    """Return squares of a share ``1 - weight`` of the image's area, clipped at the border.
-
-    Args:
-        size: side of the image, in pixels.
-        weight: [B], of the image outside of the square, before clipping.
-        row: [B], of the square's centre, in [0, 1).
-        column: [B], of the square's centre, in [0, 1).
-
-    Returns:
-        int64 [B, 4]: top, bottom, left, right.
+    """Return squares of a share ``1 - weight`` of the image's area, clipped at the border: int64 [B, 4] of top, bottom,
+    left, right.  ``row`` and ``column`` of the centres are in [0, 1).
 
     Example:
         >>> cutmix_boxes(8, np.array([0.75]), np.array([0.5]), np.array([0.0]))  # sides of 4, around row 4 and column 0

@@ -42,12 +42,7 @@ _MAX_THREADS = 16  # beyond that, threads that decode wait for the interpreter's
 
 
 def usable_cores() -> int:
-    """Return the number of cores available to this process: its CPU affinity, capped by the container's quota.
-
-    Example:
-        >>> usable_cores() >= 1
-        True
-    """
+    """Return the number of cores available to this process: its CPU affinity, capped by the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = _CPU_QUOTA_FILE.read_text(encoding="ascii").split()
@@ -57,12 +52,7 @@ def usable_cores() -> int:
 
 
 def thread_count() -> int:
-    """Return the number of threads for work that releases the interpreter's lock: the usable cores, at most 16.
-
-    Example:
-        >>> 1 <= thread_count() <= 16
-        True
-    """
+    """Return the number of threads for work that releases the interpreter's lock: the usable cores, at most 16."""
     return min(_MAX_THREADS, usable_cores())
 
 
@@ -76,12 +66,7 @@ def worker_count(local_processes: int = 1, *, on_gpu: bool = False) -> int:
 
 
 def raise_if_cancelled() -> None:
-    """Call before long operations in work that ``threaded_map`` runs.
-
-    Raises:
-        CancelledError: the results are no longer used, as after a signal; a thread that went on would keep the process
-            alive.
-    """
+    """Raise CancelledError if results of ``threaded_map`` are no longer used; call it before long operations."""
     stopped: threading.Event | None = getattr(_thread, "stopped", None)
     if stopped is not None and stopped.is_set():
         raise CancelledError
@@ -93,11 +78,6 @@ def threaded_map(
     """Like ``map``, in threads; yields results in order, and computes only a few of them ahead.
 
     So memory does not grow with the number of items, and a caller that stops waits for a few of them only.
-
-    Args:
-        work: called with each item; its exception is raised in place of the result.
-        items: in order.
-        threads: number of threads; None: ``thread_count()``; 1: the caller's own thread.
     """
     count = thread_count() if threads is None else threads
     stopped = threading.Event()
@@ -129,15 +109,7 @@ _POLLS_BEFORE_NOTE = 20  # until a note states that this process waits
 
 @contextmanager
 def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock file, created with its folder if missing; yield whether another process held it before.
-
-    Args:
-        path: of the file.
-        on_wait: called repeatedly while another process holds the lock; may raise.
-
-    Raises:
-        OSError: the file cannot be created, or not be locked on its file system.
-    """
+    """Hold a lock file, created if missing, and call ``on_wait`` until then; yield whether another process held it."""
     waited = False
     while True:
         with try_file_lock(path) as held:
@@ -151,10 +123,7 @@ def file_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
 
 @contextmanager
 def interprocess_lock(path: Path, what: str, progress: ProgressReporter | None) -> Iterator[None]:
-    """Let only one process of this machine run the block at a time, so that the others find its cached results.
-
-    Does nothing if the file cannot be locked.
-    """
+    """Let one process of this machine run the block at a time (all of them, if the file cannot be locked)."""
     polls = itertools.count(1)
 
     def on_wait() -> None:
@@ -169,11 +138,7 @@ def interprocess_lock(path: Path, what: str, progress: ProgressReporter | None) 
 
 @contextmanager
 def try_file_lock(path: Path) -> Iterator[bool]:
-    """Try to hold a lock file without waiting; yield whether it is held.
-
-    Raises:
-        OSError: the file cannot be created, or not be locked on its file system.
-    """
+    """Try to hold a lock file without waiting; yield whether it is held."""
     from filelock import FileLock, Timeout  # it imports asyncio
 
     path.parent.mkdir(parents=True, exist_ok=True)

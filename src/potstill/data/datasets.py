@@ -79,11 +79,7 @@ _MAX_NAMES = 20  # class names of a domain that a message lists
 
 
 def target_settings(settings: DataSettings) -> DataSettings:
-    """Return settings that load the target as the source, split by the same shares and seed.
-
-    Raises:
-        UsageError: there is no target.
-    """
+    """Return settings that load the target as the source, split by the same shares and seed."""
     if settings.target is None:
         raise UsageError("data.target is not given: name a folder of class folders, a manifest or a data set")
     own = {"source": settings.target, "options": settings.target_options, "unlabeled": None}
@@ -91,15 +87,7 @@ def target_settings(settings: DataSettings) -> DataSettings:
 
 
 def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
-    """Return the source's splits with the target, whose classes get the source's ids by name.
-
-    Args:
-        data: of the source.
-        target: of the target, checked by itself.
-
-    Raises:
-        DataError: classes that differ, or files that are in both.
-    """
+    """Return the source's splits with the target, whose classes get the source's ids by name."""
     _check_same_classes(data, target)
     _check_disjoint(data, target)
     ids = np.array([data.class_names.index(name) for name in target.class_names], dtype=np.int64)
@@ -196,14 +184,7 @@ def load_data(
 
 
 def hide_labels(settings: DataSettings, data: DataSplits) -> DataSplits:
-    """Return the data with ``settings.labels_per_class`` labeled training images a class, the others as unlabeled.
-
-    Which images keep their labels depends on their names and ``settings.split_seed`` alone.
-
-    Raises:
-        UsageError: the data has unlabeled images already.
-        DataError: no image would lose its label.
-    """
+    """Return the data with ``settings.labels_per_class`` labels a class, chosen by name and ``split_seed``."""
     kept = settings.labels_per_class
     if kept is None:
         return data
@@ -264,12 +245,7 @@ def _load_by_name(settings: DataSettings, progress: ProgressReporter | None) -> 
 
 
 def load_known_dataset(settings: DataSettings, progress: ProgressReporter | None = None) -> DataSplits:
-    """Return the splits of a data set given by name or by code; see ``call_dataset``.
-
-    Raises:
-        UsageError: wrong options, or code that cannot be loaded.
-        DataError: code that raises, or images, labels or splits that cannot be used.
-    """
+    """Return the splits of a data set given by name or by code; see ``call_dataset``."""
     found = call_dataset(settings)
     if isinstance(found, DataSplits):
         check_splits(found.class_names, {split: found.split(split) for split in SPLITS}, settings.source)
@@ -286,11 +262,7 @@ def load_known_dataset(settings: DataSettings, progress: ProgressReporter | None
 
 
 def check_source(settings: DataSettings) -> None:
-    """Check that the source exists, without reading an image or importing torch.
-
-    Raises:
-        UsageError: an unknown name, a missing path, or unknown options.
-    """
+    """Check that the source exists, without reading an image or importing torch."""
     name = settings.source
     if not settings.labeled:
         check_without_labels(settings)
@@ -404,8 +376,6 @@ def from_torch(
 
 @dataclass
 class _Items:
-    """What a torch data set holds: labels, names and, if its images are files, their paths."""
-
     dataset: Any
     labels: Sequence[int | str]
     names: list[str]
@@ -413,11 +383,7 @@ class _Items:
 
     @classmethod
     def read(cls, dataset: Any, split: str) -> "_Items":
-        """Read all labels and paths, but no pixels of files.
-
-        Raises:
-            DataError: no data set, items that are no pairs, wrong labels, or only some images that are paths.
-        """
+        """Read all labels and paths, but no pixels of files."""
         try:
             count = len(dataset)
         except Exception as error:  # the user's data set may raise anything
@@ -438,11 +404,6 @@ class _Items:
         return cls(dataset, labels, names, paths)
 
     def as_images(self, class_names: Sequence[str], root: Path) -> ImageSet:
-        """Return the images, with the id of each label.
-
-        Raises:
-            DataError: labels that are not among ``class_names``.
-        """
         known = {name: i for i, name in enumerate(class_names)}
         ids: list[int] = []
         for name, label in zip(self.names, self.labels, strict=True):
@@ -498,11 +459,7 @@ def is_dataset(name: str) -> bool:
 
 
 def check_dataset(settings: DataSettings) -> None:
-    """Check name and options without loading images; code is imported.
-
-    Raises:
-        UsageError: wrong options, no such code, or code that has no permission.
-    """
+    """Check name and options without loading images; code is imported."""
     name = settings.source
     if name not in DATASETS:
         _arguments(_find(name), settings)
@@ -511,12 +468,7 @@ def check_dataset(settings: DataSettings) -> None:
 
 
 def call_dataset(settings: DataSettings) -> DataSplits | Mapping[str, Any]:
-    """Return the data set as splits, or as a mapping with some of ``KEYS``, ``train`` among them.
-
-    Raises:
-        UsageError: as ``check_dataset``.
-        DataError: the code raises, or returns something else.
-    """
+    """Return the data set as splits, or as a mapping with some of ``KEYS``, ``train`` among them."""
     name = settings.source
     if name in DATASETS:
         found: DataSplits = getattr(_module(name), name.replace("-", "_"))(settings)
@@ -576,11 +528,6 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _arguments(function: Callable[..., Any], settings: DataSettings) -> dict[str, Any]:
-    """Return the keyword arguments of the call.
-
-    Raises:
-        UsageError: options that the function does not take, or lacks.
-    """
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a built-in that does not say

@@ -1,46 +1,53 @@
-"""Decode an image set once, to a uint8 tensor in memory or a memory-mapped file of the cache.
+"""Decode an image set once, to a uint8 tensor in memory or a memory-mapped file of the cache; where these do not fit,
+to a file of JPEG records, about a tenth of the bytes.
 
 Files are in the cache folder, ``pixels/<key>/``; the key depends on everything that determines the pixels.
 """
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import struct
 import tempfile
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from potstill.data.concurrency import ProgressReporter, file_lock, threaded_map, try_file_lock
 from potstill.data.image_io import ValueSpan, decoder_version, one_large_image, read_image
 from potstill.data.image_sets import (
     ImageSet,
+    SquareSet,
     file_digests,
     is_array_based,
     is_file_based,
     read_square,
+    small_jpeg_file,
     to_square,
     value_ranges,
 )
-from potstill.data.preprocessing import square_shape
+from potstill.data.preprocessing import square_shape, stretch_with_shape, to_planes
 from potstill.errors import StorageError
 from potstill.formatting import format_scaled
 from potstill.io import cache_folder, write_text
-from potstill.record_file import RecordFile, pwrite
+from potstill.record_file import IndexedRecords, RecordFile, pwrite
 
 BLOCK = 2**20  # bytes, approximately
 _BLOCKS_PER_CHECK = 16  # blocks that a thread checks at a time
@@ -51,14 +58,7 @@ Pixels = NDArray[np.uint8]
 class PixelFile:
     """N images of one size, ``pixels.bin`` (uint8 [N, 3, H, W]) with checksums ``done.bin``; see ``RecordFile``.
 
-    A record is a block of images.  Its bytes depend only on the key, so rewriting one changes nothing for processes
-    that read it at the same time.
-
-    Args:
-        folder: of the two files.
-        images: N.
-        shape: (3, H, W).
-        key: hex digits; part of the checksums, so that another file's blocks do not match.
+    A record is a block of images; its bytes depend only on the key, so rewriting one changes nothing for its readers.
     """
 
     def __init__(self, folder: Path, images: int, shape: tuple[int, int, int], key: str) -> None:
@@ -70,11 +70,7 @@ class PixelFile:
         self._seed = int(key[:8], 16)
 
     def open(self, *, write: bool = True) -> RecordFile:
-        """Open both files.
-
-        Raises:
-            OSError: one is missing, if not ``write``; or it cannot be opened.
-        """
+        """Open both files; OSError: one is missing, if not ``write``, or cannot be opened."""
         checksums = self.pixels.with_name("done.bin")
         return RecordFile(self.pixels, checksums, self.block_bytes, self._seed, size=self.nbytes, write=write)
 
@@ -113,16 +109,7 @@ _IDLE_SECONDS = 86_400.0  # without use, after which they are removed if space i
 
 
 def make_room(folder: Path, need: int, share: float) -> bool:
-    """Remove unused pixels if necessary; return whether new ones may be written.
-
-    Args:
-        folder: of the new pixels; its neighbours hold others, whose modification time is that of the last use.
-        need: bytes; those already in the folder count as free.
-        share: of the free disk that they may take.
-
-    Raises:
-        OSError: the free disk space is unknown.
-    """
+    """Remove unused pixels beside ``folder`` if necessary; return whether ``need`` bytes fit the share of the disk."""
     now, have = time.time(), _allocated_bytes(folder)
     for used, other in sorted(_neighbours(folder)):
         fits = need - have <= share * shutil.disk_usage(folder).free
@@ -133,6 +120,20 @@ def make_room(folder: Path, need: int, share: float) -> bool:
             if free:
                 shutil.rmtree(other, ignore_errors=True)
     return need - have <= share * shutil.disk_usage(folder).free
+
+
+def possible_room(folder: Path, share: float) -> float:
+    """Return the bytes that new pixels could take in this folder, unused ones removed; nothing is removed here.
+
+    Args: as those of ``make_room``.
+
+    Raises:
+        OSError: the free disk space is unknown.
+    """
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    now, free = time.time(), shutil.disk_usage(existing).free
+    idle = (other for used, other in _neighbours(folder) if now - used >= _IDLE_SECONDS)
+    return share * (free + sum(map(_allocated_bytes, idle)))
 
 
 def remove_decoded_pixels() -> int:
@@ -160,9 +161,10 @@ def _neighbours(folder: Path) -> list[tuple[float, Path]]:
 def _allocated_bytes(folder: Path) -> int:
     """Return the allocated bytes; a file may have holes."""
     total = 0
-    for path in folder.iterdir():
-        with suppress(OSError):
-            total += getattr(path.stat(), "st_blocks", 0) * 512
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(OSError):
+                total += getattr(path.stat(), "st_blocks", 0) * 512
     return total
 
 
@@ -222,14 +224,7 @@ _reported: "WeakKeyDictionary[ProgressReporter, set[str]]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Images to decode to squares.
-
-    Args:
-        images: N images.
-        side: R.
-        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
-        identity: identifies the images and their content.
-    """
+    """N images to decode to squares of ``side`` pixels; ``identity`` identifies them and their content."""
 
     images: ImageSet
     side: int
@@ -246,8 +241,16 @@ class DecodeRequest:
         """Shape of a square."""
         return square_shape(self.side, self.resize_mode)
 
-    def manifest(self) -> str:
-        """Return everything that determines the pixels, as JSON; its SHA-256 is the key."""
+    def folder(self, manifest: str) -> Path:
+        """Return the folder of the pixels that a manifest describes; its name is the key."""
+        return cache_folder("pixels", hashlib.sha256(manifest.encode()).hexdigest()[:16])
+
+    def manifest(self, records: str | None = None) -> str:
+        """Return everything that determines the pixels, as JSON; its SHA-256 is the key.
+
+        Args:
+            records: what is stored of each square; None: its pixels.
+        """
         names = "\n".join(self.images.names).encode("utf-8", "surrogateescape")
         found = {
             "format": FORMAT,
@@ -259,6 +262,7 @@ class DecodeRequest:
             "resize_mode": self.resize_mode,
             "decoder": decoder_version(),
             "ranges": value_ranges(self.images),
+            **({} if records is None else {"records": records}),
         }
         return json.dumps(found, indent=2, sort_keys=True) + "\n"
 
@@ -272,20 +276,12 @@ class DecodeRequest:
 
 
 def cached_pixels(request: DecodeRequest, *, share: float, progress: ProgressReporter | None) -> Tensor | None:
-    """Return the squares from a file of the cache, which is filled first if necessary.
-
-    Returns:
-        uint8 [N, *square_shape], memory-mapped and read-only; None if they cannot be cached on disk.
-
-    Raises:
-        DataError: an image cannot be decoded.
-    """
+    """Return the squares, memory-mapped uint8 [N, *square_shape], from a file of the cache; None: not to be cached."""
     if not hasattr(os, "preadv") or request.nbytes < SMALLEST:  # Windows
         return None
     text = request.manifest()
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder = cache_folder("pixels", key)
-    file = PixelFile(folder, len(request.images), request.shape, key)
+    folder = request.folder(text)
+    file = PixelFile(folder, len(request.images), request.shape, folder.name)
     try:
         if not (
             _read(folder / MANIFEST) == text and file.intact(_check_progress(file, progress)).all()
@@ -357,7 +353,7 @@ def _decode_missing(
         filled: dict[int, int] = {}
         synced = time.monotonic()
         # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.
-        for block, checksum in threaded_map(fill, missing, threads=None if is_file_based(images) else 1):
+        for block, checksum in threaded_map(fill, missing, threads=_threads(images)):
             filled[block] = checksum
             done += len(file.ids_of(block))
             if progress is not None:
@@ -373,7 +369,7 @@ class _StallDetector:
 
     WHAT = "waiting for another process that decodes images"
 
-    def __init__(self, file: PixelFile, progress: ProgressReporter | None) -> None:
+    def __init__(self, file: "PixelFile | _JpegFile", progress: ProgressReporter | None) -> None:
         self.file, self.progress = file, progress
         self.marked, self.since = -1, time.monotonic()
 
@@ -428,13 +424,8 @@ Square = tuple[int, str]  # side and resize mode, see ``read_square``
 class StagedSquares:
     """Squares of the images that a check decodes, until they are packed: so each file is read and decoded once.
 
-    They are in a file without a name in the cache folder, which is gone when the process ends, however it does.  Each
-    can be taken once.  Where there is no room for them, or where files are not checked because they have not changed,
-    nothing is staged, and packing decodes.
-
-    Args:
-        wanted: split -> squares that its loaders will ask for.
-        share: of the free disk that decoded pixels may take; the staged ones take half of it at most.
+    They are in a file without a name in the cache folder, gone when the process ends; each can be taken once.  Without
+    room, or where files are not checked as they have not changed, nothing is staged.
     """
 
     def __init__(self, wanted: Mapping[str, Collection[Square]], share: float) -> None:
@@ -471,11 +462,7 @@ class StagedSquares:
             self._wanted = {}
 
     def check(self, content: bytes, digest: bytes, name: str, path: str) -> ValueSpan | None:
-        """Decode a file, and stage its squares; return the span of its values.
-
-        Raises:
-            DataError: it cannot be decoded.
-        """
+        """Decode a file, and stage its squares; return the span of its values."""
         wanted = self._wanted.get(name)
         decoded = read_image(content, path, side=wanted[0][0] if wanted else None)
         if not wanted or (decoded.span is not None and decoded.span.kind != "colour"):  # the range is not known yet
@@ -513,6 +500,256 @@ class StagedSquares:
         return np.frombuffer(found, np.uint8).reshape(shape) if len(found) == math.prod(shape) else None
 
 
+JPEG_RECORDS = "JPEG records 1 (quality 90, 4:4:4)"  # with a version, increased with any change of their pixels
+_JPEG_OPTIONS: dict[str, Any] = {"format": "JPEG", "quality": 90, "subsampling": 0, "optimize": True}
+_SAMPLED = 32  # images whose records are made to estimate the bytes of all
+_ESTIMATE_MARGIN = 1.1
+_SHAPE = struct.Struct("<II")  # height and width of the image, before each record; 0, 0: the record is its file
+
+
+class JpegSquares(SquareSet):
+    """An image set whose squares have been through JPEG: read from a file of records, or made anew with equal pixels.
+
+    A record is the square as JPEG, or the image's own file if that is a JPEG file with fewer bytes and no more pixels.
+    What is missing or damaged in the file, or all where there is no file, is made from the image.
+
+    Args:
+        images: N images.
+        side: R.
+        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
+        records: the file; None: there is none.
+    """
+
+    def __init__(self, images: ImageSet, side: int, resize_mode: str, records: IndexedRecords | None = None) -> None:
+        super().__init__(images)
+        self.side, self.resize_mode, self.records = side, resize_mode, records
+
+    def square(self, i: int) -> Pixels:
+        """Return image i as a square, uint8 of ``square_shape``.
+
+        Raises:
+            DataError: there is no intact record, and the image cannot be decoded, or has changed.
+        """
+        record = None if self.records is None else self.records.read(i)
+        return self._decode(self.encode(i) if record is None else record, i)
+
+    def encode(self, i: int) -> bytes:
+        """Return the record of image i; raises as ``square`` does."""
+        square = read_square(self.images, i, self.side, self.resize_mode)
+        shape = square[0, -1, :8].tobytes() if self.resize_mode == "whole" else _SHAPE.pack(self.side, self.side)
+        content = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(square[:, : self.side].transpose(1, 2, 0))).save(content, **_JPEG_OPTIONS)
+        own = small_jpeg_file(self.images, i, content.tell(), self.side)
+        return shape + content.getvalue() if own is None else bytes(_SHAPE.size) + own
+
+    def _decode(self, record: bytes, i: int) -> Pixels:
+        shape, content = record[: _SHAPE.size], record[_SHAPE.size :]
+        if not any(shape):
+            decoded = read_image(content, self.names[i], side=self.side)
+            return to_square(decoded, self.side, self.resize_mode)
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            image.load()
+            if self.resize_mode != "whole":
+                return to_planes(image)
+            return stretch_with_shape(image, self.side, _SHAPE.unpack(shape))
+
+
+@dataclass(frozen=True)
+class _JpegFile:
+    """N records, ``records.bin`` with their index ``index.bin``; see ``IndexedRecords``."""
+
+    folder: Path
+    blocks: int  # N
+
+    @property
+    def pixels(self) -> Path:
+        return self.folder / "records.bin"
+
+    def open(self, *, write: bool = False) -> IndexedRecords:
+        seed = int(self.folder.name[:8], 16)
+        return IndexedRecords(self.pixels, self.folder / "index.bin", self.blocks, seed, write=write)
+
+    def marked(self) -> int:
+        """Return the number of records that exist."""
+        with suppress(FileNotFoundError), closing(self.open()) as records:
+            return int(np.count_nonzero(records.exists))
+        return 0
+
+
+def jpeg_squares(
+    images: ImageSet,
+    side: int,
+    resize_mode: str,
+    *,
+    cache_fraction: float,
+    identity: str | None = None,
+    progress: ProgressReporter | None = None,
+) -> JpegSquares:
+    """Return images whose squares have been through JPEG, from a file of the cache, which is filled first if necessary.
+
+    The pixels do not depend on whether there is room for the file; without it they are decoded, encoded and decoded
+    again each time.
+
+    Args:
+        images: N images.
+        side: R, of the square in pixels.
+        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
+        cache_fraction: of the free disk that the file may take.
+        identity: identifies the images and their content; None: no file.
+        progress: receives the progress.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    squares = JpegSquares(images, side, resize_mode)
+    if identity is None or not hasattr(os, "pwrite"):  # Windows
+        return squares
+    request = DecodeRequest(images, side, resize_mode, identity)
+    text = request.manifest(JPEG_RECORDS)
+    file = _JpegFile(request.folder(text), len(images))
+    try:
+        known = _read(file.folder / MANIFEST) == text and file.marked() == file.blocks
+        if known or _fill_jpeg_file(file, text, squares, cache_fraction, progress):
+            with suppress(OSError):  # time of the last use; a cache may be read-only
+                os.utime(file.folder / MANIFEST)
+            squares.records = file.open()
+    except (OSError, StorageError) as error:
+        reason = f"{file.folder}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        _report_once(progress, "warn", f"JPEG records are not cached on disk, which takes time: {reason}")
+    return squares
+
+
+def _fill_jpeg_file(
+    file: _JpegFile, text: str, squares: JpegSquares, share: float, progress: ProgressReporter | None
+) -> bool:
+    """Fill the file, or wait until another process has; return False if there is no space."""
+    stall_detector = _StallDetector(file, progress)
+    with file_lock(file.folder / LOCK, stall_detector.check) as waited:
+        if waited:
+            stall_detector.finish()
+        if _read(file.folder / MANIFEST) != text:
+            write_text(file.folder / MANIFEST, text)
+        with closing(file.open(write=True)) as records:
+            missing = np.flatnonzero(~records.exists).tolist()
+            if not missing:
+                return True
+            need = records.nbytes + len(missing) * _record_bytes(squares)
+            if make_room(file.folder, round(need), share):
+                try:
+                    _encode_missing(records, missing, squares, need, progress)
+                    return True
+                except OSError as error:
+                    if error.errno not in _FULL:
+                        raise
+        shutil.rmtree(file.folder, ignore_errors=True)  # frees the space
+    size, where = format_scaled(need, "B"), file.folder.parent
+    _report_once(
+        progress,
+        "warn",
+        f"JPEG records are not cached on disk: {size} is over {100 * share:g} % of the free space in {where}; each "
+        "epoch decodes the files, encodes and decodes them again, to the same pixels (data.cache: raw spares that)",
+    )
+    return False
+
+
+def _record_bytes(squares: JpegSquares) -> float:
+    """Return the estimated bytes of a record, from evenly spread images."""
+    sampled = np.unique(np.linspace(0, len(squares) - 1, _SAMPLED).astype(int)).tolist()
+    lengths = threaded_map(lambda i: len(squares.encode(i)), sampled, threads=_threads(squares.images))
+    return _ESTIMATE_MARGIN * float(np.mean(list(lengths)))
+
+
+def _encode_missing(
+    records: IndexedRecords, missing: list[int], squares: JpegSquares, need: float, progress: ProgressReporter | None
+) -> None:
+    total, done, synced, unmarked = len(squares), len(squares) - len(missing), time.monotonic(), 0
+    if progress is not None:
+        raw = format_scaled(total * math.prod(square_shape(squares.side, squares.resize_mode)), "B")
+        existing = f", of which {done:,} exist already" if done else ""
+        progress.note(
+            f"storing {total:,} images as JPEG of {squares.side} px, into {records.folder} (about "
+            f"{format_scaled(need, 'B')}; {raw} as raw pixels){existing}"
+        )
+
+    def encode(piece: list[int]) -> list[bytes]:
+        found = []
+        for i in piece:
+            with one_large_image():
+                found.append(squares.encode(i))
+        return found
+
+    pieces = [missing[start : start + _PIECE] for start in range(0, len(missing), _PIECE)]
+    found = threaded_map(encode, pieces, threads=_threads(squares.images))
+    for piece, contents in zip(pieces, found, strict=True):
+        for i, content in zip(piece, contents, strict=True):
+            records.write(i, content)
+        done, unmarked = done + len(piece), unmarked + sum(map(len, contents))
+        if progress is not None:
+            progress.wait("storing images", done, total)
+        if time.monotonic() - synced > _SYNC_SECONDS or unmarked > _SYNC_BYTES:
+            records.mark()
+            synced, unmarked = time.monotonic(), 0
+    records.mark()
+
+
+class _Room:
+    """Bytes that decoded pixels may take in memory and on disk, of which ``take`` takes some."""
+
+    def __init__(self, share: float, device: torch.device, processes: int) -> None:
+        devices = [device, torch.device("cpu")] if device.type != "cpu" else [device]
+        self.memory = [share / processes * free_bytes(each) for each in devices]
+        self.disk = 0.0
+        with suppress(OSError):
+            self.disk = possible_room(cache_folder("pixels", "new"), share)
+
+    def take(self, request: DecodeRequest, need: float, records: str | None = None) -> bool:
+        """Return whether there is room for ``need`` bytes of a request; those that are on disk already are free."""
+        for at, free in enumerate(self.memory if records is None else ()):
+            if need <= free:
+                self.memory[at] -= need
+                return True
+        if not hasattr(os, "preadv"):  # Windows
+            return False
+        missing = need - _allocated_bytes(request.folder(request.manifest(records)))
+        self.disk -= max(0.0, missing)
+        return self.disk >= 0 or missing <= 0
+
+
+def choose_cache(
+    requests: Sequence[DecodeRequest], *, device: torch.device, cache_fraction: float, processes: int = 1
+) -> tuple[Literal["raw", "jpeg"], str]:
+    """Return how the training images of a run are cached, and a sentence about it, empty for raw pixels that fit.
+
+    "jpeg" only if raw pixels fit neither into memory nor on the disk, and records do.
+
+    Args:
+        requests: squares of all networks.
+        device: of the batches.
+        cache_fraction: of free memory, and of the free disk, that pixels may take.
+        processes: number of processes on this machine, which share its memory, and one file.
+    """
+    room = _Room(cache_fraction, device, processes)
+    if all(room.take(each, each.nbytes) for each in requests):
+        return "raw", ""
+    room, raw = _Room(cache_fraction, device, processes), sum(each.nbytes for each in requests)
+    needs = [
+        len(each.images) * _record_bytes(JpegSquares(each.images, each.side, each.resize_mode)) for each in requests
+    ]
+    share = f"{100 * cache_fraction:g} % of free memory or disk"
+    sides = ", ".join(f"{each.side}" for each in requests)
+    if not all(room.take(each, need, JPEG_RECORDS) for each, need in zip(requests, needs, strict=True)):
+        return "raw", (
+            f"training images are decoded in each epoch: neither their raw pixels ({format_scaled(raw, 'B')}) nor JPEG "
+            f"records of them ({format_scaled(sum(needs), 'B')}) fit into {share} (data.cache_fraction)"
+        )
+    return "jpeg", (
+        f"training images are kept as JPEG records of {sides} px (quality 90, 4:4:4), about "
+        f"{format_scaled(sum(needs), 'B')}: their raw pixels, {format_scaled(raw, 'B')}, do not fit into {share}. "
+        "Pixels differ by about 1.5 of 255 from those of the files, of which val and test are decoded; data.cache: raw "
+        "decodes the files in each epoch"
+    )
+
+
 _PIECE = 64  # images that a thread decodes at a time
 
 _DecodedKey = tuple[int, str, torch.device]
@@ -530,24 +767,11 @@ def decode_all(
     identity: str | None = None,
     progress: ProgressReporter | None = None,
 ) -> Tensor | None:
-    """Return all images as squares, decoded once for the lifetime of the image set or, if cached on disk, until the
-    images change.
+    """Return all images as squares, uint8 [N, *square_shape], decoded once for the lifetime of the image set or, if
+    cached on disk by ``identity``, until the images change; None if they fit neither into memory nor on the disk.
 
-    Args:
-        images: N images.
-        side: R, of the square in pixels.
-        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
-        device: of the tensor; it stays on the CPU if the device has too little memory.
-        cache_fraction: of free memory, and of the free disk, that it may take.
-        processes: number of processes on this machine that call this; they share the memory, and map one file.
-        identity: identifies the images and their content; None: not cached on disk.
-        progress: receives the progress.
-
-    Returns:
-        uint8 [N, *square_shape], read-only; None if it fits neither into memory nor on the disk.
-
-    Raises:
-        DataError: an image cannot be decoded.
+    ``processes`` of this machine that call it share the memory; the tensor stays on the CPU if the device has too
+    little. ``cache_fraction`` is of free memory and of the free disk.
     """
     size = len(images) * math.prod(square_shape(side, resize_mode))
     cpu = torch.device("cpu")
@@ -577,6 +801,11 @@ def decode_squares(images: ImageSet, index: list[int], side: int, resize_mode: s
     return torch.stack([torch.from_numpy(read_square(images, i, side, resize_mode)) for i in index])
 
 
+def _threads(images: ImageSet) -> int | None:
+    """Return the threads that decode: Pillow releases the GIL; a user's image set may not be thread-safe."""
+    return None if is_file_based(images) else 1
+
+
 def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: ProgressReporter | None) -> Tensor:
     pixels = torch.empty((len(images), *square_shape(side, resize_mode)), dtype=torch.uint8)
     target = pixels.numpy()
@@ -588,8 +817,7 @@ def _decode_in_memory(images: ImageSet, side: int, resize_mode: str, progress: P
                 target[i] = read_square(images, i, side, resize_mode)
         return end
 
-    # Pillow releases the GIL while it decodes; a user's image set may not be thread-safe.
-    for done in threaded_map(put, range(0, len(images), _PIECE), threads=None if is_file_based(images) else 1):
+    for done in threaded_map(put, range(0, len(images), _PIECE), threads=_threads(images)):
         if progress is not None:
             progress.wait("decoding images", done, len(images))
     return pixels

@@ -67,11 +67,7 @@ class SkippedFile:
 
 
 def raise_problems(source: str, problems: Iterable[str], what: str = "problem", hints: Iterable[str] = ()) -> None:
-    """Raise one error for all problems: the first twenty and a count, then the hints.
-
-    Raises:
-        DataError: there are any.
-    """
+    """Raise one error for all problems, if there are any: the first twenty and a count, then the hints."""
     listed = list(problems)
     if not listed:
         return
@@ -96,9 +92,7 @@ def name_problem(name: str) -> str | None:
 
 
 def is_system_name(name: str, path: str) -> bool:
-    """Return whether software created this file or folder: by the lists above, AppleDouble's ``._*`` for files and
-    ``.Trash-1000`` for folders.
-    """
+    """Return whether software created this file or folder: one of the lists above, ``._*`` or ``.Trash-1000``."""
     lower = name.lower()
     file = lower in SYSTEM_FILES or lower.startswith("._")
     folder = lower in SYSTEM_FOLDERS or lower.startswith(".trash-")
@@ -282,9 +276,7 @@ class Listing:
         return first == folder
 
     def link_problem(self, path: str, root: str) -> tuple[str, str] | None:
-        """Return kind and reason of the finding if a link must not be followed; None if it leads to a file below the
-        root or, with ``follow_links``, to any file or folder.
-        """
+        """Return kind and reason of the finding if a link must not be followed; None if it may."""
         target = os.path.realpath(path)
         if os.path.islink(target):
             return "link-broken", broken_link_reason(path)

@@ -58,11 +58,7 @@ if TYPE_CHECKING:
 
 
 def check_output_outside(settings: DataSettings, output: Path) -> None:
-    """Check that no file of an output folder would be taken for an image of the data.
-
-    Raises:
-        UsageError: ``output`` lies in a class folder, beside class folders, or among unlabeled images.
-    """
+    """Check that no file of an output folder would be taken for an image of the data."""
     for source in (settings.source, settings.target, settings.unlabeled, settings.labeled_test):
         root = Path(source or "").expanduser()
         if not source or not root.is_dir() or is_table(source):
@@ -84,11 +80,7 @@ def _has_train_folder(root: Path) -> bool:
 
 
 def check_unlabeled(settings: DataSettings) -> None:
-    """Check that the folder of unlabeled images exists, without reading an image.
-
-    Raises:
-        UsageError: it does not exist.
-    """
+    """Check that the folder of unlabeled images exists, without reading an image."""
     if settings.unlabeled is not None and not Path(settings.unlabeled).expanduser().is_dir():
         raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
 
@@ -99,14 +91,7 @@ def add_unlabeled(
     progress: ProgressReporter | None = None,
     staged: "StagedSquares | None" = None,
 ) -> DataSplits:
-    """Return the data with the images of ``settings.unlabeled``, if any; ``progress`` receives that of checking files,
-    and ``staged`` the squares of their images.
-
-    Raises:
-        UsageError: no such folder; or the data has unlabeled images already.
-        DataError: no images, files that are none, or the files of val or test among them.  Copies of these, of the
-            same content, are left out, and counted in ``origin``.
-    """
+    """Return the data with the images of ``settings.unlabeled``, if any, but copies of those of val and test."""
     if settings.unlabeled is None:
         return data
     if data.unlabeled is not None:
@@ -180,15 +165,11 @@ def _fingerprint_with_unlabeled(labeled: str, contents: dict[str, str]) -> str:
 def load_without_labels(
     settings: DataSettings, progress: ProgressReporter | None = None, staged: "StagedSquares | None" = None
 ) -> DataSplits:
-    """Return the images of a folder, at any depth, in three splits without labels.
+    """Return the images of a folder, at any depth, in three splits without labels; ``val`` and ``test`` are shares of
+    all.
 
-    ``settings.val`` and ``settings.test`` are shares of all images; with ``settings.labeled_test``, test has these
-    images and their labels, and copies of them are left out of the others.
-
-    The classes are ``settings.classes``, or ``NO_CLASSES``.
-
-    Raises:
-        DataError: fewer than three images, files that are none, or test images of unknown classes.
+    With ``settings.labeled_test``, test has these images and their labels, and copies of them are left out of the
+    others. The classes are ``settings.classes``, or ``NO_CLASSES``.
     """
     root, class_names = Path(settings.source).expanduser(), tuple(settings.classes or NO_CLASSES)
     names, skipped = list_images(root, settings)
@@ -233,11 +214,7 @@ def load_without_labels(
 
 
 def check_without_labels(settings: DataSettings) -> None:
-    """Check that the folders exist, without reading an image.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Check that the folders exist, without reading an image."""
     if not Path(settings.source).expanduser().is_dir():
         raise UsageError(
             f"data {settings.source!r}: images without labels (--no-labels) are files in a folder, at any depth, and "
@@ -291,13 +268,7 @@ def list_source(settings: DataSettings, progress: ProgressReporter | None = None
 def load_files(
     settings: DataSettings, progress: ProgressReporter | None = None, staged: "StagedSquares | None" = None
 ) -> DataSplits:
-    """Return the images of a folder or a manifest in three splits; ``progress`` receives that of checking files, and
-    ``staged`` the squares of their images.
-
-    Raises:
-        DataError: a listing or files that cannot be used, with all problems; with ``settings.skip_bad`` only if too
-            little is left.
-    """
+    """Return the images of a folder or a manifest in three splits; one error names all problems."""
     listing, skipped, contents = read_files(list_source(settings, progress), settings, progress, staged)
     if settings.skip_bad:
         listing, more = drop_small_classes(listing, settings)
@@ -324,7 +295,8 @@ def load_files(
         division.class_names, parts["train"], parts["val"], parts["test"], source=settings.source,
         origin=division.origin, augment=DEFAULT_AUGMENT, range=images.range,
         fingerprint=fingerprint_by_name(parts, division.class_names, contents, settings.range),
-        skipped=to_skipped(skipped), doubts=unused_findings(listing), notes=listing_notes(listing),
+        skipped=to_skipped(skipped), notes=listing_notes(listing),
+        doubts=tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused),
     )  # fmt: skip
 
 
@@ -342,9 +314,8 @@ def read_files(
     progress: ProgressReporter | None = None,
     staged: "StagedSquares | None" = None,
 ) -> tuple[Listing, list[Finding], dict[str, str]]:
-    """Return the listing without unreadable files, findings on these, and name -> content of the others.
-
-    Without ``settings.skip_bad``, return the listing unchanged and read no file.
+    """Return the listing without unreadable files, findings on these, and name -> content of the others; without
+    ``settings.skip_bad`` no file is read.
     """
     if not settings.skip_bad:
         return listing, [], {}
@@ -390,11 +361,7 @@ def drop_small_classes(listing: Listing, settings: DataSettings) -> tuple[Listin
 
 
 def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Finding]]:
-    """Return the sorted relative paths of all images below a folder, at any depth; and findings on files left out.
-
-    Raises:
-        DataError: none, or forbidden links or names; all of them in one message.
-    """
+    """Return the sorted relative paths of all images below a folder, at any depth; and findings on files left out."""
     listing, skipped = walk_images(root, follow_links=settings.follow_links), list[Finding]()
     if settings.skip_bad and listing.entries:
         listing, skipped = drop_bad_entries(listing, [])
@@ -403,11 +370,7 @@ def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Fin
 
 
 def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -> None:
-    """Raise one error for all findings that a run refuses.
-
-    Raises:
-        DataError: there are any.
-    """
+    """Raise one error for all findings that a run refuses, if there are any."""
     refused = [each for each in findings if FINDING_KINDS[each.kind].refused]
     raise_problems(
         settings.source, format_refused(refused, root), hints=suggest_fixes(refused, skip_bad=settings.skip_bad)
@@ -417,11 +380,6 @@ def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -
 def to_skipped(findings: Sequence[Finding]) -> tuple[SkippedFile, ...]:
     """Return the rows of ``skipped.csv``, without repetitions."""
     return tuple(dict.fromkeys(SkippedFile(each.path, each.kind, each.reason) for each in findings))
-
-
-def unused_findings(listing: Listing) -> tuple[Finding, ...]:
-    """Return the findings on images that are not used."""
-    return tuple(each for each in listing.findings if not FINDING_KINDS[each.kind].refused)
 
 
 def listing_notes(listing: Listing) -> tuple[str, ...]:
@@ -457,21 +415,12 @@ class ShardOptions(Options):
 
 
 def is_shards(source: str) -> bool:
-    """Return whether a source names tar files, including compressed ones (which are refused later).
-
-    Example:
-        >>> is_shards("s3://bucket/train-{000..019}.tar"), is_shards("photos"), is_shards("a.tar.gz")
-        (True, False, True)
-    """
+    """Return whether a source names tar files, including compressed ones (which are refused later)."""
     return source.lower().endswith(".tar") or COMPRESSED_SUFFIX.search(source) is not None
 
 
 def check_shards(settings: DataSettings) -> None:
-    """Check names and options before a shard is opened.
-
-    Raises:
-        UsageError: names or options that are wrong, or a shard on this machine that is not there.
-    """
+    """Check names and options before a shard is opened."""
     options = read_options(settings, ShardOptions)
     if settings.skip_bad:
         raise UsageError(
@@ -489,12 +438,7 @@ def check_shards(settings: DataSettings) -> None:
 def load_shards(
     settings: DataSettings, augment: AugmentSettings, progress: ProgressReporter | None = None
 ) -> DataSplits:
-    """Read every shard once, and check every image.
-
-    Raises:
-        UsageError: as ``check_shards``.
-        DataError: shards, images or labels that cannot be trained on.
-    """
+    """Read every shard once, and check every image."""
     options = read_options(settings, ShardOptions)
     sources = {"train": settings.source, "val": options.val, "test": options.test}
     shards = {split: _read_shards(source, progress) for split, source in sources.items() if source is not None}
@@ -524,7 +468,6 @@ def load_shards(
 
 
 def _ignored_members(shards: Sequence[Shard]) -> str:
-    """Return a text on unused members of the shards, with counts and examples."""
     text = ""
     for why in dict.fromkeys(why for shard in shards for why in shard.left):
         names = [name for shard in shards for name in shard.left.get(why, [])]

@@ -19,10 +19,8 @@ The range of images of more than 8 bits is found once, over the training images 
 mapped to 0 to 255.  It is saved with the model and used for every later image.  If each image had its own range, the
 same gray would be bright in one image and black in another.  Images of 8 bits are not changed.
 
-AVIF and HEIC are decoded in processes of their own, as their structure does not bound the work of the decoder.  Such a
-process, this module run as a script, reads one image at a time from its input and writes pixels or a reason to its
-output.  It may take 10 s of CPU and as much memory as the limits leave; beyond, it dies, and the image is refused.  It
-ends with the process that started it, as soon as its input is closed.
+AVIF and HEIC, whose structure does not bound the decoder's work, are decoded in processes of their own (this module run
+as a script): at most 10 s of CPU and the memory of the limits; beyond, the process dies and the image is refused.
 """
 
 import atexit
@@ -64,10 +62,7 @@ ValueRange = tuple[float, float]
 
 
 class ValueSpan(NamedTuple):
-    """Smallest and largest value of one image of more than 8 bits.
-
-    "colour": 16 bits a channel, of which Pillow reads the high byte; no range is applied.
-    """
+    """Smallest and largest value of one image of more than 8 bits; "colour": 16 bits a channel, no range is applied."""
 
     kind: "SpanKind"
     low: float
@@ -121,13 +116,7 @@ def compute_range(spans: Iterable[ValueSpan | None]) -> ValueRange | None:
 def resolve_range(
     train: Iterable[str], contents: Mapping[str, str], setting: ValueRange | Literal["auto"]
 ) -> ValueRange | None:
-    """Return the value range of a data set's images.
-
-    Args:
-        train: names of the training images.
-        contents: name -> content description, see ``parse_span``, of all images.
-        setting: ``data.range``; "auto": that of the training images, or of all images if those have 8 bits.
-    """
+    """Return the range by ``data.range``; "auto": of the training images, or of all if those have 8 bits."""
     if setting != "auto":
         return setting
     found = compute_range(parse_span(contents[name]) for name in train)
@@ -135,11 +124,7 @@ def resolve_range(
 
 
 def to_uint8(values: NDArray[Any], ends: ValueRange) -> NDArray[np.uint8]:
-    """Map a range to 0 to 255; values beyond its ends are clipped.
-
-    Integers lose their low bits, so that 8-bit images that were stored in 16 bits, as v * 257 or as v * 256, are
-    restored exactly; floats are rounded.
-    """
+    """Map a range to 0 to 255, clipped; integers lose low bits, so that 8 bits stored in 16 return; floats round."""
     low, high = ends
     floats = values.astype(np.float64) - low
     if values.dtype.kind in "iu" and float(low).is_integer() and float(high).is_integer():
@@ -160,9 +145,8 @@ def fingerprint_with_range(fingerprint: str, ends: ValueRange | None) -> str:
 def format_range(ends: ValueRange) -> str:
     """Format a range for messages.
 
-    Example:
-        >>> format_range((0.0, 4095.0)), format_range((-0.5, 1.02))
-        ('[0, 4095]', '[-0.5, 1.02]')
+    >>> format_range((0.0, 4095.0)), format_range((-0.5, 1.02))
+    ('[0, 4095]', '[-0.5, 1.02]')
     """
     return f"[{ends[0]:.10g}, {ends[1]:.10g}]"
 
@@ -177,11 +161,7 @@ _saved_filters = warnings.catch_warnings()
 
 @contextmanager
 def silence_pillow() -> Iterator[None]:
-    """Suppress warnings of Pillow's modules within the block, in every thread.
-
-    ``warnings.catch_warnings`` saves and restores global state, so that overlapping threads would restore each other's;
-    here the first thread saves it and the last one restores it.
-    """
+    """Suppress warnings of Pillow's modules within the block, in every thread; overlapping threads share one filter."""
     global _filter_depth, _saved_filters
     with _filter_lock:
         if _filter_depth == 0:
@@ -267,18 +247,10 @@ class DecodedImage(NamedTuple):
 
 
 def decode(source: Path | bytes, ends: ValueRange | None = None, side: int | None = None) -> Pixels:
-    """Decode one image.
+    """Decode one image to uint8 RGB [H, W, 3], at a reduced scale if it will be resized to a square of ``side`` pixels.
 
-    Args:
-        source: a path, or the content of a file.
-        ends: the range of images of more than 8 bits; None: the image's own.
-        side: of the square to which the pixels will be resized, in pixels; None: unknown, decode at full size.
-
-    Returns:
-        uint8 RGB pixels [H, W, 3].
-
-    Raises:
-        DataError: missing, no image of these formats, damaged, or over a limit; names path and reason.
+    ``ends``: the range of images of more than 8 bits; None: the image's own.  Raise DataError, with path and reason,
+    for a file that is missing, damaged, of another format or over a limit.
     """
     content = read_file(source) if isinstance(source, Path) else source
     return decode_bytes(content, str(source) if isinstance(source, Path) else "image", ends, side)
@@ -306,11 +278,7 @@ def read_image(content: bytes, name: str, ends: ValueRange | None = None, side: 
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file of at most ``MAX_BYTES``.
-
-    Raises:
-        DataError: missing, unreadable, no regular file (a pipe would block for ever), empty or too large.
-    """
+    """Return the bytes of a file (a pipe would block for ever) of at most ``MAX_BYTES``; else raise DataError."""
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
         with os.fdopen(
@@ -372,7 +340,7 @@ def _decode(content: bytes, ends: ValueRange | None, side: int | None) -> Decode
             else:
                 pixels = to_rgb(image)
                 if structure.wide:
-                    span = ValueSpan("colour", *_high_bytes(pixels))
+                    span = ValueSpan("colour", *(256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255))
             upright = np.ascontiguousarray(_upright(pixels, orientation))
         width, height = full if reduced else image.size
         shape = (width, height) if orientation >= 5 else (height, width)
@@ -459,16 +427,8 @@ def _value_span(image: Image.Image, stored: StoredValues) -> ValueSpan:
     return ValueSpan("float" if image.mode == "F" else "integer", low, high)
 
 
-def _high_bytes(pixels: Pixels) -> tuple[float, float]:
-    """Return the span of 16-bit values whose high bytes these are."""
-    return 256.0 * int(pixels.min()), 256.0 * int(pixels.max()) + 255
-
-
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if the EXIF block is damaged.
-
-    Called after the pixels are read: PNG stores it at the end, and Pillow rotates a TIFF and then removes the tag.
-    """
+    """Return the EXIF orientation, 1 to 8 (1: damaged); read after the pixels, as PNG stores it at the end."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged EXIF block is no reason to refuse the pixels
@@ -508,18 +468,7 @@ _idle_lock = threading.Lock()
 
 
 def decode_isolated(content: bytes, kind: str) -> NDArray[np.uint8]:
-    """Decode an image in another process.
-
-    Args:
-        content: of the file.
-        kind: "AVIF" or "HEIC".
-
-    Returns:
-        uint8 RGB pixels [H, W, 3], upright.
-
-    Raises:
-        DataError: the image is damaged or takes too much, or the package that reads it is missing.
-    """
+    """Decode an AVIF or HEIC image in another process: uint8 RGB [H, W, 3], upright."""
     if kind == "HEIC" and find_spec("pillow_heif") is None:
         raise DataError(
             f"a HEIC image; reading it needs the extra {_HEIF_EXTRA}: pip install 'potstill[{_HEIF_EXTRA}]'"

@@ -15,7 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from potstill.data.image_io import DecodedImage, Pixels, ValueRange, read_file, read_image, silence_pillow, to_rgb
+from potstill.data.image_io import (
+    JPEG_START,
+    MAX_BYTES,
+    DecodedImage,
+    Pixels,
+    ValueRange,
+    read_file,
+    read_image,
+    silence_pillow,
+    to_rgb,
+)
 from potstill.data.image_structure import parse_structure
 from potstill.data.preprocessing import resize_to_square, stretch_with_shape
 from potstill.data.shard_reader import ShardSample, read_byte_range
@@ -26,12 +36,7 @@ if TYPE_CHECKING:
 
 
 class ShardSet:
-    """Images in tar shards, each read by its byte range on access.
-
-    Args:
-        samples: [N] (shard URL, sample).
-        labels: [N] class ids.
-    """
+    """Images in tar shards, ``samples`` [N] of (shard URL, sample), each read by its byte range on access."""
 
     def __init__(self, samples: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
         self.locations = [(url, each.offset, each.size) for url, each in samples]
@@ -53,15 +58,19 @@ class ShardSet:
         return self.read(i).pixels
 
     def read(self, i: int, side: int | None = None) -> DecodedImage:
-        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
+        return read_image(self.content(i), self.names[i], self.range, side)
 
-        Raises:
-            DataError: the shard cannot be read, or has changed since it was checked.
-        """
+    def size(self, i: int) -> int:
+        """Return the bytes of image i's file."""
+        return self.locations[i][2]
+
+    def content(self, i: int) -> bytes:
+        """Return image i's file, if it has not changed since it was checked."""
         content = read_byte_range(*self.locations[i])
         if hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
-        return read_image(content, self.names[i], self.range, side)
+        return content
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -86,21 +95,11 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 RGB [H, W, 3] of any size.
-
-        Raises:
-            DataError: it cannot be decoded.
-        """
+        """Return image i, uint8 RGB [H, W, 3] of any size."""
 
 
 class ArraySet:
-    """Images that are arrays in memory.
-
-    Args:
-        images: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB).
-        labels: [N] class ids.
-        names: [N].
-    """
+    """Images in memory: uint8 [N, H, W] (gray) or [N, H, W, 3] (RGB), with class ids and names."""
 
     def __init__(self, images: Pixels, labels: Sequence[int] | NDArray[Any], names: Sequence[str]) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
@@ -118,13 +117,7 @@ class ArraySet:
 
 
 class FileSet:
-    """Image files below a folder, decoded on access.
-
-    Args:
-        root: the folder.
-        names: [N] paths relative to ``root``, with forward slashes.
-        labels: [N] class ids.
-    """
+    """Image files below a folder, by [N] names relative to it with forward slashes, decoded on access."""
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | NDArray[Any]) -> None:
         self.root, self.names = root, tuple(names)
@@ -137,12 +130,7 @@ class FileSet:
         return len(self.names)
 
     def expect(self, contents: Mapping[str, str], staged: "StagedSquares | None" = None) -> None:
-        """From now on, refuse a file with another content.
-
-        Args:
-            contents: name -> size and SHA-256, as ``scan.check_files`` returns them.
-            staged: squares that it has decoded.
-        """
+        """From now on, refuse files with other contents than these, and use the squares that were staged."""
         self.staged = staged
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
@@ -152,16 +140,23 @@ class FileSet:
         return self.read(i).pixels
 
     def read(self, i: int, side: int | None = None) -> DecodedImage:
-        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``.
+        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
+        return read_image(self.content(i), str(self.root / self.names[i]), self.range, side)
 
-        Raises:
-            DataError: the file cannot be decoded, or has changed.
-        """
+    def size(self, i: int) -> int:
+        """Return the bytes of image i's file; more than any file may have if it is gone."""
+        try:
+            return (self.root / self.names[i]).stat().st_size
+        except OSError:
+            return MAX_BYTES + 1
+
+    def content(self, i: int) -> bytes:
+        """Return image i's file, if it has not changed since it was checked."""
         path = self.root / self.names[i]
         content = read_file(path)
         if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
             raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return read_image(content, str(path), self.range, side)
+        return content
 
 
 class TorchSet:
@@ -197,11 +192,7 @@ class TorchSet:
         return len(self.names)
 
     def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3].
-
-        Raises:
-            DataError: an item that is no image, or floats outside [0, 1].
-        """
+        """Return image i, uint8 [H, W, 3]."""
         image = read_item(self.dataset, i, self.names[i])[0]
         try:
             return _to_pixels(image)
@@ -210,13 +201,8 @@ class TorchSet:
 
 
 class Subset:
-    """A selection of another set's images, in the given order.
-
-    Args:
-        images: the other set.
-        index: [N] positions in it.
-        identity: identifies the other set and its content, all of whose images are then decoded at once, for all
-            selections from it (see ``decoding_set``); None: the selection is decoded by itself.
+    """Images ``index`` of another set; ``identity`` identifies that set, all of whose images are then decoded at once,
+    for all selections from it (see ``decoding_set``); None: the selection is decoded by itself.
     """
 
     def __init__(self, images: ImageSet, index: Sequence[int] | NDArray[Any], *, identity: str | None = None) -> None:
@@ -242,11 +228,7 @@ def _validate_labels(labels: Sequence[int] | Sequence[str] | NDArray[Any], image
 
 
 def read_item(dataset: Any, i: int, name: str) -> tuple[Any, Any]:
-    """Return (image, label) of a torch data set.
-
-    Raises:
-        DataError: the data set raises, or the item is no such pair; begins with ``name``.
-    """
+    """Return (image, label) of a torch data set."""
     try:
         item = dataset[i]
     except Exception as error:  # the user's data set may raise anything
@@ -257,11 +239,7 @@ def read_item(dataset: Any, i: int, name: str) -> tuple[Any, Any]:
 
 
 def read_labels(dataset: Any, names: Sequence[str]) -> list[int] | list[str]:
-    """Return the labels of a torch data set: its ``targets``, or else those of its items, read one by one.
-
-    Raises:
-        DataError: labels that are neither whole numbers nor class names; begins with the name of the image.
-    """
+    """Return the labels of a torch data set: its ``targets``, or else those of its items, read one by one."""
     targets: Any = getattr(dataset, "targets", None)
     # A target_transform would change what `targets` holds.
     if targets is None or len(targets) != len(names) or getattr(dataset, "target_transform", None) is not None:
@@ -308,12 +286,7 @@ def _to_pixels(image: Any) -> Pixels:
 
 
 class RelabeledSet:
-    """Another set's images and names, with these labels.
-
-    Args:
-        images: N of them.
-        labels: [N] class ids; -100: unknown, or not to be used.
-    """
+    """Another set's images and names, with these class ids; -100: unknown, or not to be used."""
 
     def __init__(self, images: ImageSet, labels: Labels) -> None:
         self.images, self.names = images, images.names
@@ -330,13 +303,19 @@ class RelabeledSet:
 UNLABELED = -100  # as ``potstill.types.UNLABELED``, whose module imports torch
 
 
-class UnlabeledFileSet(FileSet):
-    """Image files below a folder, without labels.
+class SquareSet(RelabeledSet):
+    """Another set's images, whose squares are made by ``square`` in place of decoding each image."""
 
-    Args:
-        root: the folder.
-        names: [N] paths relative to ``root``, with forward slashes.
-    """
+    def __init__(self, images: ImageSet) -> None:
+        super().__init__(images, images.labels)
+
+    def square(self, i: int) -> Pixels:
+        """Return image i as a square of the side and mode that the set is for, as ``read_square`` does."""
+        raise NotImplementedError
+
+
+class UnlabeledFileSet(FileSet):
+    """Image files below a folder, without labels."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
         super().__init__(root, names, np.zeros(len(names), dtype=np.int64))
@@ -445,9 +424,7 @@ def set_value_range(images: ImageSet, ends: ValueRange) -> None:
 
 
 def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return widths and heights of at most ``_MAX_SIZES`` evenly spread images, from their files' headers; empty if
-    the images are neither files nor arrays.
-    """
+    """Return widths and heights of up to ``_MAX_SIZES`` images from their headers; empty if they have none."""
     found = [size for i in np.unique(np.linspace(0, len(images) - 1, _MAX_SIZES).astype(int)).tolist()
              if (size := _image_size(images, i)) is not None] if len(images) else []  # fmt: skip
     sizes = np.array(found, dtype=np.int64).reshape(-1, 2)
@@ -455,21 +432,14 @@ def image_sizes(images: ImageSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels:
-    """Return image i as a square, uint8 [3, side, side]; large JPEG files are decoded at a reduced scale.
+    """Return image i as a square, uint8 of ``preprocessing.square_shape``; large JPEG files are decoded at a reduced
+    scale.
 
-    Args:
-        images: any set.
-        i: position of the image in it.
-        side: of the square, in pixels.
-        resize_mode: "crop", "pad" or "stretch", see ``resize_to_square``; "whole": see ``stretch_with_shape``, with
-            the shape of the image in its file, whatever the scale at which it is decoded.
-
-    Returns:
-        uint8 of ``preprocessing.square_shape``.
-
-    Raises:
-        DataError: the image cannot be decoded, or has changed.
+    ``resize_mode``: "crop", "pad", "stretch" (``resize_to_square``) or "whole" (``stretch_with_shape``, with the shape
+    of the image in its file).
     """
+    if isinstance(images, SquareSet):
+        return images.square(i)
     images, i = _leaf_of(images, i)
     if isinstance(images, FileSet) and images.staged is not None and images.digests is not None:
         found = images.staged.take(images.digests[i].tobytes(), side, resize_mode)
@@ -483,14 +453,24 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
     return resize_to_square(pixels, side, resize_mode)
 
 
-def read_pixels(images: ImageSet, i: int, side: int) -> Pixels:
-    """Return image i, uint8 [H, W, 3]; large JPEG files are decoded at a reduced scale, as ``read_square`` does.
-
-    Args: as those of ``read_square``.
+def small_jpeg_file(images: ImageSet, i: int, most: int, side: int) -> bytes | None:
+    """Return image i's file if it is a JPEG file of at most ``most`` bytes and ``side`` x ``side`` pixels; else None.
 
     Raises:
-        DataError: the image cannot be decoded, or has changed.
+        DataError: the file has changed.
     """
+    images, i = _leaf_of(images, i)
+    if not isinstance(images, (FileSet, ShardSet)) or images.size(i) > most:
+        return None
+    content = images.content(i)
+    if not content.startswith(JPEG_START):
+        return None
+    with silence_pillow(), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        return content if image.width * image.height <= side * side else None
+
+
+def read_pixels(images: ImageSet, i: int, side: int) -> Pixels:
+    """Return image i, uint8 [H, W, 3]; large JPEG files are decoded at a reduced scale, as ``read_square`` does."""
     images, i = _leaf_of(images, i)
     return images.read(i, side).pixels if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
 
@@ -528,7 +508,6 @@ def _image_size(images: ImageSet, i: int) -> tuple[int, int] | None:
 
 
 def _leaf_sets(images: ImageSet) -> Sequence[ImageSet]:
-    """Return the sets within wrappers."""
     if isinstance(images, (Subset, RelabeledSet)):
         return _leaf_sets(images.images)
     if isinstance(images, ConcatenatedSet):

@@ -152,11 +152,7 @@ StoredValues = Literal["plain", "white_is_zero", "unsigned"]  # 16 bits to inver
 
 
 def parse_structure(content: bytes) -> ImageStructure:
-    """Recognise a file by its content and limit the work and memory of decoding it.
-
-    Raises:
-        DataError: none of the formats, or over a limit; the reason without the file's name.
-    """
+    """Recognise a file by its content and limit the work and memory of decoding it; else raise DataError."""
     if content.startswith(b"\xff\xd8\xff"):
         return ImageStructure("JPEG", _limit_jpeg(content))
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -177,11 +173,7 @@ def parse_structure(content: bytes) -> ImageStructure:
 
 
 def check_pixel_count(width: int, height: int) -> None:
-    """Compare the size of an image with the limit.
-
-    Raises:
-        DataError: no pixel, or too many.
-    """
+    """Compare the size of an image with the limit."""
     if width < 1 or height < 1:
         raise DataError(f"no pixels: {width} x {height}")
     if width * height > MAX_PIXELS:
@@ -189,18 +181,7 @@ def check_pixel_count(width: int, height: int) -> None:
 
 
 def check_extra_memory(width: int, height: int, bytes_per_pixel: float, fixed: int, what: str) -> None:
-    """Compare the memory of decoding, beyond 3 bytes for each pixel, with the limit.
-
-    Args:
-        width: in pixels.
-        height: in pixels; Pillow keeps 8 bytes for each row.
-        bytes_per_pixel: at the peak, beside the file.
-        fixed: further bytes.
-        what: the kind of image, for the message.
-
-    Raises:
-        DataError: it is more.
-    """
+    """Compare the memory of decoding, beyond 3 bytes for each pixel, with the limit; 8 bytes a row are added."""
     extra = int(width * height * max(0.0, bytes_per_pixel - 3)) + 8 * height + fixed
     if extra > MAX_EXTRA:
         raise DataError(
@@ -213,10 +194,7 @@ def check_extra_memory(width: int, height: int, bytes_per_pixel: float, fixed: i
 
 
 def _limit_jpeg(content: bytes) -> bytes:
-    """Return the file, without metadata if its header is long.
-
-    Limits scans times blocks, and the memory of the coefficients if there are several scans.
-    """
+    """Return the file, without metadata if its header is long; limit scans times blocks, and memory of coefficients."""
     segments, scan = _jpeg_segments(content)
     frames = [(marker, start) for marker, start, _ in segments if marker in _JPEG_FRAMES]
     if scan is None or not frames:

@@ -1,10 +1,16 @@
-"""Batches of a split: preprocessed images with labels, sample ids and view numbers."""
+"""Batches of a split: preprocessed images with labels, sample ids and view numbers.
+
+``Loader`` chooses samples and views and reads pixels; ``Collator`` makes the batch of them: views, second images, mixed
+images, labels.  ``view_fingerprint``, all that determines the pixels of a view, is part of a teacher cache's key.
+"""
 
 import dataclasses
+import hashlib
 import queue
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,19 +18,235 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from potstill.data.collate import BatchPlan, Collator, SecondImages
+from potstill.data.augment import BatchMixer, MixParams, ViewTransform
 from potstill.data.concurrency import ProgressReporter, worker_count
-from potstill.data.decoded_cache import decode_all, decode_squares
+from potstill.data.decoded_cache import JPEG_RECORDS, decode_all, decode_squares, jpeg_squares
+from potstill.data.image_io import decoder_version
 from potstill.data.image_sets import ImageSet, SemiSupervisedSet, decoding_set, set_value_range
 from potstill.data.preprocessing import aspect_ratios, decoded_side, decoded_square
-from potstill.data.samplers import EpochSampler, Ids, SampleOrder
+from potstill.data.samplers import EpochSampler, Ids, SameClassSampler, SampleOrder
 from potstill.data.settings import AugmentSettings
 from potstill.data.splits import EpochSampling
-from potstill.data.transforms import ViewSize, to_device
+from potstill.data.transforms import ViewSize, center_crop, normalize, to_device
 from potstill.data.workers import DecodeWorkers
 from potstill.errors import DataError, UsageError
 from potstill.input_spec import InputSpec
 from potstill.types import Batch
+
+GENERATOR = "splitmix64"
+VERSION = 2  # of the augmentation; increased with every change that changes a pixel of a view
+
+
+def view_fingerprint(
+    augment: AugmentSettings | None,
+    spec: InputSpec,
+    *,
+    side: int,
+    seed: int,
+    labels: NDArray[np.int64],
+    unlabeled: int,
+    balanced: bool,
+    strong: bool,
+    same_class: bool,
+    device: str,
+) -> dict[str, Any]:
+    """Return JSON values that determine the views of equal images; ``device`` counts for torchvision's policies."""
+    augment = augment or AugmentSettings()
+    changes = not augment.changes_nothing or strong or same_class
+    values: dict[str, Any] = {
+        "version": VERSION,
+        "decoder": decoder_version(),
+        "input": dataclasses.asdict(spec)
+        | {"mean": list(spec.mean), "std": list(spec.std), "range": None if spec.range is None else list(spec.range)},
+        "side": side,
+        "samples": [len(labels), unlabeled],
+        "strong": strong,
+        "augment": None,
+    }
+    if changes:
+        unused = set() if augment.pad_crop else {"pad_mode"}
+        values |= {"augment": augment.model_dump(mode="json", exclude=unused), "generator": GENERATOR, "seed": seed}
+    if augment.crop_scale is not None and spec.resize_mode == "crop":
+        values["crops_of"] = "whole images"
+    if same_class or augment.mixes:
+        content = hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+        values["partners"] = {"same class": same_class, "balanced": augment.mixes and balanced, "labels": content}
+    if augment.mixes:
+        import scipy  # computes the weights of mixed images
+
+        values["scipy"] = scipy.__version__
+    if strong or augment.auto_augment != "none":
+        import torch
+        import torchvision
+
+        values |= {"torch": torch.__version__, "torchvision": torchvision.__version__, "device": device}
+    return values
+
+
+SecondImages = Literal["none", "strong", "same class"]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Samples of a batch, and the random choices for them."""
+
+    ids: Ids  # [B]
+    view: Ids | int  # view number, one for all or [B]
+    partners: Ids | None = None  # [B] sample ids of partners or second images
+    mixing: MixParams | None = None  # how the partners are mixed in
+    aspects: NDArray[np.float64] | None = None  # width / height of the images of ``pixel_ids``, if they are stretched
+
+    @property
+    def pixel_ids(self) -> Ids:
+        """Samples whose pixels are needed, [B] or [2 B]."""
+        return self.ids if self.partners is None else np.concatenate([self.ids, self.partners])
+
+    @property
+    def pixel_views(self) -> Ids | int:
+        """View numbers of ``pixel_ids``, one for all or [B] or [2 B]."""
+        twice = self.partners is not None and not isinstance(self.view, int)
+        return np.concatenate([self.view, self.view]) if twice else self.view
+
+
+class Collator:
+    """``batch(plan(ids, view), pixels)``; arguments as of ``Loader``, ``side`` that of the squares."""
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        augment: AugmentSettings | None,
+        *,
+        labels: Ids,
+        unlabeled: int,
+        side: int,
+        seed: int,
+        second: SecondImages,
+        classes: int | None,
+        balanced: bool,
+        device: torch.device,
+        drawn: ViewSize | None = None,
+        answers: Literal["logits", "embeddings"] | None = None,
+    ) -> None:
+        self.answers = answers
+        self.spec, self.augment, self.side, self.seed = spec, augment, side, seed
+        self.drawn = drawn or ViewSize(side, spec.size)
+        self.labels, self.unlabeled, self.second, self.balanced = labels, unlabeled, second, balanced
+        self.device = device
+        self.every_label = torch.from_numpy(np.concatenate([labels, np.full(unlabeled, -100)])).to(device)
+        self.views = None
+        if augment is not None:
+            self.views = ViewTransform(augment, size=spec.size, seed=seed, drawn=self.drawn)
+        self.strong = self.partners = self.mixer = None
+        if second == "strong":
+            self.strong = ViewTransform(
+                augment or AugmentSettings(), size=spec.size, seed=seed, strong=True, drawn=self.drawn
+            )
+        elif second == "same class":
+            self.partners = SameClassSampler(labels, seed)
+        if augment is not None and augment.mixes and classes is not None:
+            alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
+            self.mixer = BatchMixer(
+                labels,
+                **alphas,
+                classes=classes,
+                size=self.drawn.size,
+                seed=seed,
+                balanced=balanced,
+                unlabeled=unlabeled,
+            )
+
+    @property
+    def distinct_views(self) -> bool:
+        """Whether two views of an image differ."""
+        return self.second != "none" or not (self.augment is None or self.augment.changes_nothing)
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether a batch needs the pixels of twice as many samples."""
+        return self.mixer is not None or self.partners is not None
+
+    def describe(self, second: bool) -> dict[str, Any]:
+        """Return everything that determines a view's pixels besides the images, as ``Loader.describe_views``."""
+        if second:
+            self._require_second()
+        values = view_fingerprint(
+            self.augment,
+            self.spec,
+            side=self.side,
+            seed=self.seed,
+            labels=self.labels,
+            unlabeled=self.unlabeled,
+            balanced=self.balanced,
+            strong=second and self.second == "strong",
+            same_class=second and self.second == "same class",
+            device=self.device.type,
+        )
+        return values if self.drawn == (self.side, self.spec.size) else values | {"drawn": list(self.drawn)}
+
+    def plan(self, ids: Ids, view: Ids | int, *, second: bool = True) -> BatchPlan:
+        """Draw the random choices for a batch of these samples; without ``second``, for its first images only."""
+        if self.mixer is not None:
+            params = self.mixer.draw(ids, view)
+            return BatchPlan(ids, view, params.partners, params)
+        if self.partners is not None and second:
+            return BatchPlan(ids, view, self.partners(ids, view))
+        return BatchPlan(ids, view)
+
+    def batch(self, plan: BatchPlan, pixels: Tensor) -> Batch:
+        """Return the batch; ``pixels`` are the squares of ``plan.pixel_ids``, uint8 [B or 2 B, *square_shape]."""
+        pixels = self._move_to_device(pixels)
+        index = to_device(torch.from_numpy(plan.ids), self.device)
+        numbers = np.broadcast_to(plan.view, plan.ids.shape).astype(np.int64)
+        images, second = self._transform(plan, pixels)
+        labels, soft = self.every_label[index], None
+        if plan.mixing is not None and self.mixer is not None:
+            others = self.every_label[to_device(torch.from_numpy(plan.mixing.partners), self.device)]
+            labels, soft = self.mixer.labels(labels, others, plan.mixing)
+        view = to_device(torch.from_numpy(numbers), self.device)
+        return Batch(images, labels, index, view, second, soft)
+
+    def images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+        """Return only the batch's first images."""
+        return self._transform(plan, self._move_to_device(pixels), strong=False)[0]
+
+    def second_images(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+        """Return only the batch's second images."""
+        self._require_second()
+        second = self._transform(plan, self._move_to_device(pixels))[1]
+        assert second is not None
+        return second
+
+    def _transform(self, plan: BatchPlan, pixels: Tensor, *, strong: bool = True) -> tuple[Tensor, Tensor | None]:
+        images = self._augment(pixels, plan, self.views)
+        count = len(plan.ids)
+        if plan.mixing is not None and self.mixer is not None:
+            own, others = images[:count], images[count:]
+            if self.answers is None:
+                return self.mixer.images(own, others, plan.mixing), None
+            return self.mixer.answers(own, others, plan.mixing, linear=self.answers == "embeddings"), None
+        if plan.partners is not None:
+            return images[:count], images[count:]
+        if self.strong is not None and strong:
+            return images, self._augment(pixels, plan, self.strong)
+        return images, None
+
+    def _augment(self, pixels: Tensor, plan: BatchPlan, views: ViewTransform | None) -> Tensor:
+        if self.answers is not None:
+            return pixels
+        if views is None:
+            return normalize(center_crop(pixels, self.spec.size), self.spec)
+        squares = pixels[..., : self.side, :]
+        return normalize(views(squares, plan.pixel_ids, plan.pixel_views, plan.aspects), self.spec)
+
+    def _move_to_device(self, pixels: Tensor) -> Tensor:
+        """Copy to the device, from pinned memory so that the CPU need not wait."""
+        if self.device.type == "cuda" and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()
+        return to_device(pixels, self.device)
+
+    def _require_second(self) -> None:
+        if self.second == "none":
+            raise UsageError('this loader has no second images; create it with second="strong" or "same class"')
 
 
 class Loader:
@@ -67,6 +289,7 @@ class Loader:
         answers: [N + M, K, 1, 1] float32, logits of each image that take the place of its pixels, for a teacher that
             is a table: all views of an image have the same, and mixed images have mixed ones.
         embeddings: ``answers`` are embeddings [N + M, D, 1, 1]; those of mixed images are weighted means.
+        jpeg: the pixels have been through JPEG, see ``decoded_cache.jpeg_squares``; they are read from its records.
         drawn_for: return the same views as a loader with this spec, at ``spec.size`` and cropped from the original
             pixels, for a teacher of another size than its student.  Both specs have the same ``resize_mode`` and
             ``crop_share``.  Pixels are decoded when the first epoch begins; before, ``view`` decodes its images.
@@ -103,6 +326,7 @@ class Loader:
         progress: ProgressReporter | None = None,
         draws: EpochSampling | None = None,
         share: tuple[int, int] = (0, 1),
+        jpeg: bool = False,
         drawn_for: InputSpec | None = None,
         answers: Tensor | None = None,
         embeddings: bool = False,
@@ -165,7 +389,9 @@ class Loader:
         )
         self._all = images if unlabeled is None else SemiSupervisedSet(images, unlabeled)
         self._pixels: Tensor | None = None
-        self._rows: Ids | None = None  # of the images in the decoded pixels; None: all, in order
+        self._source: ImageSet = self._all  # decoded for each batch if there are no decoded pixels
+        self._rows: Ids | None = None  # of the images in the decoded pixels, or the source; None: all, in order
+        self._jpeg = jpeg
         self._workers: DecodeWorkers | None = None
         self.processes, self._decoding = 0, answers is not None
         if answers is not None:
@@ -209,15 +435,8 @@ class Loader:
         return self.collator.distinct_views
 
     def describe_views(self, second: bool = False) -> dict[str, Any]:
-        """Return everything that determines the pixels of a view besides the images, as JSON values.
-
-        Args:
-            second: describe ``Batch.second`` instead of ``Batch.images``.
-
-        Raises:
-            UsageError: this loader has no second images.
-        """
-        return self.collator.describe(second)
+        """Return what determines the pixels of a view (or second image) besides the images, as JSON values."""
+        return self.collator.describe(second) | ({"records": JPEG_RECORDS} if self._jpeg else {})
 
     def ids_of(self, epoch: int) -> list[Ids]:
         """Return the sample ids of each batch of an epoch, int64 [B]; only those of this process."""
@@ -248,8 +467,7 @@ class Loader:
     def views_of(self, epoch: int) -> list[int | Ids]:
         """Return the view number of each batch of an epoch, one for all or int64 [B]; only those of this process.
 
-        Labeled images have that of the epoch; an unlabeled image has a new one each time that it is seen, as far as
-        ``views_in_turn`` allows.
+        An unlabeled image has a new view each time that it is seen, as far as ``views_in_turn`` allows.
         """
         view, ids = self.view_of(epoch), self.ids_of(epoch)
         if self.unlabeled is None or not self.distinct_views:
@@ -262,12 +480,7 @@ class Loader:
         return views
 
     def epoch(self, number: int = 0, step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number ``step`` on, in the views ``views_of(number)``.
-
-        Raises:
-            DataError: an image can no longer be decoded.
-            WorkerError: a process that decodes has died.
-        """
+        """Yield the batches of an epoch from number ``step`` on, in the views ``views_of(number)``."""
         self._start_decoding()
         batches = list(zip(self.ids_of(number), self.views_of(number), strict=True))
         plans = (self.collator.plan(ids, views) for ids, views in batches[step:])
@@ -275,25 +488,12 @@ class Loader:
             yield self.collator.batch(*self._complete(plan, pixels))
 
     def view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Return the images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
-
-        Args:
-            index: [B] int64 sample ids.
-            view: view number, one for all or [B] int64.
-        """
+        """Return images [B, 3, S, S] of sample ids [B] in a view (one for all or [B]), as an epoch has them."""
         plan = self.collator.plan(*_to_numpy(index, view), second=False)
         return self.collator.images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
     def second_view(self, index: Tensor, view: int | Tensor) -> Tensor:
-        """Return the second images [B, 3, S, S] of any samples in any view, as an epoch with this view has them.
-
-        Args:
-            index: [B] int64 sample ids.
-            view: view number, one for all or [B] int64.
-
-        Raises:
-            UsageError: this loader has no second images.
-        """
+        """Return second images as ``view`` returns images; UsageError if this loader has none."""
         plan = self.collator.plan(*_to_numpy(index, view))
         return self.collator.second_images(*self._complete(plan, self._read_pixels(plan.pixel_ids)))
 
@@ -302,17 +502,30 @@ class Loader:
         if self._decoding:
             return
         images, rows, identity = decoding_set(self._all, self._identity)
-        self._pixels = decode_all(
-            images,
-            self.side,
-            self._resize_mode,
-            device=self.device,
-            cache_fraction=self._cache_fraction,
-            processes=self._local_processes,
-            identity=identity,
-            progress=self._progress,
-        )
-        self._rows = rows
+        if self._jpeg:
+            self._source, self._rows = (
+                jpeg_squares(
+                    images,
+                    self.side,
+                    self._resize_mode,
+                    cache_fraction=self._cache_fraction,
+                    identity=identity,
+                    progress=self._progress,
+                ),
+                rows,
+            )
+        else:
+            self._pixels = decode_all(
+                images,
+                self.side,
+                self._resize_mode,
+                device=self.device,
+                cache_fraction=self._cache_fraction,
+                processes=self._local_processes,
+                identity=identity,
+                progress=self._progress,
+            )
+            self._rows = rows if self._pixels is not None else None
         self._decoding = True
         if self._pixels is not None and self._whole:
             self._aspects = aspect_ratios(self._pixels[:, :1, -1:, :8].cpu().numpy())
@@ -320,7 +533,7 @@ class Loader:
             largest_batch = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
             warn = self._progress.warn if self._progress is not None else warnings.warn
             workers = DecodeWorkers(
-                self._all, self.side, self._resize_mode, self._worker_count, batch=largest_batch, warn=warn
+                self._source, self.side, self._resize_mode, self._worker_count, batch=largest_batch, warn=warn
             )
             if workers.count:
                 self._workers, self.processes = workers, workers.count
@@ -334,15 +547,11 @@ class Loader:
                 yield plan, self._read_pixels(plan.pixel_ids)
             return
         epoch = list(plans)
-        pixels = self._workers.squares([plan.pixel_ids.tolist() for plan in epoch])
+        pixels = self._workers.squares([self._rows_of(plan.pixel_ids).tolist() for plan in epoch])
         yield from zip(epoch, pixels, strict=True)
 
     def _read_ahead(self, plans: Iterator[BatchPlan], pixels: Tensor) -> Iterator[tuple[BatchPlan, Tensor]]:
-        """Read the pixels of the next batches in a thread, into buffers that are used in turn.
-
-        A buffer is pinned, so that its copy to the GPU takes no time of the CPU, and is written again once that copy is
-        done.  So a batch must be copied before the next one is requested.
-        """
+        """Read batches ahead in a thread, into pinned buffers: copy a batch before requesting the next one."""
         largest = self.epochs.largest_batch * (2 if self.collator.has_partners else 1)
         on_gpu = self.device.type == "cuda"
         buffers = [
@@ -362,7 +571,7 @@ class Loader:
                         return
                     if (event := copied[number]) is not None:
                         event.synchronize()
-                    rows = plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]
+                    rows = self._rows_of(plan.pixel_ids)
                     torch.index_select(pixels, 0, torch.from_numpy(rows), out=buffers[number][: len(rows)])
                     filled.put((plan, number))
                 filled.put(None)
@@ -391,14 +600,18 @@ class Loader:
         if self._aspects is None:
             found = aspect_ratios(pixels.numpy())
         else:
-            found = self._aspects[plan.pixel_ids if self._rows is None else self._rows[plan.pixel_ids]]
+            found = self._aspects[self._rows_of(plan.pixel_ids)]
         return dataclasses.replace(plan, aspects=found), pixels
 
     def _read_pixels(self, ids: Ids) -> Tensor:
+        rows = self._rows_of(ids)
         if self._pixels is not None:
-            ids = ids if self._rows is None else self._rows[ids]
-            return self._pixels.index_select(0, to_device(torch.from_numpy(ids), self._pixels.device))
-        return decode_squares(self._all, ids.tolist(), self.side, self._resize_mode)
+            return self._pixels.index_select(0, to_device(torch.from_numpy(rows), self._pixels.device))
+        return decode_squares(self._source, rows.tolist(), self.side, self._resize_mode)
+
+    def _rows_of(self, ids: Ids) -> Ids:
+        """Return where these samples are in the decoded pixels or the source."""
+        return ids if self._rows is None else self._rows[ids]
 
 
 _BUFFERS = 3  # one is copied to the GPU while the next is ready and another one is filled

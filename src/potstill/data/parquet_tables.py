@@ -51,8 +51,6 @@ class TableOptions(Options):
 
 @dataclass
 class _Table:
-    """The columns of one file."""
-
     image: str
     label: str
     names: list[str] | None  # of the labels, if the schema has them
@@ -60,11 +58,7 @@ class _Table:
 
 
 def check_table(settings: DataSettings) -> None:
-    """Check names, options and the installed packages, without reading a table.
-
-    Raises:
-        UsageError: no such file, unknown options, or pyarrow is not installed.
-    """
+    """Check names, options and the installed packages, without reading a table."""
     read_options(settings, TableOptions)
     if not is_hub_dataset(settings.source) and not Path(settings.source).expanduser().exists():
         raise UsageError(f"data {settings.source!r}: no such file")
@@ -77,13 +71,7 @@ def check_table(settings: DataSettings) -> None:
 
 
 def read_tables(settings: DataSettings, progress: ProgressReporter | None = None) -> Listing:
-    """List all rows as files below the cache folder, which are written if they are not there.
-
-    Raises:
-        UsageError: as ``check_table``, or data of the hub that cannot be fetched.
-        DataError: a file that is no table.
-        StorageError: too little space.
-    """
+    """List all rows as files below the cache folder, which are written if they are not there."""
     check_table(settings)
     options, kind, place = read_options(settings, TableOptions), "tables", Path(settings.source).expanduser()
     if is_hub_dataset(settings.source):
@@ -203,7 +191,6 @@ def remove_unpacked_images() -> int:
 
 
 def _is_current(rows: Path) -> bool:
-    """Return whether all tables behind unpacked images are as they were."""
     try:
         files = read_checksummed_json(rows)["files"]
         return all(_state(Path(path)) == (size, modified) for path, size, modified in files)
@@ -250,11 +237,7 @@ def _unpack_table(root: Path, file: Path, name: str, options: TableOptions) -> d
 
 @contextmanager
 def _table_errors(file: Path) -> Iterator[None]:
-    """Turn what pyarrow raises for a damaged file into one error.
-
-    Raises:
-        DataError: for any of its errors.
-    """
+    """Turn what pyarrow raises for a damaged file into one DataError."""
     try:
         yield
     except (DataError, UsageError, MemoryError):
@@ -268,7 +251,6 @@ def _table_errors(file: Path) -> Iterator[None]:
 
 
 def _label_text(label: Any, table: _Table) -> tuple[str, str]:
-    """Return the class name of a label, or what is wrong with it."""
     if label is None or label == "":
         return "", f"no label in column {table.label!r}"
     if isinstance(label, bool) or not isinstance(label, int) or table.names is None:
@@ -285,11 +267,7 @@ def _label_text(label: Any, table: _Table) -> tuple[str, str]:
 
 
 def _find_columns(file: Path, schema: Any, options: TableOptions) -> _Table:
-    """Return the columns of images and labels.
-
-    Raises:
-        DataError: none, or several; lists the columns.
-    """
+    """Return the columns of images and labels; DataError, which lists the columns, if there are none or several."""
     features = _features(schema)
     types = {field.name: field.type for field in schema}
     images = [name for name, kind in types.items() if _is_bytes(kind)]

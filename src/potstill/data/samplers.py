@@ -39,17 +39,7 @@ def splitmix64(state: Bits) -> Bits:
 
 
 def random_bits(seed: int, field: str, ids: NDArray[np.int64], view: NDArray[np.int64] | int) -> Bits:
-    """Return 64 random bits for each sample.
-
-    Args:
-        seed: of the run.
-        field: name of the quantity, such as "hflip"; fields are independent of each other.
-        ids: [B] sample ids.
-        view: view number, one for all or [B].
-
-    Returns:
-        uint64 [B].
-    """
+    """Return 64 random bits, uint64 [B], for sample ids [B] in ``view`` (one or [B]); fields are independent."""
     state = _hash_field(seed, field) ^ np.asarray(ids, dtype=np.int64).view(np.uint64)
     state = splitmix64(state) ^ np.asarray(view, dtype=np.int64).reshape(-1).view(np.uint64)
     return splitmix64(state)
@@ -102,14 +92,10 @@ class Curriculum:
 
 
 def curriculum_share(pacing: Pacing, epoch: int, epochs: int, *, start: float, until: float) -> float:
-    """Return the share of images that an epoch uses.
+    """Return the share of images that an epoch (from 0) uses, from ``start`` to all after the share ``until`` of
+    ``epochs``.
 
-    Args:
-        pacing: "linear"; "root": square root, ever fewer new images; "step": all others at once at ``until``.
-        epoch: from 0.
-        epochs: number of epochs.
-        start: share in the first epoch, above 0.
-        until: share of the training after which all images are used.
+    ``pacing``: "linear"; "root": square root, ever fewer new images; "step": all others at once at ``until``.
 
     Example:
         >>> [round(curriculum_share("linear", epoch, 5, start=0.2, until=0.5), 4) for epoch in range(5)]
@@ -130,11 +116,8 @@ def curriculum_share(pacing: Pacing, epoch: int, epochs: int, *, start: float, u
 def curriculum_order(difficulty: NDArray[np.float64], labels: Ids) -> Ids:
     """Return sample ids [N], easiest first, with the classes in constant proportions.
 
-    In a class with n images, the k-th easiest (from 0) has rank (k + 1/2) / n, whatever the other classes have.
-
-    Args:
-        difficulty: [N]; among equal ones the smaller id comes first.
-        labels: [N] class ids.
+    In a class with n images, the k-th easiest (from 0) has rank (k + 1/2) / n; of equal ones the smaller id comes
+    first.
 
     Example:
         >>> curriculum_order(np.array([0.9, 0.1, 0.5, 0.2, 0.8]), np.array([0, 0, 0, 1, 1]))
@@ -169,9 +152,7 @@ class EpochSampler:
 
     @property
     def labeled(self) -> int:
-        """Labeled images per epoch; a last batch of a single image for a process is dropped, except in the order
-        "listed".
-        """
+        """Return the labeled images per epoch, less a last batch of a single image, except in the order "listed"."""
         total = len(self.labels) if self.length is None else self.length
         rest = total % self.batch_size
         if self.whole_batches:
@@ -248,9 +229,7 @@ def sample_balanced(labels: Ids, seed: int, epoch: int, count: int | None = None
 
 
 def cycle_shuffled(count: int, seed: int, start: int, stop: int, field: str = "unlabeled order") -> Ids:
-    """Return the elements ``start`` to ``stop`` of an endless sequence of permutations of ``count`` sample ids; each
-    ``field`` has its own.
-    """
+    """Return part of an endless sequence of permutations of ``count`` ids; each ``field`` has its own."""
     if stop <= start:
         return np.zeros(0, dtype=np.int64)
     first, last = start // count, (stop - 1) // count
@@ -259,11 +238,7 @@ def cycle_shuffled(count: int, seed: int, start: int, stop: int, field: str = "u
 
 
 class ClassIndex:
-    """Sample ids grouped by class.
-
-    Args:
-        labels: [N] class ids.
-    """
+    """Sample ids grouped by class."""
 
     def __init__(self, labels: Ids) -> None:
         self.grouped = np.argsort(labels, kind="stable")  # [N]
@@ -281,12 +256,7 @@ class ClassIndex:
 
 
 class SameClassSampler:
-    """Draws for each sample another one of its class.
-
-    Args:
-        labels: [N] class ids.
-        seed: of the random numbers.
-    """
+    """Draws for each sample another one of its class."""
 
     def __init__(self, labels: Ids, seed: int) -> None:
         self.seed = seed
@@ -300,9 +270,7 @@ class SameClassSampler:
         self.ranks -= self.starts  # [N], within its class
 
     def __call__(self, ids: Ids, view: Ids | int) -> Ids:
-        """Return partners of samples ``ids`` [B], each other member of the class equally likely; the sample itself if
-        the class has no other.
-        """
+        """Return partners of samples [B], uniform over their classes; itself if the class has no other."""
         others = self.sizes[ids] - 1
         offset = 1 + (uniform(self.seed, "same class", ids, view) * others).astype(np.int64)
         partners: Ids = self.grouped[self.starts[ids] + (self.ranks[ids] + offset) % self.sizes[ids]]

@@ -54,13 +54,7 @@ UNKNOWN_STATE: FileState = (-1, 0, 0, 0)  # of no file, or of one that cannot be
 
 @dataclass
 class FileIndex:
-    """Files below one folder, by name.
-
-    Args:
-        path: of the file that stores the index.
-        names: [N].
-        rows: [N] of ``_ROW``.
-    """
+    """Files below one folder, by [N] names and ``_ROW`` rows, stored at ``path``."""
 
     path: Path
     names: Sequence[str] = ()
@@ -68,12 +62,7 @@ class FileIndex:
 
     @classmethod
     def load(cls, root: Path, *, decoded: bool) -> "FileIndex":
-        """Return the index of a folder; empty if it is missing, damaged, or of another version.
-
-        Args:
-            root: the folder.
-            decoded: index of files that were decoded; False: that were only read.
-        """
+        """Return the index of a folder's files, decoded or only read; empty if it is missing, damaged, or old."""
         subject = json.dumps([FORMAT, str(root.resolve()), decoder_version() if decoded else None])
         path = cache_folder("known-files", f"{sha256_hex(os.fsencode(subject))[:16]}.bin")
         try:
@@ -100,13 +89,7 @@ class FileIndex:
         }
 
     def update(self, root: Path, read: Mapping[str, tuple[FileState | None, str]]) -> None:
-        """Add files that were read, remove deleted ones, and save the index; errors of writing are ignored.
-
-        Args:
-            root: the folder.
-            read: name -> state, None if it cannot be trusted; and size, SHA-256 and span of the content, as
-                ``check_files`` returns them.
-        """
+        """Add files that were read (their state, None if not trusted), remove deleted ones, and save if possible."""
         new = {name: (state, word) for name, (state, word) in read.items() if state is not None}
         old = [i for i, name in enumerate(self.names) if name not in read and os.path.exists(os.path.join(root, name))]
         if not new and len(old) == len(self.names):
@@ -132,13 +115,7 @@ def file_state(path: str | Path) -> FileState:
 
 
 def stable_state(before: FileState, after: FileState, read_at: int) -> FileState | None:
-    """Return the state of a file that was read; None if it may have changed without another state.
-
-    Args:
-        before: its state before it was read.
-        after: its state afterwards.
-        read_at: nanoseconds since 1970, when ``before`` was taken.
-    """
+    """Return the state of a file; None if it may have changed unseen since ``read_at`` (ns since 1970)."""
     _, modified, changed, _ = before
     return before if before == after != UNKNOWN_STATE and read_at - max(modified, changed) >= RACY else None
 
@@ -174,25 +151,11 @@ def check_files(
     place: Path | None = None,
     staged: "StagedSquares | None" = None,
 ) -> dict[str, str]:
-    """Read and decode files; those that were decoded before, and have not changed since, are not read again.
+    """Read and decode files; return name -> size, SHA-256 and, for more than 8 bits, the span of values.
 
-    Args:
-        root: the folder that names are relative to.
-        names: of the files.
-        source: name of the data in messages.
-        decode: False: only read, for files verified elsewhere.
-        progress: receives the progress.
-        bad: receives name -> reason of files that cannot be decoded; None: these are an error.
-        hints: lines at the end of that error.
-        place: the folder that this error names in place of ``root``.
-        staged: receives squares of the images that are decoded.
-
-    Returns:
-        name -> content description of each good file: size, SHA-256 and, for more than 8 bits, the span of its
-        values.
-
-    Raises:
-        DataError: files that cannot be decoded: path and reason of the first twenty, and their number.
+    Files that have not changed since are not read again.  ``bad`` receives name -> reason of files that cannot be
+    decoded; without it one DataError names the first twenty and their number, with ``hints`` and ``place`` instead of
+    ``root``. ``staged`` receives squares of the images; ``decode=False``: only read, for files verified elsewhere.
     """
     index = FileIndex.load(root, decoded=decode)
     unchanged = index.unchanged(root, names)

@@ -153,6 +153,13 @@ class DataSettings(BaseModel):
     workers: int | Literal["auto"] = Field(
         "auto", description="processes that decode images; results do not depend on it"
     )
+    cache: Literal["auto", "raw", "jpeg"] = Field(
+        "auto",
+        description="how training images are kept between epochs; raw: as pixels, or where these do not fit, as files, "
+        "decoded in each epoch; jpeg: as JPEG records of the size that the networks need, a tenth of the bytes, with "
+        "pixels that differ slightly; auto: jpeg only where raw pixels fit neither into memory nor on the disk, and "
+        "records do",
+    )
     cache_fraction: float = Field(0.3, gt=0, lt=1, description="share of free memory for decoded images")
 
     @field_validator("range")
@@ -173,11 +180,7 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def read_options(settings: DataSettings, model: type[OptionsT]) -> OptionsT:
-    """Return ``settings.options`` as the options class of the data set.
-
-    Raises:
-        UsageError: unknown options or wrong values; names all of them, and the nearest known name.
-    """
+    """Return ``settings.options`` as the options class of the data set; UsageError names all that are wrong."""
     try:
         return model.model_validate(settings.options)
     except ValidationError as error:

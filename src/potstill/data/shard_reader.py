@@ -39,14 +39,9 @@ _PACKAGES = {  # protocol -> package that fsspec needs
 
 
 def expand_shards(source: str) -> list[str]:
-    """Return the URLs of all shards that a pattern stands for, in order.
+    """Return the URLs of all shards of a pattern with any number of ``{000..146}`` (digits as written) and ``{a,b}``.
 
-    Args:
-        source: with any number of ``{000..146}`` (as many digits as are written) and ``{a,b}``.
-
-    Raises:
-        UsageError: compressed files, a password, a range that is none, or more than 100,000 shards.
-
+    Compressed files, passwords, wrong ranges and more than 100,000 shards raise UsageError.
     Example:
         >>> expand_shards("s-{08..10}-{a,b}.tar")[:3]
         ['s-08-a.tar', 's-08-b.tar', 's-09-a.tar']
@@ -86,11 +81,7 @@ def _brace_values(text: str, source: str) -> Iterator[str]:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a shard, and the shard's path in it.
-
-    Raises:
-        UsageError: an unknown protocol, or one whose package is not installed.
-    """
+    """Return fsspec's file system of a shard, and the shard's path in it."""
     import fsspec  # takes 0.1 s to import
 
     try:
@@ -104,11 +95,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_byte_range(url: str, start: int, size: int) -> bytes:
-    """Return ``size`` bytes of a shard from ``start`` on.
-
-    Raises:
-        DataError: it cannot be read, or is shorter than it was.
-    """
+    """Return ``size`` bytes of a shard from ``start`` on; DataError if it is shorter than it was."""
     system, path = open_filesystem(url)
     try:
         content: bytes = system.cat_file(path, start=start, end=start + size)
@@ -170,12 +157,7 @@ class Shard:
 
 
 def read_shard(url: str) -> Shard:
-    """Read a shard from beginning to end; the result is cached until the shard changes.
-
-    Raises:
-        DataError: the shard is missing, or no tar file.
-        UsageError: its protocol cannot be read here.
-    """
+    """Read a shard from beginning to end; the result is cached until the shard changes."""
     index = _index_path(url)
     if index is not None and index.exists():
         try:
@@ -204,7 +186,6 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """Read the next header."""
         try:
             found = super().fromtarfile(tarfile)
         except HeaderError as error:
@@ -345,7 +326,6 @@ def _add_member(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
 
 
 def _label(content: bytes, suffix: str, where: str, shard: Shard) -> str | None:
-    """Return the class in a .cls or .json member; None, with a problem, if it cannot be used, or if there is none."""
     found: Any
     try:
         text = found = content.decode("utf-8").strip()

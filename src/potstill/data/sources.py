@@ -109,11 +109,7 @@ def _list_class(listing: Listing, folder: Path, split: str | None, real: str) ->
 
 
 def _walk_files(listing: Listing, folder: Path, real: str) -> Iterator[str]:
-    """Yield the names of regular files at any depth, relative to the root.
-
-    Without recursion, since folders may be nested deeply; names are concatenated as text, since creating a ``Path``
-    for each file takes several times as long.
-    """
+    """Yield the names of regular files at any depth, relative to the root, as text: a ``Path`` for each is slow."""
     inside = folder.relative_to(listing.root).as_posix()
     waiting = ["" if inside == "." else f"{inside}/"]
     while waiting:
@@ -258,9 +254,8 @@ def _nested_note(listing: Listing) -> Iterator[str]:
 def ignored_files_note(passed_over: Counter[str]) -> str:
     """Return a line on hidden and system files and folders, by name.
 
-    Example:
-        >>> ignored_files_note(Counter({"@eaDir": 2, "hidden files": 1}))
-        'passed over: 2 x @eaDir, 1 x hidden files'
+    >>> ignored_files_note(Counter({"@eaDir": 2, "hidden files": 1}))
+    'passed over: 2 x @eaDir, 1 x hidden files'
     """
     names = [f"{count:,} x {name}" for name, count in passed_over.most_common()]
     return f"passed over: {format_names(names, _MAX_NAMES)}"
@@ -506,9 +501,7 @@ def find_tables(root: Path) -> list[Path]:
 
 
 def _has_tables(root: Path) -> bool:
-    """Return whether Parquet files lie where they stand for a folder's data: in it, beside no folders but those of
-    splits and ``data``, or within these.
-    """
+    """Return whether Parquet files lie in a folder, in no folders but those of splits and ``data``."""
     try:
         inside = [path for path in root.iterdir() if not path.name.startswith(".")]
     except OSError:  # the walk of the folder reports it

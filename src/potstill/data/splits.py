@@ -92,10 +92,7 @@ class DataSplits:
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
 
     def as_rows(self) -> list[tuple[str, str, str]]:
-        """Return (split, image name, class name) of every image; the target's splits are "target train" and so on.
-
-        The class name is empty in splits without labels.
-        """
+        """Return (split, image name, class name) of every image, "target train" and so on for the target."""
         rows = [
             (split, name, "" if split in self.teacher_labels else self.class_names[label])
             for split in SPLITS
@@ -108,23 +105,12 @@ class DataSplits:
 def stratified_split(
     names: Sequence[str], labels: Index, shares: Mapping[str, float], seed: int, class_names: Sequence[str]
 ) -> dict[str, Index]:
-    """Split images into parts with the same class proportions.
+    """Split images into parts with the same class proportions; return part -> sorted positions, one of each class or
+    more.
 
-    Within a class, images are ordered by SHA-256 of (seed, name): the result does not depend on the order of the
-    files, a library's version, or other classes.
-
-    Args:
-        names: [N], distinct.
-        labels: [N] class ids.
-        shares: part -> share of each class, together below 1; "train" receives the rest.
-        seed: another seed gives another split.
-        class_names: for messages.
-
-    Returns:
-        part -> sorted positions; each part has at least one image of every class.
-
-    Raises:
-        DataError: a class with fewer images than parts; states how many are needed.
+    Within a class, images are ordered by SHA-256 of (seed, name): the result does not depend on the order of the files,
+    a library's version, or other classes.  ``shares`` of each class are together below 1; "train" gets the rest.
+    DataError: a class with fewer images than parts.
     """
     if sum(shares.values()) >= 1:
         wanted = " + ".join(f"{part} {share:g}" for part, share in shares.items())
@@ -152,11 +138,7 @@ def stratified_split(
 
 
 def pool_splits(data: DataSplits) -> DataSplits:
-    """Return the data with all images of its splits as ``pool``, in which every name must differ.
-
-    Raises:
-        DataError: two images of the same name.
-    """
+    """Return the data with all images of its splits as ``pool``, in which every name must differ."""
     if data.pool is not None:
         return data
     sets = [data.split(split) for split in SPLITS]
@@ -186,19 +168,8 @@ def assign_folds(
     Within a class, images are ordered by SHA-256 of (seed, name) and dealt out to the folds in turn; each class goes on
     where the one before has ended.  So the sizes of the folds, and those of a class in them, differ by one at most.
 
-    Args:
-        names: [N], distinct.
-        labels: [N] class ids.
-        folds: K, 2 or more.
-        seed: another seed gives other folds.
-        class_names: for messages.
-        groups: [N] ids of groups, each of which stays in one fold, that of its first image; None: none.
-
-    Returns:
-        [N] fold of each image, from 0.
-
-    Raises:
-        DataError: a class has too few images, or groups, for the folds, or for train and val of one; names all.
+    ``groups`` [N] keep images in one fold, that of the group's first.  DataError: classes with too few images or
+    groups.
 
     Example:
         >>> assign_folds(["a", "b", "c", "d", "e", "f"], np.array([0, 0, 0, 1, 1, 1]), 3, 0, ["x", "y"]).tolist()
@@ -231,18 +202,9 @@ def assign_folds(
 
 
 def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
-    """Return the splits of ``settings.fold`` of ``settings.folds``: the fold's images are test, the others train and
-    val, by the share ``settings.val``.
+    """Return the splits of ``settings.fold``: the fold's images are test, the others train and val by ``settings.val``.
 
     Files of equal content stay in one fold.  The fold "all" has one image of each class in test.
-
-    Args:
-        data: all images; given splits are pooled.
-        settings: with ``folds``.
-
-    Raises:
-        UsageError: no fold is named.
-        DataError: classes that are too small, or images of the same name.
     """
     folds, fold = settings.folds, settings.fold
     if folds is None or fold is None:
@@ -298,11 +260,7 @@ def stratified_subset(names: Sequence[str], labels: Index, count: int, seed: int
 def fingerprint(
     parts: Mapping[str, ImageSet], class_names: Sequence[str], contents: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the SHA-256 of a data set's names, contents, labels and splits, independent of the order of its files.
-
-    Returns:
-        64 hex digits.
-    """
+    """Return the SHA-256 of names, contents, labels and splits in 64 hex digits, whatever the order of the files."""
     lines = sorted(
         "\0".join((split, name, class_names[label] if label >= 0 else "", content))
         for split, images in parts.items()
@@ -312,11 +270,7 @@ def fingerprint(
 
 
 def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], source: str) -> None:
-    """Check that every class has images in every split; all problems in one message.
-
-    Raises:
-        DataError: fewer than two classes, or a class without images in a split.
-    """
+    """Check that every class has images in every split; all problems in one message."""
     if len(class_names) < 2:
         found = f"only {class_names[0]!r}" if class_names else "none"
         raise DataError(f"{source}: a classifier needs at least two classes, found {found}")
@@ -376,11 +330,7 @@ class SplitAssignment:
 
 
 def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssignment, list[Finding]]:
-    """Return the source's splits, with missing ones split off by ``settings`` if the classes are large enough.
-
-    Raises:
-        DataError: the shares of ``settings`` leave no images for train.
-    """
+    """Return the source's splits, with missing ones split off by ``settings`` if the classes are large enough."""
     entries = listing.entries
     class_names = tuple(sorted({entry.label for entry in entries}))
     ids = {name: i for i, name in enumerate(class_names)}
@@ -434,7 +384,6 @@ def _stratify_present(
 
 
 def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, parts: list[str]) -> Finding:
-    """Return a finding for a class whose ``members`` are too few for the parts."""
     first = listing.entries[int(members[0])]
     place = "." if listing.kind != "folders" else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
     needed = f"not enough images for a split into {', '.join(parts)}: every class needs at least {len(parts)}"
@@ -471,9 +420,7 @@ def _nested_folder_hint(listing: Listing) -> str:
 
 
 def find_small_classes(listing: Listing, settings: DataSettings) -> list[Finding]:
-    """Return findings for classes without an image in a given split, or with too few for the splits to be made; their
-    ``path`` is the name of the class.
-    """
+    """Return findings for classes without an image in a given split, or with too few for the splits to be made."""
     counts: dict[str, Counter[str | None]] = {}
     for entry in listing.entries:
         counts.setdefault(entry.label, Counter())[entry.split] += 1

@@ -27,10 +27,7 @@ _MAX_VALUES = 2**18  # pixel values, so that intermediate results stay in a core
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device; only on CUDA without waiting for the copy.
-
-    CUDA reads pageable memory before the call returns.  MPS reads it later, when a temporary may be freed already.
-    """
+    """Copy a CPU tensor to a device; only CUDA, which reads pageable memory before it returns, without waiting."""
     return values.to(device, non_blocking=device.type == "cuda")
 
 
@@ -80,10 +77,8 @@ _ATTEMPTS = 10
 
 
 class ViewSize(NamedTuple):
-    """Sizes in whose pixels the boxes and shifts of a view are drawn.
-
-    They may differ from the output's: a teacher's views are drawn in its student's pixels.  Boxes and shifts are then
-    scaled and rounded to whole pixels, so that both sizes show the same part of the image to within half a pixel.
+    """Sizes in whose pixels the boxes and shifts of a view are drawn, then scaled and rounded to whole pixels of the
+    output, so that a teacher's view shows the same part of the image as its student's to within half a pixel.
     """
 
     side: int  # R, of the square from which crops are taken
@@ -107,13 +102,7 @@ def sample_boxes(
     image longer than ``ratio``, torchvision takes its centre, and never shows its ends; here its largest box of that
     ratio is taken at a random position.
 
-    Args:
-        scale: smallest and largest share.
-        ratio: smallest and largest width / height.
-        side: of the square, in pixels.
-        draws: random numbers of B samples.
-        field: prefix of the random numbers' fields.
-        aspects: width / height of the images that the squares show, [B]; None: 1.
+    ``scale`` and ``ratio`` are ranges; ``aspects`` [B] are width / height of the images that the squares show; None: 1.
     """
     boxes = np.tile(np.array([0, 0, side, side], dtype=np.int64), (len(draws), 1))
     stretched: NDArray[np.float64] = np.ones(len(draws)) if aspects is None else aspects
@@ -147,12 +136,7 @@ def sample_boxes(
 
 
 def scale_boxes(boxes: Boxes, side: int, to: int) -> Boxes:
-    """Scale boxes from a square of ``side`` pixels to one of ``to`` pixels; edges are rounded to whole pixels.
-
-    Args:
-        boxes: (top, left, height, width), int64 [B, 4], of at least one pixel each.
-        side: of the square in which they are drawn.
-        to: of the other square.
+    """Scale boxes (top, left, height, width), int64 [B, 4], to another square; edges are rounded.
 
     Example:
         >>> scale_boxes(np.array([[2, 0, 3, 8], [7, 7, 1, 1]]), 8, 20)
@@ -179,15 +163,7 @@ class SamplingGrid:
 def draw_grid(
     augment: AugmentSettings, size: int, draws: CounterRNG, device: torch.device, drawn_size: int | None = None
 ) -> SamplingGrid:
-    """Draw shifts, flips and rotations, applied in this order.
-
-    Args:
-        augment: settings of the augmentation.
-        size: S.
-        draws: random numbers of B samples.
-        device: of the grid.
-        drawn_size: size of the view in whose pixels shifts are drawn; None: S.
-    """
+    """Draw shifts, flips and rotations of views of ``size`` pixels; shifts are drawn in pixels of ``drawn_size``."""
     drawn_size = drawn_size or size
     shift, count = round(augment.pad_crop * drawn_size), len(draws)
     quarters = (draws("rotate90") * 4).astype(np.int64) if augment.rotate90 else np.zeros(count, dtype=np.int64)
@@ -200,7 +176,9 @@ def draw_grid(
         line = _line(size, offset.astype(np.int64), reverse, device)
         inside = (line >= 0) & (line < size)
         black.append(~inside)
-        lines.append(_reflect(line, size) if augment.pad_mode == "reflect" else line.clamp(0, size - 1))
+        lines.append(
+            (size - 1 - (size - 1 - line.abs()).abs()) if augment.pad_mode == "reflect" else line.clamp(0, size - 1)
+        )
     has_black = shift > 0 and augment.pad_mode == "black"
     rows, columns = lines
     return SamplingGrid(
@@ -240,30 +218,17 @@ def _line(size: int, offset: NDArray[np.int64], reverse: NDArray[np.bool_], devi
     return first + step * torch.arange(size, device=device)
 
 
-def _reflect(position: Tensor, size: int) -> Tensor:
-    """Mirror positions outside [0, size) at the borders, which are not repeated: -1 -> 1, size -> size - 2."""
-    return size - 1 - (size - 1 - position.abs()).abs()
-
-
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop: the default of RandomResizedCrop
 _UNITS = 2**11
 _INTERMEDIATE_LEVELS = 2**4  # between two integers, after the first direction
 
 
 def resized_crops(images: Tensor, boxes: Boxes, grid: SamplingGrid) -> Tensor:
-    """Crop each image to its box and resize the crop, bilinear with antialiasing.
+    """Crop each image to its box (top, left, height, width) and resize the crop, bilinear with antialiasing.
 
-    Bilinear resizing is separable: a weighted sum of a few pixels of a row, then of a column.  All sums are exact in
-    float32 (8 + 11 bits, rounded to 12; 12 + 11 bits), so that a view does not depend on the order of summation, and
-    so not on batch size, threads, device or library.
-
-    Args:
-        images: uint8 [B, 3, R, R].
-        boxes: (top, left, height, width), int64 [B, 4].
-        grid: the row and column of the resized crop that each pixel of the view shows.
-
-    Returns:
-        uint8 [B, 3, S, S], within 1 of ``torchvision.transforms.v2.functional.resized_crop``.
+    Separable: a weighted sum of a few pixels of a row, then of a column.  All sums are exact in float32 (8 + 11 bits,
+    rounded to 12; 12 + 11 bits), so that a view depends on no batch size, thread, device or library.  uint8 [B, 3, S,
+    S], within 1 of torchvision's ``resized_crop``; ``grid`` says which row and column each pixel shows.
     """
     box = torch.from_numpy(boxes.T.reshape(2, 2, -1).copy())  # (top, left), (height, width)
     # Divided on the CPU: some devices multiply by the reciprocal, which rounds twice.
@@ -301,15 +266,8 @@ def _weights(positions: Tensor, start: Tensor, length: Tensor, scale: Tensor, si
     """Return weights and indices of the source pixels of each target pixel, float32 and int64 [.., B, S, T].
 
     A triangle as wide as two source pixels, or two target pixels if the image shrinks (antialiasing), clipped at the
-    box and normalised; in multiples of 2**-11 that add up to 1.  No sum over an axis, whose order depends on the
-    library: the weights too are the same everywhere.
-
-    Args:
-        positions: int64 [.., B, S], in [0, S): the target pixels.
-        start: int64 [.., B], of the box.
-        length: int64 [.., B], of the box.
-        scale: float32 [.., B], source pixels for one target pixel.
-        side: R, of the source.
+    box and normalised; in multiples of 2**-11 that add up to 1, by no sum over an axis, whose order depends on the
+    library. ``scale`` is source pixels for one target pixel.
     """
     size = positions.shape[-1]
     taps = math.ceil(2 * max(1.0, side / size))  # integers within the widest triangle
@@ -333,17 +291,7 @@ ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # of the area, and height /
 
 
 def random_erase(images: Tensor, probability: float, draws: CounterRNG, drawn_size: int | None = None) -> Tensor:
-    """Fill a rectangle of 2 to 33 % of the area with black in some of the images.
-
-    Args:
-        images: uint8 [B, 3, S, S].
-        probability: of erasing, in [0, 1].
-        draws: random numbers of these samples.
-        drawn_size: size of the view in whose pixels rectangles are drawn; None: S.
-
-    Returns:
-        The same shape and type.
-    """
+    """Fill a rectangle of 2 to 33 % of the area with black in a share of uint8 [B, 3, S, S]."""
     size = images.shape[-1]
     drawn, fits = sample_boxes(ERASE_SCALE, ERASE_RATIO, drawn_size or size, draws, "erase")
     boxes = scale_boxes(drawn, drawn_size or size, size)

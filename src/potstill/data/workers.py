@@ -40,22 +40,11 @@ _SHM = Path("/dev/shm")  # nosec B108: where Linux keeps shared memory; containe
 
 
 class DecodeWorkers:
-    """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes live as long as this
-    object, and end with the main process, even if that is killed.
+    """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes end with this object,
+    or with the main process, even if that is killed.
 
-    Args:
-        images: an image set that can be pickled.
-        side: R.
-        resize_mode: "crop", "pad", "stretch" or "whole", see ``read_square``.
-        processes: at least 1.
-        batch: size of the largest batch, for which shared memory is allocated at once; None: at the first use.
-        warn: receives a message if shared memory suffices only for fewer processes.
-
-    Attributes:
-        count: processes for which there is shared memory; 0 only if ``batch`` is given.
-
-    Raises:
-        UsageError: ``POTSTILL_TIMEOUT`` is no number of seconds.
+    Shared memory for a ``batch`` is allocated at once (None: at the first use); ``warn`` hears if it suffices only for
+    fewer processes.  ``count`` is their number; 0 only if ``batch`` is given.
     """
 
     def __init__(
@@ -79,12 +68,8 @@ class DecodeWorkers:
             self._reserve(batch)
 
     def squares(self, batches: list[list[int]]) -> Iterator[Tensor]:
-        """Yield uint8 [B, *square_shape] for each batch of sample ids.
-
-        Raises:
-            DataError: an image cannot be decoded.
-            WorkerError: a process has died, or has decoded nothing for ``POTSTILL_TIMEOUT`` seconds.
-            StorageError: there is no shared memory for a single process.
+        """Yield uint8 [B, *square_shape] for each batch of sample ids; WorkerError if a process has died, or has
+        decoded nothing for ``POTSTILL_TIMEOUT`` seconds; StorageError without shared memory for one.
         """
         self._start(max(map(len, batches), default=1))
         self._epoch += 1
@@ -184,7 +169,6 @@ class DecodeWorkers:
             return
 
     def _fetch(self, member: "_WorkerProcess", *, drop: bool = False) -> None:
-        """Wait until a process has decoded its oldest batch."""
         number = self._members.index(member)
         decoded, since = -1, time.monotonic()
         while True:
@@ -238,7 +222,6 @@ class _WorkerProcess:
     pending: deque[list[int]] = field(default_factory=deque)  # batches in progress
 
     def end(self) -> None:
-        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()

@@ -68,18 +68,9 @@ class CacheCounts:
 class CachedTeacherOutputs:
     """Teacher outputs for the batches of one split, in the order of its loader.
 
-    Args:
-        distiller: holds the teachers, which run if outputs are missing.
-        loader: of the split; gives the sample ids without a read from the device.
-        caches: one for each teacher.
-        second: one for each teacher, for the second images; empty if the method needs none.
-        autocast: context in which the teachers run.
-        warn: called once if a cache fails; training then goes on with the teachers, whose outputs are rounded as
-            before.
-        training: whether these are the training images, for which a cross-fitted teacher uses the folds' heads.
-        processes: the processes that share each batch.  Each uses its own outputs at once; one on each machine writes
-            those of all at ``flush``.
-        views: the images for teachers of another size than the student's; None if there are no such teachers.
+    ``caches`` and ``second`` (for second images) have one cache for each teacher.  If a cache fails, ``warn`` is called
+    once, and training goes on with the teachers, whose outputs are rounded as before.  Each of the ``processes`` that
+    share a batch uses its own outputs at once; one on each machine writes those of all at ``flush``.
     """
 
     def __init__(

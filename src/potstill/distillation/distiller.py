@@ -170,12 +170,8 @@ class Distiller(nn.Module):
     ) -> Outputs | None:
         """Return the teacher's outputs; None for methods without a teacher.
 
-        Args:
-            images: [B, 3, H, W], preprocessed for the student.
-            second: [B, 3, H, W], for methods that need a second image for each.
-            teacher_images: the same images for teachers of another size than the student's, cropped from the original
-                pixels; None: such teachers get ``images`` resized.
-            index: [B] int64 sample ids, if these are training images; see ``Teachers.run``.
+        ``teacher_images``: the same images for teachers of another size, cropped from the original pixels; None: such
+        teachers get ``images`` resized.  ``index``: [B] int64 sample ids of training images; see ``Teachers.run``.
         """
         if self.teacher is None:
             return None
@@ -195,12 +191,7 @@ class Distiller(nn.Module):
             self.scaling.start_epoch()
 
     def prepare(self, batches: Callable[[], Iterator[Batch]], views: TeacherViews | None = None) -> None:
-        """Run the method's passes over the training images before training, if it needs any.
-
-        Args:
-            batches: each call returns one pass over the training images.
-            views: the images of these batches for teachers of another size than the student's.
-        """
+        """Run the method's passes over the training images, one for each call of ``batches``, before training."""
 
         def passes() -> Iterator[tuple[Outputs, Batch]]:
             if views is not None:
@@ -413,13 +404,7 @@ class TermScaling(nn.Module):
     def forward(
         self, terms: Mapping[str, Tensor], logits: Tensor, parameters: Sequence[nn.Parameter]
     ) -> dict[str, Tensor]:
-        """Return the terms, multiplied with their factors.
-
-        Args:
-            terms: scalars by name.
-            logits: the student's, [B, K], of which the terms were computed.
-            parameters: the student's; those that are not trained are ignored.
-        """
+        """Return the terms multiplied with their factors; ``logits`` [B, K] are those of which they were computed."""
         if self.training and torch.is_grad_enabled() and self.steps < MEASURED_STEPS:
             self.steps += 1
             self._measure(terms, logits, [each for each in parameters if each.requires_grad])
@@ -469,6 +454,5 @@ def _gradients(value: Tensor, of: Sequence[Tensor]) -> tuple[Tensor | None, ...]
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the norm of all gradients together."""
     norms = [torch.linalg.vector_norm(each.float()) for each in gradients if each is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

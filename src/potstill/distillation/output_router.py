@@ -43,17 +43,7 @@ class ExaminedNetwork:
 def pair_features(
     method: Method, student: ExaminedNetwork, teacher: ExaminedNetwork | None, layers: LayerPaths | None = None
 ) -> FeaturePair:
-    """Return the stages whose maps ``method`` reads.
-
-    Args:
-        method: one part of the method, without wrappers.
-        student: the network that is trained.
-        teacher: one teacher; None if the method has none.
-        layers: the user's pairs, instead of those found by depth and resolution.
-
-    Raises:
-        UsageError: a network lacks what the method needs; unknown layers.
-    """
+    """Return the stages whose maps ``method`` reads: ``layers``, or those found by depth and resolution."""
     _require_head(method, student, teacher)
     choice = method.needs.maps
     if choice == "none":
@@ -118,14 +108,7 @@ BatchNorms = list[list[tuple[nn.BatchNorm2d | None, ...]]]  # by part, by teache
 
 
 class OutputRouter:
-    """Converts outputs of forward passes to the ``Outputs`` that each part of the method requires.
-
-    Args:
-        method: the method; its ``parts`` state what they require.
-        teachers: number of teachers; 1 if there is none.
-        feature_pairs: by part and teacher, the stages whose maps are read; None: none.
-        extractor: reads the student's outputs.
-    """
+    """Converts outputs of forward passes to the ``Outputs`` that each of the method's ``parts`` requires."""
 
     def __init__(
         self,
@@ -190,13 +173,7 @@ class OutputRouter:
 def build_output_router(
     method: Method, student: nn.Module, teachers: Teachers | None, example: Tensor, layers: LayerPaths | None
 ) -> OutputRouter:
-    """Return the router for the layers that ``method`` reads, found by one forward pass of each network.
-
-    Also sets the teachers' feature extractors.
-
-    Raises:
-        UsageError: a network lacks what the method needs.
-    """
+    """Return the router for the layers that ``method`` reads; sets the teachers' extractors."""
     if not method.needs.features:
         count = 1 if teachers is None else len(teachers)
         if teachers is not None:
@@ -279,9 +256,6 @@ def pair_stages(student: NetworkStructure, teacher: NetworkStructure) -> tuple[S
 
     The last belongs to the last.  Before it, partners are those whose resolutions differ least, in halvings relative to
     each network's image; where that leaves a choice, those at the most similar relative depth.
-
-    Raises:
-        UsageError: a network without stages.
     """
     fewer, more = sorted((student, teacher), key=lambda structure: len(structure.stages))
     if not fewer.stages:

@@ -77,11 +77,8 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> int:
     """Fold BatchNorms in place into the layers before them; the network must be in eval mode, in float32.
 
     One forward pass finds them.  A BatchNorm is folded if its input is the output of a layer that was called once, no
-    other operation used that output, and the fused layer gives the same output.  What such a module does besides
-    (timm's has an activation) stays.
-
-    Returns:
-        Number of folded BatchNorms.  The caller compares the whole network with the original.
+    other operation used that output, and the fused layer gives the same output.  What such a module does besides stays.
+    Return their number; the caller compares the whole network with the original.
     """
     tracer = _BatchNormTracer(network)
     with ExitStack() as hooks:
@@ -103,8 +100,6 @@ def nearly_equal(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(eq=False)
 class _LayerOutput:
-    """The output of one call of a layer."""
-
     layer: FoldableLayer
     input: Tensor
     output: "weakref.ref[Tensor]"
@@ -147,7 +142,6 @@ class _BatchNormTracer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if any(True for _ in _tensors((result,))):  # reading a shape or device is no use
@@ -240,17 +234,11 @@ _MEMORY_FORMAT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_f
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """Precision and layout in which a frozen network runs, independent of an enclosing autocast.
+    """Precision and layout in which a frozen network runs, whatever autocast says; outputs are float32."""
 
-    Attributes:
-        dtype: of weights and images; outputs are float32.
-        memory_format: of weights and images.
-        folded: number of folded BatchNorms.
-    """
-
-    dtype: torch.dtype = torch.float32
-    memory_format: torch.memory_format = torch.contiguous_format
-    folded: int = 0
+    dtype: torch.dtype = torch.float32  # of weights and images
+    memory_format: torch.memory_format = torch.contiguous_format  # of weights and images
+    folded: int = 0  # number of folded BatchNorms
 
     def facts(self) -> dict[str, Any]:
         """Return everything that determines how outputs are rounded, as JSON values."""
@@ -259,12 +247,7 @@ class InferenceSettings:
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "InferenceSettings":
-        """Return the settings whose ``facts`` these are.
-
-        Example:
-            >>> InferenceSettings.of(InferenceSettings(torch.bfloat16, torch.channels_last, 3).facts())
-            InferenceSettings(dtype=torch.bfloat16, memory_format=torch.channels_last, folded=3)
-        """
+        """Return the settings whose ``facts`` these are."""
         dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
         layouts = {name: layout for layout, name in _MEMORY_FORMAT_NAMES.items()}
         return cls(dtypes[facts["precision"]], layouts[facts["layout"]], facts["folded"])
@@ -281,12 +264,7 @@ class InferenceSettings:
 
     @contextmanager
     def context(self, device: torch.device, *, inference: bool = True) -> Iterator[None]:
-        """Run the network's forward pass within the block; apply ``clone_as_float32`` to its outputs after the block.
-
-        Args:
-            device: of the images.
-            inference: use ``torch.inference_mode``; if False, ``torch.no_grad``, which needs no ``clone_as_float32``.
-        """
+        """Run the network within the block; after ``inference_mode``, apply ``clone_as_float32`` to its outputs."""
         with torch.autocast(device.type, enabled=False), torch.inference_mode() if inference else torch.no_grad():
             yield
 
@@ -305,29 +283,16 @@ def clone_as_float32(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Difference between a converted network and its original.
+    """Difference between a converted network and its original."""
 
-    Attributes:
-        agreement: share of images with the same top class.
-        largest: largest absolute difference of two logits; infinite if one of them is NaN.
-        images: number of images that were compared.
-    """
-
-    agreement: float
-    largest: float
-    images: int
+    agreement: float  # share of images with the same top class
+    largest: float  # absolute difference of two logits; infinite if one is NaN
+    images: int  # that were compared
 
 
 @torch.no_grad()
 def measure_fidelity(network: nn.Module, settings: InferenceSettings, reference: nn.Module, images: Tensor) -> Fidelity:
-    """Compare the logits of both networks for the same images.
-
-    Args:
-        network: the converted network.
-        settings: in which ``network`` runs.
-        reference: runs in float32.
-        images: [N, 3, H, W], for both.
-    """
+    """Compare the logits of both networks for images [N, 3, H, W]; ``reference`` runs in float32."""
     same, largest, plain = 0, 0.0, InferenceSettings(memory_format=settings.memory_format)
     for start in range(0, len(images), _COMPARISON_BATCH_SIZE):
         some = images[start : start + _COMPARISON_BATCH_SIZE]
@@ -341,19 +306,11 @@ def measure_fidelity(network: nn.Module, settings: InferenceSettings, reference:
 def convert_for_inference(
     network: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format, images: Tensor
 ) -> tuple[nn.Module, InferenceSettings]:
-    """Return a frozen, converted copy and the settings to run it; ``network`` is not changed.
+    """Return a frozen, converted copy and the settings to run it; ``network``, in eval mode and float32, is not
+    changed.
 
     The last linear layer stays in float32, since logits in bf16 have three digits; so do BatchNorms that cannot be
     folded.
-
-    Args:
-        network: in eval mode and float32, on its device.
-        dtype: of the copy's weights.
-        memory_format: of the copy's weights.
-        images: a few inputs of the network, [N, 3, H, W].
-
-    Raises:
-        Exception: whatever the network raises in this dtype.
     """
     few = images[:_FOLDING_IMAGES].to(memory_format=memory_format)
     plain = InferenceSettings(memory_format=memory_format)

@@ -76,16 +76,7 @@ class FeatureExtractor:
         return self.reads_maps or self.request.embedding is not None
 
     def run(self, network: nn.Module, images: Tensor, settings: InferenceSettings | None = None) -> ForwardOutput:
-        """Run one forward pass and return what was requested.
-
-        Args:
-            network: any module that maps images to logits.
-            images: [B, 3, H, W], preprocessed for the network.
-            settings: precision and layout, independent of an enclosing autocast; None: those of autocast.
-
-        Raises:
-            UsageError: the network does not return one tensor of logits [B, K].
-        """
+        """Run one forward pass and return what was requested; UsageError if it gives no logits [B, K]."""
         if settings is not None:
             images = settings.convert_images(images)
         with (
@@ -126,11 +117,8 @@ class FoldHeads(nn.Module):
     https://arxiv.org/abs/1608.00060; for distillation: Dao et al., "Knowledge distillation as semiparametric
     inference", ICLR 2021, https://arxiv.org/abs/2104.09732).
 
-    Args:
-        layer: path of the linear layer whose input they read, as in ``named_modules``.
-        weight: [F + 1, K, D]; head f was fitted without the images of fold f, the last one with all.
-        bias: [F + 1, K].
-        fold: [N] int64, the fold of each training image: 0 to F - 1, or F if it has no label.
+    ``layer`` is the path of the linear layer whose input they read; ``weight`` [F + 1, K, D] and ``bias`` [F + 1, K] of
+    head f were fitted without fold f, of the last one with all; ``fold`` is [N] int64, F without a label.
 
     Example:
         >>> weight = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]], [[5.0], [5.0]]])  # two folds, K = 2, D = 1
@@ -153,12 +141,7 @@ class FoldHeads(nn.Module):
         self.register_buffer("fold", fold)
 
     def forward(self, embedding: Tensor, index: Tensor) -> Tensor:
-        """Return logits [B, K] in float32.
-
-        Args:
-            embedding: [B, D].
-            index: [B] int64 sample ids; ids from N on are no training images and get the last head.
-        """
+        """Return logits [B, K] in float32; sample ids [B] from N on are no training images and get the last head."""
         count, classes, width = self.weight.shape
         with torch.autocast(embedding.device.type, enabled=False):
             # All heads at once: cheap beside the encoder, and no synchronisation for the sizes of the folds.
@@ -173,31 +156,18 @@ CombineMode = Literal["logits", "probabilities"]
 
 @dataclass(frozen=True)
 class InferenceConversion:
-    """Result of ``Teachers.optimize_one_for_inference``.
+    """Result of ``Teachers.optimize_one_for_inference``."""
 
-    Attributes:
-        settings: precision and layout in which the teacher runs from now on; None: those of autocast, as before.
-        fidelity: of the converted network to the float32 one; None if nothing was compared.
-        note: what was done, or why not, as text.
-    """
-
-    settings: InferenceSettings | None
-    fidelity: Fidelity | None
-    note: str
+    settings: InferenceSettings | None  # from now on; None: those of autocast, as before
+    fidelity: Fidelity | None  # to the float32 network; None if nothing was compared
+    note: str  # what was done, or why not
 
 
 class Teachers(nn.Module):
-    """Frozen networks whose outputs are combined.
+    """Frozen networks for the same K classes whose outputs are combined, weighted or equally.
 
-    Args:
-        networks: M networks; each maps images preprocessed for it to logits [B, K], the same classes in the same order.
-        input_converters: one for each network; converts the student's images to its input.
-        weights: of each network in the combination; None: equal.
-        combine: whether the "logits" or the "probabilities" are averaged; the combined logits are then the logarithms
-            of the probabilities.
-
-    Raises:
-        UsageError: weights that are not one number of at least 0 for each network, or all 0; an unknown ``combine``.
+    ``input_converters`` turn the student's images into each network's.  ``combine`` averages the "logits" or the
+    "probabilities"; the combined logits are then the logarithms of the probabilities.
     """
 
     def __init__(
@@ -242,17 +212,11 @@ class Teachers(nn.Module):
     def run(
         self, images: Tensor, prepared: Sequence[Tensor | None] = (), index: Tensor | None = None
     ) -> list[ForwardOutput]:
-        """Return the outputs of each teacher.
+        """Return the outputs of each teacher for images [B, 3, H, W] of the student, or for those ``prepared`` at its
+        own size.
 
-        Args:
-            images: [B, 3, H, W], preprocessed for the student.
-            prepared: for each teacher the same images preprocessed for it, at its own size; None, or an empty
-                sequence: ``images``, converted.
-            index: [B] int64 sample ids, if these are training images: a cross-fitted teacher then uses for each the
-                head of its fold.
-
-        Raises:
-            UsageError: the teachers have different numbers of classes.
+        ``index``: [B] int64 sample ids of training images: a cross-fitted teacher then uses for each the head of its
+        fold.
         """
         if any(module.training for module in self.networks.modules()):  # after train() was called on a teacher
             self.train()
@@ -299,15 +263,8 @@ class Teachers(nn.Module):
         """Replace one teacher by a faster copy if it agrees with the original, which is not modified.
 
         BatchNorm is folded, weights are converted to ``dtype``, and autograd records nothing.  A teacher whose feature
-        maps are read is kept.
-
-        Args:
-            position: of the teacher.
-            dtype: of the weights: bfloat16 if the hardware is fast in it, else float32.
-            memory_format: of weights and images.
-            example: images preprocessed for this teacher, [N, 3, H, W]; a few suffice if ``fidelity`` is given.
-            min_agreement: share of images with the same top class from which the copy is used.
-            fidelity: of an earlier comparison on these images, which is then not repeated.
+        maps are read is kept.  It agrees if a share ``min_agreement`` of ``example`` [N, 3, H, W] has the same top
+        class, or by the ``fidelity`` of an earlier comparison.
         """
         network = self.networks[position]
         if reason := self._reason_to_keep(position):
@@ -339,14 +296,7 @@ class Teachers(nn.Module):
         return settings
 
     def compile(self, images: Tensor, **options: Any) -> list[str]:  # type: ignore[override]
-        """Compile the networks whose hidden layers are not read, and run each once; return a sentence on each.
-
-        A network that cannot be compiled goes on without.
-
-        Args:
-            images: [B, 3, H, W] of the size of later batches, preprocessed for the student.
-            options: of ``torch.compile``.
-        """
+        """Compile the networks whose hidden layers are not read, and run each once; return a sentence on each."""
         notes = []
         for position, (network, convert) in enumerate(zip(self.networks, self.input_converters, strict=True)):
             extractor, settings = self.extractors[position], self.inference_settings[position]
@@ -408,12 +358,8 @@ class TeacherImages(NamedTuple):
 class TeacherViews:
     """The images of a split's batches for teachers of other sizes, in step with the student's loader.
 
-    They are decoded on request, so that cached outputs cost no decoding.
-
-    Args:
-        loaders: for each teacher one with the order and the views of the student's loader, at the teacher's size (see
-            ``drawn_for`` of ``Loader``); None if it has the student's size.
-        memory_format: of the images.
+    They are decoded on request, so that cached outputs cost no decoding.  Each of ``loaders`` has the order and views
+    of the student's, at a teacher's size (``drawn_for``); None if that is the student's.
     """
 
     def __init__(
@@ -430,14 +376,9 @@ class TeacherViews:
         self._epoch, self._position, self._last = epoch, step - 2, None  # no batch is the next one
 
     def at(self, position: int, index: Tensor, view: int | Tensor) -> TeacherImages:
-        """Return the images of the epoch's batch number ``position``, from 0; positions must increase.
+        """Return the images of the epoch's batch number ``position``, from 0, of this process; positions must increase.
 
         The batch after the last one comes from the loader's epoch, which decodes ahead; any other is decoded alone.
-
-        Args:
-            position: of the batch in this process's part of the epoch.
-            index: [B] int64 sample ids.
-            view: view number, one for all or [B] int64.
         """
         if position != self._position or self._last is None:
             is_next = position == self._position + 1

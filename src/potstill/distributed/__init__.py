@@ -20,11 +20,7 @@ def restart_count() -> int:
 
 
 def ranks_and_counts() -> tuple[int, int, int, int]:
-    """Return rank, number of processes, and both on this machine.
-
-    Raises:
-        UsageError: not what torchrun sets.
-    """
+    """Return rank, number of processes, and both on this machine; UsageError if they are not what torchrun sets."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
         rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
@@ -36,11 +32,7 @@ def ranks_and_counts() -> tuple[int, int, int, int]:
 
 
 def heartbeat_timeout() -> float:
-    """Return the seconds without progress after which a process counts as stalled.
-
-    Raises:
-        UsageError: the environment variable is no number above 0.
-    """
+    """Return the seconds without progress after which a process counts as stalled."""
     text = os.environ.get(TIMEOUT_VARIABLE, "")
     try:
         seconds = float(text) if text else DEFAULT_TIMEOUT

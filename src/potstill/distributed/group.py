@@ -53,19 +53,15 @@ _CONNECTION_ERROR = re.compile(
 
 
 class Watchdog:
-    """The thread that sends and checks heartbeats; ``end`` returns how this process ends.
-
-    Attributes:
-        place: how many exchanges have begun or ended; comparable between processes.
-        moves: whatever else shows that this process gets on.
-        steps: how many training steps it is within, 0 or 1.
-    """
+    """The thread that sends and checks heartbeats; ``end`` returns how this process ends."""
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
         # Two connections, so that calls of the thread and the main thread do not wait for each other.
         self.store, self._own = store.clone(), store.clone()
         self.rank, self.count = rank, count
-        self.place = self.moves = self.steps = self._beats = 0
+        self.place = 0  # how many exchanges have begun or ended; comparable between processes
+        self.moves = 0  # whatever else shows that this process gets on
+        self.steps = self._beats = 0  # training steps it is within, 0 or 1
         self._timeout, self._next = heartbeat_timeout(), (rank + 1) % count
         self._seen: _PeerState | None = None
         self._over = threading.Event()
@@ -84,12 +80,10 @@ class Watchdog:
         return True
 
     def end(self, error: BaseException | None) -> BaseException | None:
-        """Report to the others how this process ends, and stop the thread.
+        """Report to the others how this process ends, and stop the thread; return the exception to raise.
 
-        Returns:
-            The exception to raise: ``error`` itself if it is the first failure of the run; ``RankLost`` if it follows
-            from the loss of another process; ``RemoteFailure`` if it follows from, or is the same as, a failure that
-            another process reports.
+        ``error`` itself if it is the first failure of the run; else ``RankLost`` or ``RemoteFailure``, from which it
+        follows.
         """
         if error is not None and not isinstance(error, Stopped):
             _ignore_signals()  # torchrun sends SIGTERM when one process ends; the error must still be shown
@@ -291,20 +285,13 @@ class ProgressCounters(Protocol):
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One of ``count`` processes.
+    """One of ``count`` processes."""
 
-    Attributes:
-        rank: of this process, from 0.
-        count: number of processes on all machines.
-        local_rank, local_count: on this machine.
-        watch: counts the progress of this process; None for a single process.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
+    rank: int = 0  # of this process, from 0
+    count: int = 1  # number of processes on all machines
+    local_rank: int = 0  # on this machine
     local_count: int = 1
-    watch: ProgressCounters | None = None
+    watch: ProgressCounters | None = None  # counts the progress of this process; None for a single process
 
     @property
     def first(self) -> bool:
@@ -345,11 +332,7 @@ class ProcessGroup:
         return found
 
     def run_on_first(self, work: Callable[[], Value]) -> Value | None:
-        """Return what a function returns in the first process, which alone calls it; None in the others.
-
-        Raises:
-            PotstillError: the function has raised it; in all processes, so that none waits for the first.
-        """
+        """Return what a function returns in the first process, which alone calls it; raise its error in all."""
         if not self.several:
             return work()
         found, problem = None, None
@@ -433,10 +416,7 @@ class ProcessGroup:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Enter around a training step, in which a process without progress for ``POTSTILL_TIMEOUT`` seconds is lost.
-
-        Elsewhere (reading, decoding and writing files), more time is allowed.
-        """
+        """Enter around a training step: without progress for ``POTSTILL_TIMEOUT`` seconds there, a process is lost."""
         if self.watch is None:
             yield
             return
@@ -459,12 +439,8 @@ _COLLECTIVE_TIMEOUT = timedelta(days=30)  # of a collective; ``Watchdog`` detect
 def process_group() -> Iterator[ProcessGroup]:
     """Join the process group that torchrun has started; without torchrun, yield ``SINGLE_PROCESS``.
 
-    After an error, SIGTERM and SIGINT are ignored, so that the message can be shown.
-
-    Raises:
-        WorkerError: other processes cannot be reached, or one is lost (``RankLost``).
-        UsageError: fewer GPUs than processes on this machine, or an environment that is not torchrun's.
-        RemoteFailure: another process has failed and reported why.
+    After an error, SIGTERM and SIGINT are ignored, so that the message can be shown.  WorkerError: other processes
+    cannot be reached, or one is lost (``RankLost``).  RemoteFailure: another process has failed and reported why.
     """
     if not is_torchrun_launched():
         yield SINGLE_PROCESS
@@ -501,10 +477,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def _choose_gpu(local_rank: int, local_count: int) -> None:
-    """Make one GPU this process's own: that of its local rank, or the only one that it sees.
-
-    SLURM may give each process a mask (CUDA_VISIBLE_DEVICES) with a GPU of its own, number 0 in each of them.
-    """
+    """Use one GPU: that of the local rank, or the only one that it sees, as by SLURM's masks."""
     if not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()

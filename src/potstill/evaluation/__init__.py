@@ -14,13 +14,7 @@ Array = np.ndarray[Any, Any]
 
 
 def precision_recall_f1(hits: Array, predicted: Array, support: Array) -> tuple[Array, Array, Array]:
-    """Return precision, recall and F1 [K] of each class; 0 / 0 counts as 0, as in scikit-learn.
-
-    Args:
-        hits: [K] true positives.
-        predicted: [K] predictions of the class.
-        support: [K] images of the class.
-    """
+    """Return precision, recall and F1 [K] from counts of true positives, predictions and images; 0 / 0 is 0."""
     return _ratio(hits, predicted), _ratio(hits, support), _ratio(2 * hits, predicted + support)
 
 
@@ -42,13 +36,7 @@ def classification_averages(hits: Array, predicted: Array, support: Array) -> Me
 
 
 def auc_averages(per_class: Array, micro: float, support: Array) -> MetricValues:
-    """Return ``auc_`` + ``micro``, ``macro`` and ``weighted``, one class against the rest.
-
-    Args:
-        per_class: [K] AUC; undefined ones (NaN) are skipped.
-        micro: AUC over the scores of all classes pooled.
-        support: [K] images of the class.
-    """
+    """Return ``auc_`` + ``micro``, ``macro`` and ``weighted``, one class against the rest; NaN is skipped."""
     defined = ~np.isnan(per_class)
     if not defined.any():
         macro = weighted = None
@@ -64,13 +52,9 @@ def _ratio(part: Array, whole: Array) -> Array:
 
 
 def exact_auc_per_class(scores: Array, labels: Array) -> tuple[Array, float]:
-    """Return the AUC of each class against the rest [K], and of all classes pooled.
+    """Return the AUC of each class against the rest [K], and of all pooled; NaN without positives or negatives.
 
-    NaN if there are no positives or no negatives.
-
-    Args:
-        scores: [N, K] real numbers, infinities allowed; only their order counts.
-        labels: [N].
+    Only the order of scores [N, K] counts; infinities are allowed.
     """
     ranked = np.sort(scores.T, axis=1)  # [K, N]
     label_scores = np.take_along_axis(scores, labels[:, None], axis=1)[:, 0]

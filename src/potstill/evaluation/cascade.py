@@ -38,33 +38,22 @@ _CURVE_POINTS = 101
 
 @dataclass(frozen=True)
 class CascadeCalibration:
-    """What is known of the student's confidence on labelled images: enough for the threshold of any risk.
+    """What is known of the student's confidence on labelled images: enough for the threshold of any risk."""
 
-    Attributes:
-        images: calibration images n.
-        candidates: networks among which these images have chosen the student.
-        steps: (threshold, images above it that count as risk, images above it), from the highest threshold to 0; an
-            image is above if its confidence is greater.  Between two thresholds only the last number changes.
-    """
-
-    images: int
-    candidates: int
+    images: int  # n
+    candidates: int  # networks among which these images have chosen the student
+    # (threshold, images above it that count as risk, images above it), from the highest threshold to 0; an image is
+    # above if its confidence is greater.  Between two thresholds only the last number changes.
     steps: tuple[tuple[float, int, int], ...]
 
     @staticmethod
     def fit(
         confidence: Array, student_correct: Array, teacher_correct: Array, candidates: int = 1
     ) -> "CascadeCalibration":
-        """Return the calibration by labelled images.
+        """Return the calibration by labelled images: confidences [N] in (0, 1], and which of both networks' answers are
+        right.
 
-        Args:
-            confidence: [N] in (0, 1], the student's largest probability of each image.
-            student_correct: [N] bool.
-            teacher_correct: [N] bool.
-            candidates: networks among which these images have chosen the student.
-
-        Raises:
-            UsageError: no images, or different numbers of them.
+        ``candidates``: networks among which these images have chosen the student.
 
         Example:
             >>> confidence = np.array([0.9, 0.8, 0.7, 0.6])
@@ -89,11 +78,7 @@ class CascadeCalibration:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], origin: str) -> "CascadeCalibration":
-        """Return what ``as_dict`` has returned.
-
-        Raises:
-            ArtifactError: it is no calibration; names ``origin``.
-        """
+        """Return what ``as_dict`` has returned; ArtifactError names ``origin``."""
         try:
             steps = tuple((float(at), int(lost), int(kept)) for at, lost, kept in values["steps"])
             found = CascadeCalibration(int(values["images"]), int(values["candidates"]), steps)
@@ -114,14 +99,7 @@ class CascadeCalibration:
         return float(special.betaincinv(lost + 1, self.images - lost, 1 - (1 - CONFIDENCE) / self.candidates))
 
     def step(self, risk: float) -> tuple[float, int, int] | None:
-        """Return the step with the lowest threshold at which ``risk`` can be promised.
-
-        Returns:
-            As in ``steps``; None if it can be promised only where the teacher always answers.
-
-        Raises:
-            UsageError: a risk outside of (0, 1).
-        """
+        """Return the step with the lowest threshold that promises ``risk``, in (0, 1); None: none does but 1."""
         if not 0 < risk < 1:
             hint = f"; for {risk:g} % give {risk / 100:g}" if 1 <= risk < 100 else ""
             raise UsageError(
@@ -138,11 +116,7 @@ class CascadeCalibration:
         return math.ceil(self.bound(lost) * 1e4) / 1e4
 
     def threshold(self, risk: float) -> float:
-        """Return the threshold for a promised risk: the student answers images with more confidence.
-
-        Raises:
-            UsageError: the risk cannot be promised; names the nearest one that can.
-        """
+        """Return the threshold above which the student answers; UsageError names the nearest possible risk."""
         found = self.step(risk)
         if found is None:
             raise UsageError(
@@ -154,21 +128,13 @@ class CascadeCalibration:
 
 @dataclass(frozen=True)
 class Cascade:
-    """A student, the teachers that answer in its place, and the calibration; ``cascade.json`` in the student's folder.
+    """A student, teachers that answer in its place, and the calibration; cascade.json in the student's folder."""
 
-    Attributes:
-        student: its stage in the run folder.
-        teachers: their stages.
-        combine: what is averaged of several teachers, "logits" or "probabilities".
-        weights: one for each of several teachers; None: equal.
-        calibration: of the student's confidence.
-    """
-
-    student: str
-    teachers: tuple[str, ...]
-    combine: str
-    weights: tuple[float, ...] | None
-    calibration: CascadeCalibration
+    student: str  # its stage in the run folder
+    teachers: tuple[str, ...]  # their stages
+    combine: str  # what is averaged of several teachers, "logits" or "probabilities"
+    weights: tuple[float, ...] | None  # one for each of several teachers; None: equal
+    calibration: CascadeCalibration  # of the student's confidence
 
     def write(self, run: Path) -> None:
         """Write the file of a run folder, with the SHA-256 of each model's weights."""
@@ -185,11 +151,7 @@ class Cascade:
 
     @staticmethod
     def read(folder: Path) -> "Cascade":
-        """Return the cascade of a student's folder; its teachers are in the folders beside it.
-
-        Raises:
-            ArtifactError: there is none, it is damaged, a teacher is missing, or a model was trained again since.
-        """
+        """Return the cascade of a student's folder; ArtifactError also if a model was trained again since."""
         path = folder / CASCADE_FILE
         if not path.is_file():
             from potstill.models.model_file import FACTS_FILE, check_predicts_classes, read_facts  # imports torch
@@ -241,21 +203,12 @@ def cascade_figures(
     teacher_correct: Array,
     risks: Sequence[float] = REPORTED_RISKS,
 ) -> dict[str, Any]:
-    """Return what a cascade does on test images, for results.json.
+    """Return what a cascade does on test images [N], for results.json.
 
-    Args:
-        calibration: by other images.
-        confidence: [N], the student's largest probability of each test image.
-        student_correct: [N] bool.
-        teacher_correct: [N] bool.
-        risks: promised ones.
-
-    Returns:
-        ``calibration_images``, ``candidates``, ``confidence``, ``smallest_risk``; ``curve``, pairs of the share of test
-        images that the teacher answers (those of which the student is least confident) and the top-1 of the cascade;
-        ``risks``: ``risk`` and, if it can be promised, ``threshold``, ``deferred_calibration``, and on test
-        ``deferred``, ``top1``, ``lost`` (the share that counts as risk) with ``lost_low`` and ``lost_high``, its 95 %
-        interval.
+    ``curve``: pairs of the share of test images that the teacher answers (those of which the student is least
+    confident) and the top-1 of the cascade; ``risks``: ``risk`` and, if it can be promised, ``threshold``,
+    ``deferred_calibration``, and on test ``deferred``, ``top1``, ``lost`` (the share that counts as risk) with its 95 %
+    interval.
     """
     student, teacher = np.asarray(student_correct, dtype=bool), np.asarray(teacher_correct, dtype=bool)
     count = len(student)

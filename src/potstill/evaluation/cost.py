@@ -23,13 +23,8 @@ from potstill.models.registry import build_model
 def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[str, int]:
     """Return bytes of ``weights`` (parameters and buffers) and peak ``activations`` of one forward pass.
 
-    Activations are all tensors of the pass that are alive at the same time, including the images, but without the
-    workspace of cuDNN or oneDNN inside an operation.
-
-    Args:
-        module: maps images [B, 3, H, W] to logits.
-        spec: gives the images' size.
-        batch: batch size.
+    Activations are all tensors that are alive at the same time, including the ``batch`` images, without the workspace
+    of cuDNN or oneDNN inside an operation.
     """
     weights = [*module.parameters(), *module.buffers()]
     skip_compiler_import(_MemoryTracker.__torch_dispatch__)
@@ -43,11 +38,7 @@ def measure_memory(module: nn.Module, spec: InputSpec, batch: int = 1) -> dict[s
 
 
 def skip_compiler_import(*functions: Any) -> None:
-    """Set torch's mark of functions that are not compiled, and so save 1.5 s at the start of a run.
-
-    Many of torch's methods import its compiler at their first call, only to set this mark themselves.  Versions of
-    torch without it ignore the attribute.
-    """
+    """Set torch's mark of functions that are not compiled, for which many import its compiler: 1.5 s at the start."""
     if "torch._dynamo" in sys.modules:
         return
     for function in functions:
@@ -137,11 +128,7 @@ def count_flops(module: nn.Module, spec: InputSpec) -> int:
 
 
 def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str], *, flops: int | None = None) -> str:
-    """Return a text table of layers (path, type, output shape, parameters) and the totals.
-
-    A network of more than ``MAX_SUMMARY_ROWS`` layers is shown as blocks, at the greatest depth with so few rows.
-    ``flops`` are those of ``count_flops``; None: they are counted.
-    """
+    """Return a text table of layers (path, type, output shape, parameters) and the totals; large ones by blocks."""
     if (hidden := find_opaque(module)) is not None:
         return (
             f"network      {hidden.label}, whose layers are hidden\n"
@@ -182,15 +169,8 @@ def measure_latency(
 ) -> dict[str, dict[str, float | int | str]]:
     """Measure the milliseconds for one batch, alternating between the models so that background load affects all.
 
-    Args:
-        models: name -> network on its device, and its input spec.
-        batch: batch size.
-        rounds: measurements of each model.
-        warmup: rounds before that, which do not count.
-        seconds: time after which no further round begins, apart from the first five.
-
-    Returns:
-        name -> ``p50`` and ``p95`` in ms, ``batch``, ``threads`` (of torch on the CPU), ``device``.
+    The first five ``rounds`` take place whatever ``seconds`` are.  Return name -> ``p50`` and ``p95`` in ms, ``batch``,
+    ``threads`` (of torch on the CPU), ``device``.
     """
     calls = {name: (module, _blank_images(module, spec, batch)) for name, (module, spec) in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}

@@ -23,12 +23,8 @@ from potstill.features.stages import Stage, find_stages
 def agreement(student: Probabilities | Array, teacher: Probabilities | Array) -> dict[str, float | None]:
     """Compare a student's probabilities [N, K] with its teacher's for the same images.
 
-    Returns:
-        ``agreement``: share of images with the same top class; ``kl_to_teacher``: mean KL(teacher || student) in nats,
-        at T = 1.  Both are None without images.
-
-    Raises:
-        UsageError: different shapes.
+    ``agreement``: share of images with the same top class; ``kl_to_teacher``: mean KL(teacher || student) in nats, at T
+    = 1.  Both are None without images.
 
     Example:
         >>> agreement(np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[1.0, 0.0], [0.9, 0.1]]))["agreement"]
@@ -57,16 +53,8 @@ def cosine_agreement(fitted: tuple[Array, Array], held_out: tuple[Array, Array])
     """Return how well a student's embeddings say linearly what its teacher's do: a cosine for each held-out image.
 
     A linear map (ridge regression, whose penalty is chosen by leave-one-out error) from the student's to the teacher's
-    embeddings is fitted on other images.  The cosine is that of its output and the teacher's embedding, both minus the
-    teacher's mean embedding of the images that it was fitted on: the mean itself, which all images may have largely in
-    common, counts nothing.
-
-    Args:
-        fitted: embeddings of the same images by student [N, D] and teacher [N, E].
-        held_out: the same of other images, [M, D] and [M, E].
-
-    Returns:
-        [M], -1 to 1; 0 where an embedding is the mean.
+    embeddings is ``fitted`` on other images, [N, D] and [N, E].  The cosine [M], -1 to 1, is that of its output and the
+    teacher's embedding, both minus the teacher's mean on those images, which all may have largely in common.
 
     Example:
         >>> random = np.random.default_rng(0)
@@ -92,15 +80,7 @@ def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
 
     Outputs and classes are matched for maximal accuracy (Kuhn, "The Hungarian method for the assignment problem", 1955,
     by scipy).  Only an order with less than half of the errors counts: among K! orders, some are a little better by
-    chance.
-
-    Args:
-        predicted: [N] indices of the outputs.
-        labels: [N] indices of the classes.
-        classes: K.
-
-    Returns:
-        [K], the class of each output; None if the outputs are in order, or no order explains them.
+    chance.  Return the class of each output, [K], or None.
 
     Example:
         >>> labels = np.repeat([0, 1, 2], 10)
@@ -129,12 +109,7 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
     with the diagonals of K and L set to 0.
 
-    Args:
-        first: [n, n], inner products of n representations.
-        second: [n, n], for the same images.
-
-    Raises:
-        UsageError: fewer than 4 images, or different shapes.
+    Each is [n, n], inner products of the same n >= 4 images.
     """
     n = len(first)
     if n < MIN_BATCH_SIZE or first.shape != (n, n) or second.shape != (n, n):
@@ -149,20 +124,12 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StageSimilarity:
-    """Linear CKA between the stages of a network and those of others.
+    """Linear CKA between the stages of a network and those of others."""
 
-    Attributes:
-        layers: paths of the stages of each network, shallow to deep.
-        values: matrix for each other network, with a row per stage of the first and a column per stage of its own; None
-            if one of them does not vary.
-        left_out: stages of each network whose maps are too large.
-        images: number of images compared.
-    """
-
-    layers: dict[str, tuple[str, ...]]
-    values: dict[str, list[list[float | None]]]
-    left_out: dict[str, tuple[str, ...]]
-    images: int
+    layers: dict[str, tuple[str, ...]]  # paths of the stages of each network, shallow to deep
+    values: dict[str, list[list[float | None]]]  # by other network: [first's stages][its own]; None: one is constant
+    left_out: dict[str, tuple[str, ...]]  # stages of each network whose maps are too large
+    images: int  # that were compared
 
 
 def stage_similarity(
@@ -171,15 +138,8 @@ def stage_similarity(
     """Compare the outputs of the stages of the first network with those of each other network.
 
     HSIC is averaged over batches, so memory does not grow with the number of images.  Batches should be of about the
-    same size, each drawn from all classes.
-
-    Args:
-        networks: name -> network that maps images [B, 3, H, W] to logits.
-        batches: name -> the same images, prepared for that network.  Batches of fewer than 4 are skipped.
-        max_values: stages with more values per image are left out.
-
-    Raises:
-        UsageError: no batch of 4 images or more.
+    same size, each drawn from all classes; those of fewer than 4 images are skipped.  Stages of more than
+    ``max_values`` values per image are left out.
     """
     chosen: dict[str, tuple[Stage, ...]] = {}
     left_out: dict[str, tuple[str, ...]] = {}

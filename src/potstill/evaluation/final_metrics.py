@@ -17,12 +17,7 @@ from potstill.evaluation.significance import Z_975, score_interval, wilson_inter
 
 
 def final_metrics(probabilities: Array, labels: Array, class_names: Sequence[str]) -> dict[str, Any]:
-    """Compute ``split_metrics`` of probabilities [N, K], rows that sum to 1, and labels [N], int64 in [0, K).
-
-    Raises:
-        UsageError: shapes that do not match, or a label outside of [0, K).
-        NonFiniteError: a probability is NaN or infinite.
-    """
+    """Compute ``split_metrics`` of probabilities [N, K], rows that sum to 1, and labels [N], int64 in [0, K)."""
     if probabilities.ndim != 2 or probabilities.shape != (len(labels), len(class_names)) or len(class_names) < 2:
         expected = f"[{len(labels)}, {len(class_names)}]"
         raise UsageError(f"probabilities must be {expected} with two classes or more, got {list(probabilities.shape)}")
@@ -146,10 +141,6 @@ def _small_class_factor(by_class: Array, support: Array) -> float:
     """Return the factor on the effective number of images for the uncertain variance of small classes.
 
     To first order ``(z / t)^2`` with Satterthwaite's degrees of freedom, and one less in the denominator.
-
-    Args:
-        by_class: [K] the part of the variance due to the images of each class.
-        support: [K] images of each class.
     """
     uncertain = float((by_class**2 / np.maximum(support - 1, 0.5)).sum())
     if uncertain <= MIN_VARIANCE**2:
@@ -283,20 +274,9 @@ def calibration_report(
 ) -> dict[str, Any] | None:
     """Return calibration metrics on test before and after scaling with the temperature fitted on val.
 
-    Args:
-        val: probabilities [N, K].
-        val_labels: integers [N].
-        test: probabilities [N, K].
-        test_labels: integers [N].
-        applied: the temperature, if the network's logits were already divided by it; None: it is fitted on val.
-
-    Returns:
-        ``temperature``; ``applied``, whether the network has it in its logits; ``before`` and ``after``, each with
-        ``ece`` (0 to 1), ``nll`` (nats) and ``bins``: for each of 15 bins of confidence with images their number, mean
-        confidence and accuracy.  None if a split has no images.
-
-    Raises:
-        UsageError: shapes of labels and probabilities do not match.
+    Return ``temperature``; ``applied``, whether the network has it in its logits; ``before`` and ``after``, each with
+    ``ece`` (0 to 1), ``nll`` (nats) and ``bins``: for each of 15 bins of confidence with images their number, mean
+    confidence and accuracy.  None if a split has no images.
     """
     val, test = as_probabilities(val), as_probabilities(test)
     if not val.shape[0] or not test.shape[0]:
@@ -314,13 +294,9 @@ def calibration_report(
 def temperature_pays(gain: float, images: int, temperature: float) -> bool:
     """Return whether a fitted temperature lowers the NLL beyond doubt.
 
-    By the likelihood-ratio test: without any use, 2 N times the gain follows chi-squared with one degree of freedom, so
-    that one useless temperature in a thousand passes.  One at an end of its range was not fitted.
-
-    Args:
-        gain: by how much the mean NLL, in nats, of the images that it was fitted on is lower.
-        images: their number N.
-        temperature: of ``fit_temperature``.
+    By the likelihood-ratio test: without any use, 2 N times the gain of the mean NLL, in nats, follows chi-squared with
+    one degree of freedom, so that one useless temperature in a thousand passes.  One at an end of its range was not
+    fitted.
 
     Example:
         >>> temperature_pays(0.01, 500, 1.4), temperature_pays(0.01, 600, 1.4), temperature_pays(2.0, 600, 0.05)
@@ -331,11 +307,7 @@ def temperature_pays(gain: float, images: int, temperature: float) -> bool:
 
 
 def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> float:
-    """Return the temperature in [0.05, 20] of minimal NLL, by Newton's method: NLL is convex in 1 / T.
-
-    Raises:
-        UsageError: shapes of labels and probabilities do not match.
-    """
+    """Return the temperature in [0.05, 20] of minimal NLL, by Newton's method: NLL is convex in 1 / T."""
     probabilities = as_probabilities(probabilities)
     _check_inputs(probabilities.shape, labels)
     low, high, inverse = 1 / _MAX_TEMPERATURE, 1 / _MIN_TEMPERATURE, 1.0
@@ -363,12 +335,7 @@ def _nll_derivatives(probabilities: Probabilities, labels: Array, inverse: float
 
 
 def reliability_bins(confidence: Array, correct: Array) -> list[list[float]]:
-    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence.
-
-    Args:
-        confidence: [N], largest probability of each image.
-        correct: [N] bool, whether its class is the label.
-    """
+    """Return number of images, mean confidence and accuracy of each non-empty bin (low, high], by confidence."""
     number = np.clip(np.ceil(confidence * RELIABILITY_BINS) - 1, 0, RELIABILITY_BINS - 1).astype(int)
     return [
         [int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())]

@@ -16,18 +16,8 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) 
     """Return maps of the evidence for a class: ReLU(sum_k A_k mean(d logit / d A_k)) over the last stage's maps A_k.
 
     Tokens are laid out as a grid.  If the tokens of the last stage have no gradient, because the head reads only the
-    class token, the deepest stage with gradients is used.
-
-    Args:
-        model: maps images to logits [B, K]; its mode and its parameters' gradients stay unchanged.
-        images: [B, 3, H, W], prepared for the model, on its device.
-        classes: [B], a class for each image, 0 to K - 1.
-
-    Returns:
-        float32 [B, h, w] of the stage's resolution, in [0, 1]: the maximum of each image is 1, or 0 without evidence.
-
-    Raises:
-        UsageError: not one class for each image; a network without a map that its logits depend on.
+    class token, the deepest stage with gradients is used.  Return float32 [B, h, w] of the stage's resolution in [0,
+    1]: the maximum of each image is 1, or 0 without evidence.  UsageError: the logits depend on no map.
     """
     class_indices = torch.as_tensor(classes, device=images.device)
     if class_indices.shape != images.shape[:1]:
@@ -62,16 +52,8 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | Sequence[int]) 
 
 
 def visible_region(height: int, width: int, spec: InputSpec) -> list[float]:
-    """Return the region of an image that a network sees, and that its Grad-CAM map covers.
-
-    Args:
-        height: of the decoded image, in pixels.
-        width: of the decoded image, in pixels.
-        spec: the network's input spec.
-
-    Returns:
-        Left, top, width and height as shares of the image's sides; padding makes the region larger than the image, with
-        left or top below 0.
+    """Return left, top, width and height of what a network sees of an image, as shares of its sides; below 0 where
+    padded.
 
     Example:
         >>> visible_region(100, 200, InputSpec(32))  # the largest centred square

@@ -93,15 +93,7 @@ class StreamingMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            logits: [B, K] of any floating type.
-            labels: [B] int64 in [0, K); below 0: unlabeled, left out of all metrics.
-
-        Raises:
-            UsageError: wrong shapes.
-        """
+        """Add logits [B, K] and int64 labels [B]; those below 0 are left out of all metrics."""
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or labels.shape != logits.shape[:1]:
             raise UsageError(
                 f"metrics of {self.num_classes} classes take logits [B, {self.num_classes}] and labels [B], "
@@ -164,11 +156,7 @@ class StreamingMetrics:
             self._histogram, self._binned = packed["histogram"].to(self.device), True
 
     def compute(self) -> MetricValues:
-        """Return all metrics, None without images; waits for the device.
-
-        Raises:
-            NonFiniteError: a logit was NaN or infinite.
-        """
+        """Return all metrics, None without images; wait for the device.  NonFiniteError: NaN or infinite logits."""
         sums = {name: values.cpu().numpy() for name, values in self._counts().items()}
         support, predicted, hits = sums["classes"]
         count = int(support.sum())
@@ -201,7 +189,6 @@ class StreamingMetrics:
         return sums
 
     def _scores(self) -> Tensor:
-        """Return the histogram, including the buffer."""
         return self._add_scores(None if self._histogram is None else self._histogram.clone())
 
     def _add_scores(self, histogram: Tensor | None) -> Tensor:
@@ -286,10 +273,7 @@ def _add_scores(histogram: Tensor, logits: Tensor, labels: Tensor) -> None:
 
 
 class TermAverages:
-    """Means of the loss terms over an epoch, kept on the device and read once, by ``compute``.
-
-    A term that a step lacks (a single image has no relation to others) is averaged over the other steps.
-    """
+    """Means of the loss terms over an epoch, each over the steps that have it, kept on the device until ``compute``."""
 
     def __init__(self) -> None:
         self._names: list[tuple[str, ...]] = []
@@ -298,13 +282,7 @@ class TermAverages:
         self._numbers: list[int] = []  # of the steps, from 1
 
     def update(self, terms: dict[str, Tensor], images: int, step: int | None = None) -> None:
-        """Add one step's terms.
-
-        Args:
-            terms: scalars by name, means over the images.
-            images: number of images.
-            step: number of the step, from 1; None: the next one.
-        """
+        """Add one step's terms, means over its images."""
         self._names.append(tuple(terms))
         self._steps.append(torch.stack([term.detach().float() for term in terms.values()]))
         self._sizes.append(images)
@@ -339,11 +317,7 @@ class TermAverages:
         self._sizes = [size for _, _, _, size in steps]
 
     def compute(self, where: str, images: Callable[[int], Sequence[str]] | None = None) -> dict[str, float]:
-        """Return the mean of each term, weighted by the images of each step.
-
-        Raises:
-            NonFiniteError: a term was NaN or infinite; names the first such step (from 1), the terms and images.
-        """
+        """Return the mean of each term over images; NonFiniteError names the first step with NaN or infinity."""
         known = list(dict.fromkeys(name for names in self._names for name in names))
         values = iter(torch.cat(self._steps).cpu().tolist())  # the only synchronisation with the device
         sums, weights = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0)

@@ -63,20 +63,9 @@ def predict_probabilities(
 ) -> tuple[Array, Array, Array] | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
-    Args:
-        model: maps images [B, 3, S, S] to logits [B, classes]; on the device of the batches.
-        loader: in listed order, without augmentation.
-        classes: K.
-        processes: each has some of the batches; only the first gets the whole result, the others None.
-        names: [N] names of the images for messages, or a function from index to name.
-
-    Returns:
-        probabilities [N, K] float32, labels [N] int64 and index [N] int64 (0, 1, 2, ...); row i is image i.
-
-    Raises:
-        NonFiniteError: a logit is NaN or infinite; names the first such image.
-        DataError: an image was left out or came twice.
-        UsageError: logits of a wrong shape.
+    Return probabilities [N, K] float32, labels and index (0, 1, ...) [N] int64, in the first process only.
+    NonFiniteError names the first image with a logit that is NaN or infinite; DataError: an image was left out or came
+    twice.
     """
     parts: list[tuple[Tensor, ...]] = []
     with evaluation_mode(model):
@@ -112,16 +101,8 @@ def _gather_columns(
 ) -> list[Array] | None:
     """Concatenate the columns of all processes in order of the images, and check that all is there and finite.
 
-    Only the first process gets the rows of the others.  What it finds wrong is raised in all.
-
-    Args:
-        columns: a row per image of this process; the last two are index [n] and whether all logits are finite [n].
-        count: N.
-        processes: each passes its own columns, or none without batches.
-        names: of the images, for messages.
-
-    Returns:
-        The columns in order, without the last one; None in all processes but the first.
+    The last two columns are index [n] and whether all logits are finite [n], which is not returned.  Only the first
+    process gets them; what it finds wrong is raised in all.
     """
     gathered = processes.collect(columns) or []
     return processes.run_on_first(lambda: _in_order([each for each in gathered if each], count, names))
@@ -145,11 +126,7 @@ def _in_order(
 
 
 def check_complete(index: np.ndarray[Any, Any], count: int) -> None:
-    """Check that each of ``count`` images was evaluated once.
-
-    Raises:
-        DataError: an image was left out or came twice.
-    """
+    """Check that each of ``count`` images was evaluated once."""
     seen = np.bincount(index, minlength=count)
     if len(seen) == count and (seen == 1).all():
         return
@@ -217,30 +194,18 @@ class FileProbabilities:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for a split; row i is image i.
+    """Predictions for a split; row i is image i."""
 
-    Attributes:
-        labels: [N] int64.
-        predicted: [N] int64, the most probable class; ties go to the lower index.
-        confidence: [N], its probability.
-        label_probability: [N], probability of the label.
-        label_rank: [N] int64, number of classes before the label: 0 if it is the most probable one.
-        top, top_probabilities: [N, min(K, 5)], the most probable classes in order, and their probabilities.
-        auc_per_class: [K], NaN if undefined.
-        auc_micro: AUC of all classes pooled.
-        probabilities: [N, K]; None if they were not kept.
-    """
-
-    labels: Array
-    predicted: Array
-    confidence: Array
-    label_probability: Array
-    label_rank: Array
-    top: Array
-    top_probabilities: Array
-    auc_per_class: Array
-    auc_micro: float
-    probabilities: Probabilities | None
+    labels: Array  # [N] int64
+    predicted: Array  # [N] int64, the most probable class; ties go to the lower index
+    confidence: Array  # [N], its probability
+    label_probability: Array  # [N], probability of the label
+    label_rank: Array  # [N] int64, number of classes before the label
+    top: Array  # [N, min(K, 5)], the most probable classes in order
+    top_probabilities: Array  # [N, min(K, 5)]
+    auc_per_class: Array  # [K], NaN if undefined
+    auc_micro: float  # of all classes pooled
+    probabilities: Probabilities | None  # [N, K]; None if they were not kept
 
     @property
     def classes(self) -> int:
@@ -264,12 +229,7 @@ class Predictions:
 
     @staticmethod
     def of(rows: "Probabilities | Array", labels: Array) -> "Predictions":
-        """Return the predictions of probabilities [N, K] for labels [N] int64 in [0, K).
-
-        Raises:
-            UsageError: labels that do not fit.
-            NonFiniteError: a probability is NaN or infinite.
-        """
+        """Return the predictions of probabilities [N, K] for labels [N] int64 in [0, K)."""
         rows = as_probabilities(rows)
         count, classes = rows.shape
         if labels.shape != (count,):
@@ -314,22 +274,9 @@ def predict_split(
 ) -> Predictions | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
-    Args:
-        model: maps images [B, 3, S, S] to logits [B, classes]; on ``device``.
-        loader: in listed order, without augmentation.
-        classes: K.
-        device: of model and batches.
-        processes: each has some of the batches; only the first gets the whole result, the others None.
-        names: returns the name of an image for messages.
-        file: receives all probabilities, see ``FileProbabilities``, if there are more than ``max_values``.
-        labels: [N] int64; overrides those of the loader.
-        max_values: N * K up to which all probabilities are kept in memory.
-
-    Raises:
-        NonFiniteError: a logit is NaN or infinite; names the first such image.
-        DataError: an image was left out or came twice.
-        UsageError: logits of a wrong shape.
-        StorageError: the file cannot be written.
+    More than ``max_values`` probabilities N * K are not kept in memory; ``file`` receives them, see
+    ``FileProbabilities``. ``labels`` override those of the loader.  Only the first process gets the result.  Errors as
+    of ``predict_probabilities``.
     """
     count = loader.count
     if count * classes <= max_values:
@@ -380,10 +327,8 @@ def _from_columns(
 
 
 class _ColumnBuffer:
-    """The columns of ``Predictions`` batch by batch, on the device.
-
-    One tensor for all images is allocated at the start: small tensors between the large ones of each batch would
-    fragment memory (2.7 GB instead of 0.7 for 200,000 images of 1,000 classes).
+    """The columns of ``Predictions`` on the device, allocated at the start: small tensors between the large ones of
+    each batch would fragment memory (2.7 GB instead of 0.7 for 200,000 images of 1,000 classes).
     """
 
     def __init__(

@@ -86,15 +86,9 @@ class InitialNetwork:
 def build_network(
     recipe: Recipe, network: StageSettings, classes: tuple[str, ...], value_range: ValueRange | None = None
 ) -> InitialNetwork:
-    """Return a new network, or one with the weights of ``network.weights``.
+    """Return a new network, drawn from torch's global generator, or one with the weights of ``network.weights``.
 
-    The initialisation draws from torch's global random generator.
-
-    Args:
-        recipe: of the run.
-        network: one of its networks.
-        classes: of the data, in order; ``NO_CLASSES``: the network gets a head that stays 0 and is not trained.
-        value_range: [black, white] of the data's images of more than 8 bits; None: there are none.
+    For ``NO_CLASSES`` it gets a head that stays 0 and is not trained.
     """
     start = _build_network(recipe, network, classes)
     if network.head == "none" or classes == NO_CLASSES:
@@ -223,7 +217,6 @@ DEFAULT_PROMPT = "a photo of a {}."
 
 
 def _build_zero_shot(recipe: Recipe, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
-    """Return a network whose head is made of the class names."""
     assert network.weights is not None
     if network.weights != "pretrained" and _is_potstill_model(model_path(network.weights)):
         raise UsageError(
@@ -290,7 +283,6 @@ def _resolution_notes(architecture: str, size: int, key: str) -> list[str]:
 
 
 def _from_other_program(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
-    """Return a teacher that is a file of another program."""
     key, source = network_key(recipe, network), str(network.weights)
     label = LABELS[network.model]
     if not key.startswith("teacher"):
@@ -458,10 +450,7 @@ def _class_difference(path: Path, theirs: Sequence[str], ours: Sequence[str]) ->
 def network_spec(
     recipe: Recipe, network: StageSettings, normalisation: tuple[Triple, Triple] | None = None
 ) -> InputSpec:
-    """Return the preprocessing of a network: pretrained weights have their own normalisation, others the recipe's.
-
-    ``normalisation``: mean and standard deviation from the weights' file or repository.
-    """
+    """Return the preprocessing of a network: pretrained weights have their own, others the recipe's."""
     data = recipe.data
     if network.model.startswith(GIVEN):
         given = given_input(network.model)
@@ -521,10 +510,9 @@ def train_loader(
 ) -> Loader:
     """Return the loader of augmented training images, in a new order each epoch.
 
-    Baseline and distilled get the same order and the same views, so that only the method differs (methods that need
-    batches of a fixed size drop the last, smaller one; stages without teacher get no unlabeled images).
-    ``drawn_for``: the student's spec, if its views are drawn at the size of ``spec``.
-    ``network``: that the images are for; a table gets its answers for them instead.
+    Baseline and distilled get the same order and views; methods that need batches of a fixed size drop the last one.
+    ``drawn_for``: the student's spec, if its views are drawn at the size of ``spec``; a table as ``network`` gives
+    answers.
     """
     unlabeled = data.unlabeled if needs.teacher or needs.peers else None
     views = recipe.teacher_cache.views
@@ -551,6 +539,7 @@ def train_loader(
         progress=observer,
         draws=data.draws,
         share=(compute.processes.rank, compute.processes.count),
+        jpeg=recipe.data.cache == "jpeg",
         drawn_for=drawn_for,
         answers=table_answers(network, data.train, unlabeled),
         embeddings=answers_are_embeddings(network),
@@ -580,12 +569,7 @@ def folder_name(images: ImageSet) -> str:
 
 
 def describe_training_views(loader: Loader, recipe: Recipe, data: DataSplits, epochs: int) -> dict[str, Any]:
-    """Return what identifies the views that a student is trained on.
-
-    Returns:
-        ``count`` of different views of an image, ``augmentation_seed``, and ``sha256`` of all that determines the
-        views of labeled images: equal digests mean equal views.
-    """
+    """Return ``count`` of views of an image, ``augmentation_seed``, and ``sha256`` of all that determines the views."""
     described = loader.describe_views()
     described["samples"] = described["samples"][0]
     count = min(loader.views_in_turn or epochs, epochs) if described["augment"] is not None else 1
@@ -605,11 +589,9 @@ def split_loader(
     drawn_for: InputSpec | None = None,
     network: nn.Module | None = None,
 ) -> Loader:
-    """Return the loader of the images of a split, in order and without augmentation.
+    """Return the loader of the images of a split, in order and without augmentation; arguments as of ``train_loader``.
 
     ``shared``: divide the batches among the processes; False: each process gets all of them.
-    ``drawn_for``: the student's spec, if its images are shown at the size of ``spec``.
-    ``network``: that the images are for; a table gets its answers for them instead.
     """
     processes = compute.processes
     return Loader(
@@ -634,16 +616,8 @@ def build_teacher_views(
     loader: Callable[..., Loader],
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> TeacherViews | None:
-    """Return the views of a split for teachers with another input size than the student's, and the answers of tables;
-    None if there are none.
-
-    They are the student's views at the teacher's size and with the teacher's normalisation.
-
-    Args:
-        student: preprocessing of the student's images.
-        teachers: the teachers.
-        loader: a partial of ``train_loader`` or ``split_loader`` that takes ``spec``, ``drawn_for`` and ``network``.
-        memory_format: of the images.
+    """Return the student's views at the size and normalisation of teachers with others, and the answers of tables; None
+    if there are none.  ``loader`` is a partial of ``train_loader`` or ``split_loader``.
     """
     by_spec: dict[InputSpec, Loader] = {}
     loaders: list[Loader | None] = []
@@ -683,8 +657,9 @@ def build_distiller(
             "teacher; leave them out"
         )
     several = len(teachers) > 1
-    for network in (student, *teachers):
-        network.module.to(compute.device).to(memory_format=compute.memory_format)
+    for name, network in zip((planned.name, *planned.teachers), (student, *teachers), strict=True):
+        compute.place(network.module, name)
+        network.module.to(memory_format=compute.memory_format)
     with example_answers(teacher.module for teacher in teachers):
         distiller = Distiller(
             student.module,
@@ -725,9 +700,7 @@ def take_deployed_network(student: Classifier, distiller: Distiller) -> None:
 def describe_layers(distiller: Distiller, *, max_rows: int | None = None) -> str:
     """Return a text on the feature pairs and on what is trained besides the student; empty if there is neither.
 
-    Args:
-        distiller: of a stage.
-        max_rows: largest number of rows of adapters; if there are more, they are summed by group.
+    Rows of adapters beyond ``max_rows`` are summed by group.
 
     Example:
         >>> from potstill.methods.kd import KD
@@ -763,15 +736,8 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:
-    """Return the cost of the teachers' forward pass in a training step: ``parameters`` and their ``bytes`` in memory
-    (None if a teacher hides its layers), and ``ms_per_step`` (median); None without teacher, or if a GPU has too little
-    memory, of which the training says more.
-
-    Args:
-        distiller: on the compute's device.
-        batch_size: images of a step in this process.
-        size: of the student's images in pixels.
-        compute: device and precision.
+    """Return ``parameters``, ``bytes`` and ``ms_per_step`` (median) of the teachers' forward pass of a step; None
+    without teacher, or if a GPU has too little memory.
     """
     if distiller.teacher is None:
         return None

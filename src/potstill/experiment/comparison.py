@@ -1,6 +1,4 @@
-"""``comparison`` and ``cka`` of results.json: distilled student against baseline, and the CKA of teacher and
-students.
-"""
+"""Distilled student against baseline, and the CKA of teacher and students, for results.json."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,12 +37,8 @@ _CKA_SPLIT = "val"
 def describe_similarity(
     models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, Any] | None:
-    """Return the linear CKA between the stages of the first teacher and those of the students, on images of val.
-
-    Returns:
-        ``split``, ``images``, ``layers`` (by stage of the run: paths), ``values`` (by student: a row for each stage of
-        the teacher, a column for each of its own) and ``left_out``; ``failed`` alone if it cannot be computed; None
-        without teacher or student.
+    """Return the linear CKA between the stages of the first teacher and those of the students, on images of val, as in
+    results.json; ``failed`` alone if it cannot be computed; None without teacher or student.
     """
     names = [name for name in ("teacher", "baseline", "distilled") if name in models]
     if names[:1] != ["teacher"] or len(names) < 2:
@@ -64,7 +58,10 @@ def describe_similarity(
         "split": _CKA_SPLIT,
         "images": found.images,
         "layers": {name: list(paths) for name, paths in found.layers.items()},
-        "values": {name: [[_rounded(value) for value in row] for row in rows] for name, rows in found.values.items()},
+        "values": {
+            name: [[None if value is None else round(value, 4) for value in row] for row in rows]
+            for name, rows in found.values.items()
+        },
         "left_out": {name: list(paths) for name, paths in found.left_out.items()},
     }
 
@@ -85,10 +82,6 @@ def _batches(
         yield {name: loader.view(ids, 0) for name, loader in loaders.items()}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
 SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # averaged over the seeds
 _INTERMEDIATE_ROLES = ("assistant", "generation")
 
@@ -105,15 +98,9 @@ def compare_with_baseline(
 ) -> dict[str, Any]:
     """Return ``comparison`` of results.json.
 
-    Args:
-        stages: of results.json, with baseline and distilled; with the teachers, if any.
-        correct: stage, repeat or group -> [N] bool, whether each test image was classified correctly.
-        groups: ``together`` of results.json.
-        repeats: of results.json: baseline and distilled of further seeds.
-        seed: the first one.
-        domain: from ``domain_adaptation.describe_domains``.
-        known: further facts for the verdict: ``test_evaluations`` and ``teacher_below_baseline``, as in results.json.
-        folds: [N] fold of each image, from 0, whose models have predicted it; None: the same models for all images.
+    ``correct``: stage, repeat or group -> [N] bool.  ``known``: facts for the verdict: ``test_evaluations`` and
+    ``teacher_below_baseline``.  ``folds``: [N] fold of each image, whose models have predicted it; None: the same for
+    all.
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
@@ -145,10 +132,7 @@ def compare_with_baseline(
 
 
 def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
-    """Return how many evaluations on test could give a verdict, including the present one.
-
-    A first evaluation with fewer seeds than a verdict needs does not count.
-    """
+    """Return the number of test evaluations that could give a verdict, this one included: with enough seeds for one."""
     found = (known or {}).get("looks") or {}
     evaluations = int(finite_figure(found, "test_evaluations") or 1)
     first = finite_figure(found, "seeds_at_first_look")
@@ -158,9 +142,7 @@ def count_test_evaluations(known: Mapping[str, Any] | None) -> int:
 def _over_seeds(
     stages: Mapping[str, Any], correct: Mapping[str, Array], teacher: Array | None, seed: int, looks: int
 ) -> dict[str, Any]:
-    """Return the comparison over all seeds: each seed, means, and the mean gain with its interval over seeds and
-    images.
-    """
+    """Return the comparison over all seeds: each seed, and the mean gain with its interval over seeds and images."""
     pairs = _pairs(stages)
     count = len(pairs)
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
@@ -183,9 +165,7 @@ def _over_seeds(
 
 
 def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Array, looks: int) -> dict[str, Any]:
-    """Return the comparison over all folds and seeds: each fold, and the mean gain with its interval over folds, seeds
-    and images.
-    """
+    """Return the comparison over all folds and seeds: each fold, and the mean gain with its interval."""
     pairs = _pairs(correct)
     before, after = (np.stack([correct[pair[at]] for pair in pairs]) for at in (0, 1))
     whole = crossed_interval(before, after, interim_confidence(looks), folds)
@@ -212,7 +192,6 @@ def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Arra
 
 
 def _pairs(stages: Collection[str]) -> list[tuple[str, str]]:
-    """Return the names of baseline and distilled student of each seed."""
     found = [("baseline", "distilled")]
     while {*(further := tuple(stage_name(role, len(found) + 1) for role in found[0]))} <= set(stages):
         found.append((further[0], further[1]))
@@ -292,14 +271,7 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
 def count_flips(correct: Mapping[str, Array]) -> dict[str, Any]:
     """Return ``flips`` of results.json: what students have wrong that the previous model has right, and the reverse.
 
-    Args:
-        correct: stage -> [N] bool, whether each test image was classified correctly; with "previous".
-
-    Returns:
-        ``images``; ``previous_correct``; ``students``, by stage, with ``negative`` (only the previous model is right),
-        ``positive`` (only the student is), and the negative flip rate over all images ``rate`` with ``rate_low`` and
-        ``rate_high``, its 95 % interval (Wilson); ``difference``, the rate of the distilled student minus that of the
-        baseline, ``difference_low`` and ``difference_high``, its interval over images (paired), if there are both.
+    Rates are over all images, with 95 % intervals (Wilson); that of the difference of two students is paired.
     """
     before = correct["previous"]
     students: dict[str, Any] = {}

@@ -30,9 +30,8 @@ def apply_curriculum(
 ) -> DataSplits:
     """Return the data with the sampling of a stage's curriculum; unchanged without curriculum or distillation.
 
-    The teachers run once on each training image, without augmentation.  The order depends on their outputs only (for
-    "random": on the seed), so a resumed run has the same order.  An epoch has the same number of steps as without
-    curriculum.
+    The teachers run once on each image, without augmentation.  The order depends on their outputs only (for "random":
+    on the seed), so a resumed run has the same; an epoch has as many steps as without curriculum.
     """
     settings = recipe.curriculum
     if settings is None or not stage.distils:
@@ -59,16 +58,7 @@ def images_per_epoch(settings: CurriculumSettings, images: int, classes: int, ep
 
 
 def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str) -> Array:
-    """Return the difficulty of each image.
-
-    Args:
-        probabilities: [N, K], combined over the teachers.
-        labels: [N].
-        score: "loss": -log p of the label; "confidence": 1 - the largest p.
-
-    Returns:
-        [N], at least 0.
-    """
+    """Return the difficulty [N] of images, at least 0: "loss": -log p of the label; "confidence": 1 - the largest p."""
     if score == "confidence":
         return np.asarray(1.0 - probabilities.max(axis=1), dtype=np.float64)
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)

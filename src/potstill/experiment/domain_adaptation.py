@@ -68,13 +68,7 @@ class PseudoLabels:
 
 
 def select_pseudo_labels(probabilities: Array, labels: Ids, confidence: float) -> PseudoLabels:
-    """Select the images with a confident prediction, and those whose label may be used.
-
-    Args:
-        probabilities: [N, K], the teacher's; ties go to the lower class.
-        labels: [N] class ids if they may be used, else -100.
-        confidence: least probability of the top class, from 0 to 1.
-    """
+    """Select the images with a confident prediction, and those whose label may be used (not -100)."""
     top, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1).astype(np.int64)
     known = labels != UNLABELED
     index = np.flatnonzero((top >= confidence) | known)
@@ -90,15 +84,7 @@ def select_pseudo_labels(probabilities: Array, labels: Ids, confidence: float) -
 
 @dataclass
 class Domains:
-    """The images of each stage of a run; without a target, all stages use the source.
-
-    Args:
-        recipe: of the run.
-        data: the source's splits, with ``target``.
-        compute: device and precision of the teachers.
-        observer: its methods are called with the number of selected images.
-        warn: called with a message on classes without images.
-    """
+    """The images of each stage of a run; without a target, all stages use the source."""
 
     recipe: Recipe
     data: DataSplits
@@ -128,10 +114,7 @@ class Domains:
         return self._as("target", target, chosen, val, EpochSampling(len(source.train) + len(known), groups))
 
     def adapt(self, model: Classifier, name: str, folder: Path) -> None:
-        """Set a teacher's BatchNorm statistics to the target's and save it, if the recipe requests it.
-
-        This is done once; a run that was interrupted before does it when it is resumed.
-        """
+        """Set a teacher's BatchNorm statistics to the target's and save it, once, if the recipe requests it."""
         if self.data.target is None or not self.recipe.domain_settings.adapt_batch_norm or "batch_norm" in model.facts:
             return
         seen = self.take_statistics(model, name)
@@ -199,9 +182,6 @@ class Domains:
         return None if found is None else found[0]
 
     def _loader(self, model: Classifier, shuffled: int | None = None) -> Loader:
-        """Return a loader of the candidates, without augmentation: in order, or shuffled and complete in each
-        process.
-        """
         processes, least = self.compute.processes, self.recipe.stage_training("student").batch_size
         return Loader(
             self.candidates,
@@ -243,14 +223,7 @@ def _labelled(images: ImageSet, share: float, seed: int) -> Ids:
 def evaluate_on_source(
     models: Mapping[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every network on the source's test split; empty without a target.  Call in all processes.
-
-    Args:
-        models: by stage.
-        recipe: of the run.
-        data: the source's splits, with ``target``.
-        compute: device and precision.
-    """
+    """Return the metrics of every network on the source's test split; empty without a target.  Call it in all."""
     if data.target is None:
         return {}
     return {name: _evaluate_test(name, model, recipe, data, compute) for name, model in models.items()}
@@ -261,13 +234,7 @@ def evaluate_adapted_baselines(
 ) -> dict[str, float]:
     """Return top-1 of each baseline on the target with the target's BatchNorm statistics: the effect of AdaBN alone.
 
-    Empty if the teachers were not adapted.  Call in all processes.
-
-    Args:
-        models: by stage; not changed.
-        recipe: of the run.
-        data: the source's splits, with ``target``.
-        compute: device and precision.
+    Empty if the teachers were not adapted.  Call in all processes; the models are not changed.
     """
     found: dict[str, float] = {}
     if data.target is None or not recipe.domain_settings.adapt_batch_norm:
@@ -289,15 +256,7 @@ def describe_domains(
     figures: Mapping[str, Mapping[str, Any]],
     adapted: Mapping[str, float],
 ) -> dict[str, Any] | None:
-    """Return ``domain`` of the comparison; None without a target.
-
-    Args:
-        recipe: of the run.
-        data: the source's splits, with ``target``.
-        models: by stage.
-        figures: from ``evaluate_on_source``.
-        adapted: from ``evaluate_adapted_baselines``.
-    """
+    """Return ``domain`` of the comparison; None without a target."""
     if data.target is None:
         return None
     share, settings = recipe.data.target_labels, recipe.domain_settings

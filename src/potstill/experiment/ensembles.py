@@ -86,12 +86,7 @@ def _in_memory(rows: MeanPredictions) -> Probabilities:
 
 
 def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> Array:
-    """Return the combined probabilities of teachers on the same images, [N, K]; those of a single teacher unchanged.
-
-    Args:
-        each: [N, K] probabilities of each teacher, in order.
-        settings: how they are combined.
-    """
+    """Return the combined probabilities [N, K] of teachers on the same images; those of a single teacher unchanged."""
     given = settings.weights if settings.weights is not None else [1.0] * len(each)
     shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
     return each[0] if len(each) == 1 else _mean(np.stack(each), shares, settings.combine == "logits")

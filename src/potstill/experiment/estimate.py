@@ -29,24 +29,14 @@ _NEGLIGIBLE_SPEED_UP = 1.05
 
 @dataclass(frozen=True)
 class CacheEstimate:
-    """The estimated effect of the teacher cache on one student's training.
-
-    Attributes:
-        views: number of views of each image.
-        images: number of images.
-        size: bytes of all views on disk.
-        recorded: share of them that is cached already.
-        teacher: seconds per image.
-        student: seconds per image, forward and backward.
-        epochs: number of epochs.
-    """
+    """The estimated effect of the teacher cache on one student's training."""
 
     views: int
     images: int
-    size: int
-    recorded: float
-    teacher: float
-    student: float
+    size: int  # bytes of all views on disk
+    recorded: float  # share of them that is cached already
+    teacher: float  # seconds per image
+    student: float  # seconds per image, forward and backward
     epochs: int
 
     @property
@@ -92,17 +82,7 @@ def estimate_cache(
     epochs: int,
     compute: Compute,
 ) -> CacheEstimate:
-    """Estimate the effect of the teacher cache by timing a training step of a copy of the student.
-
-    Args:
-        recorded: of the training images.
-        loader: of the training images.
-        student: before training.
-        teacher: seconds per image.
-        batch: images of a step.
-        epochs: largest number of epochs.
-        compute: device and precision.
-    """
+    """Estimate the effect of the teacher cache by timing a training step of a copy of the student."""
     caches = [*recorded.caches, *recorded.second]
     views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
     there = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
@@ -131,15 +111,7 @@ def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> floa
 
 
 def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
-    """Return a sentence on the trainings of several seeds; "" if there is one seed.
-
-    Example:
-        >>> from potstill.experiment.plan import plan_stages
-        >>> from potstill.config.recipe import load_recipe
-        >>> recipe = load_recipe("quickstart", ["seeds=3"])
-        >>> print(describe_seeds(recipe, plan_stages(recipe)))
-        seeds 0, 1, 2: baseline and distilled are trained with each of them, 6 trainings, all with the same teacher
-    """
+    """Return a sentence on the trainings of several seeds; "" if there is one seed."""
     if recipe.seeds == 1:
         return ""
     seeds = sorted({stage_recipe(recipe, stage).seed for stage in planned})
@@ -155,15 +127,7 @@ def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
 def estimate_further_seeds(
     recipe: Recipe, planned: Sequence[PlannedStage], student: Classifier, images: int, compute: Compute
 ) -> str:
-    """Estimate the time of further seeds from one training step of the student; "" if there are none.
-
-    Args:
-        recipe: of the run.
-        planned: the remaining stages.
-        student: before its training; a copy is timed.
-        images: of the training split.
-        compute: device, precision and process group.
-    """
+    """Estimate the time of further seeds from one training step of a copy of the student; "" if there are none."""
     further = [stage for stage in planned if stage.repeat]
     if not further:
         return ""
@@ -180,10 +144,7 @@ def estimate_further_seeds(
 
 
 class StageTime(float):
-    """The seconds of a stage, of which ``first`` pass in the first ``share`` of the training, while the teacher runs.
-
-    Later epochs read the teacher's outputs from the cache.
-    """
+    """Seconds of a stage, of which ``first`` pass in the first ``share`` of the training, before outputs are cached."""
 
     first: float = 0.0
     share: float = 0.0
@@ -200,10 +161,7 @@ class StageTime(float):
 def estimate_stages(
     recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
 ) -> dict[str, StageTime]:
-    """Return the seconds that each stage will take, from one small batch of each of its networks with random weights.
-
-    A stage whose networks cannot be built here, such as those of the user's own code, is left out.
-    """
+    """Return the seconds of each stage, from a small batch of its networks with random weights, without own code."""
     seconds, known = dict[str, StageTime](), dict[tuple[str, int], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
     unlabeled = 0 if data.unlabeled is None else len(data.unlabeled)
@@ -242,10 +200,6 @@ def estimate_stages(
 
 
 def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Compute) -> tuple[float, float]:
-    """Return the seconds per image of a training step and of a forward pass alone.
-
-    A network with hidden layers has no step, and a table takes no time.
-    """
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)
     if find_table(network) is not None:

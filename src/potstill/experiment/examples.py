@@ -40,18 +40,11 @@ class ExampleGroup:
 
 
 def select_examples(predictions: Mapping[str, Predictions], max_images: int = MAX_PER_GROUP) -> dict[str, ExampleGroup]:
-    """Select images by group, those with the highest score first; ties in the order of the split.
+    """Select ``max_images`` of each group, those with the highest score first; ties in the order of the split.
 
     ``mistakes``: the student is wrong; score: its confidence.  ``disagreements``: student and teacher predict different
     classes; score: the product of their confidences.  ``repaired`` and ``broken``: only the distilled student, or only
     the baseline, is right; score: the change of the true class's probability.
-
-    Args:
-        predictions: ``student`` (required), ``teacher``, ``baseline`` -> predictions for the same images.
-        max_images: largest number of images of a group.
-
-    Returns:
-        group -> images; groups that need a missing network are left out.
 
     Example:
         >>> student = np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]])
@@ -85,14 +78,7 @@ _QUALITIES = (82, 70, 55, 40, 25)
 
 
 def encode_thumbnail(pixels: Pixels) -> dict[str, Any]:
-    """Return a PNG of small images, which a browser can enlarge without blur; of others, a JPEG.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-
-    Returns:
-        ``type`` ("png" or "jpeg"), ``width`` and ``height`` in pixels, ``data`` in base64.
-    """
+    """Return ``type``, ``width``, ``height`` and ``data`` (base64) of a PNG of small images, or a JPEG."""
     image = Image.fromarray(pixels)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     small = max(image.size) < THUMBNAIL_SIDE // 2
@@ -135,16 +121,7 @@ def describe_examples(
     images: ImageSet,
     class_names: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Return the content of examples.json; None without student or images.
-
-    Errors of an image or a heat map are recorded in it; they do not stop the run.
-
-    Args:
-        models: by stage, of several teachers the first is used; None: several networks, without heat maps.
-        predictions: by stage, for ``images``.
-        images: of the test split.
-        class_names: of the K columns.
-    """
+    """Return the content of examples.json; None without student or images.  Errors of an image are recorded in it."""
     student = next((name for name in ("distilled", "baseline") if name in models), None)
     if student is None or not len(images):
         return None
@@ -206,9 +183,6 @@ def _heat_maps(
     images: ImageSet,
     positions: Sequence[int],
 ) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
-    """Return heat maps, position -> stage -> ``rows`` (two hex digits a field) and ``region``, and errors, stage ->
-    message.
-    """
     heat_maps: dict[int, dict[str, Any]] = {position: {} for position in positions}
     failed: dict[str, str] = {}
     by_side: dict[int, dict[int, Pixels]] = {}
@@ -241,7 +215,6 @@ def _heat_maps(
 
 
 def _grad_cam(model: Classifier, pixels: Sequence[Pixels], classes: Sequence[int]) -> Tensor:
-    """Return Grad-CAM maps, uint8 [B, h, w]."""
     device = next(model.module.parameters()).device
     images = torch.stack([preprocess(each, model.input) for each in pixels]).to(device)
     maps = grad_cam(model.module, images, classes)

@@ -25,11 +25,7 @@ FOLD_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll", "agreemen
 
 
 def fold_recipe(recipe: Recipe, fold: int) -> Recipe:
-    """Return the recipe of one fold, from 1.
-
-    Its seeds are its own, so that no two folds start from the same weights: with the same seeds in all folds, what a
-    seed changes would not average out over the folds.
-    """
+    """Return the recipe of one fold, from 1, with seeds of its own: what a seed changes averages out over the folds."""
     data = recipe.data.model_copy(update={"fold": fold})
     return recipe.model_copy(update={"data": data, "seed": recipe.seed + SEED_STEP * (fold - 1)})
 
@@ -87,16 +83,8 @@ def pool_folds(
 ) -> dict[str, Any]:
     """Write predictions, metrics and examples of all images, and return results.json of a cross-validation.
 
-    The metrics of a stage are those of its predictions for all images, each by the models of its fold.  What else is
-    known of a stage (architecture, training, latency, memory) is that of fold 1.
-
-    Args:
-        folder: of the cross-validation, whose folds are finished.
-        recipe: of the cross-validation.
-        data: all images, with their ``pool``.
-        looks: at the test images, for results.json.
-        seconds: that the run took.
-        warnings: of the cross-validation itself.
+    The metrics of a stage are those of its predictions for all images, each by the models of its fold; what else is
+    known of a stage is that of fold 1.
     """
     assert data.pool is not None
     assert recipe.data.folds is not None

@@ -56,6 +56,7 @@ from potstill.experiment.plan import (
 )
 from potstill.experiment.preflight import (
     check_all,
+    choose_training_cache,
     create_stage_method,
     load_and_stage,
     warn_about_data,
@@ -152,21 +153,11 @@ def run(
 ) -> Path:
     """Train and evaluate the stages of a recipe; return the run folder.
 
-    Args:
-        recipe: checked settings.
-        output_dir: folder of the run folders.
-        name: name of the run folder; None: the recipe's.
-        resume: continue an existing run of the same recipe.
-        overwrite: delete an existing run of this name first.
-        stages: which of teacher, baseline, distilled to train (all teachers; with assistants and generations);
-            distilled alone needs a trained teacher if the method has one.
-        data: data sets from Python in place of ``recipe.data.source``.
-        observer: its methods are called with the progress; None: no output.
-        stopping: signal handler; after a signal, training stops at the end of its step and saves a checkpoint.
-        processes: the process group; the first process writes, into a folder that all processes see.
-        reproduce: record of a run to repeat, on the same images and with the same number of threads.
-        evaluate: False stops after training: no metrics on test, no results.json.  ``resume`` adds them later.
-        baseline: folder of another run, whose baseline is used in place of training the same one again.
+    ``stages`` of teacher, baseline, distilled are trained; distilled alone needs a trained teacher if the method has
+    one. ``reproduce``: record of a run to repeat on the same images with as many threads.  ``evaluate=False`` stops
+    after training: no metrics on test, no results.json; ``resume`` adds them later.  ``baseline``: folder of another
+    run, whose baseline is used.  After a signal (``stopping``), training stops at the end of its step and saves a
+    checkpoint. The first of ``processes`` writes, into a folder that all see.
     """
     started = time.monotonic()
     unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
@@ -231,6 +222,9 @@ def run(
             )
         view_plan = processes.share(plan_views(recipe, create_stage_method(recipe), splits))
         recipe = apply_view_plan(recipe, view_plan)
+        cache_note = ""
+        if not resume and reproduce is None:  # else as when the run began
+            recipe, cache_note = processes.share(choose_training_cache(recipe, first_seed, splits, compute))
         text = dump_recipe(recipe)
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
@@ -254,6 +248,8 @@ def run(
                 observer.note(f"{stage}: {table}")
         if text := idle_gpus(compute):
             observer.note(text)
+        if cache_note:
+            observer.note(cache_note)
         if view_plan.note and "distilled" in stages:
             observer.note(view_plan.note)
         if text := describe_seeds(recipe, planned):
@@ -291,7 +287,10 @@ def run(
             left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             # Pretrained teachers first, so that their accuracy is reported before anything is trained.
-            for each in sorted(planned, key=lambda stage: not _starts_from_weights(recipe, stage)):
+            for each in sorted(
+                planned,
+                key=lambda stage: not (stage.role == "teacher" and recipe.network(stage.name).weights is not None),
+            ):
                 if experiment.not_distilled and each.name not in ("teacher", "baseline"):
                     continue
                 if splits.teacher_labels and each.role != "teacher":
@@ -340,12 +339,7 @@ def run(
 
 
 class _FoldObserver(ForwardingObserver):
-    """Shows the fold with each stage, the time of all folds, and every note and warning once.
-
-    Attributes:
-        fold: the number of the fold that runs.
-        estimate: measures the seconds of each stage of all folds.
-    """
+    """Shows the fold with each stage, the time of all folds, and every note and warning once."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(observer)
@@ -408,14 +402,17 @@ class _Folds:
             whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
             data = pool_splits(load_and_stage(recipe, plan_stages(recipe), self.data, observer, whole))
             check_poolable(data)
+            splits = fold_splits(data, fold_recipe(recipe, 1).data)
+            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+            cache_note = ""
+            if not resume:
+                recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
             recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
-            splits = fold_splits(data, recipes[1].data)
             if resume:
                 check_same_data(folder, data)
             if overwrite and processes.first:
                 folder.clear()
             processes.highest(0)  # a barrier, as in ``run``
-            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
             if processes.first:
                 text = dump_recipe(recipe)
                 before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
@@ -430,6 +427,8 @@ class _Folds:
                 f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
                 "once, and teacher, baseline and distilled student are trained without it"
             )
+            if cache_note:
+                observer.note(cache_note)
             warnings = [*replaced, *describe_outside_weights(recipe)]
             for warning in warnings:
                 observer.warn(warning)
@@ -498,7 +497,6 @@ class _Experiment:
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
     def run_stage(self, stage: PlannedStage) -> Classifier:
-        """Train a stage, or load it if it is finished."""
         started = time.monotonic()
         if self._done(stage):
             self.observer.note(f"{stage.name}: already trained")
@@ -506,7 +504,7 @@ class _Experiment:
             if self.compute.processes.first:
                 restore_metrics_file(self.folder.stage(stage.name))
                 self.folder.check_epochs(stage.name, model.facts.get("lines"))
-            model.module.to(self.compute.device)
+            self.compute.place(model.module, stage.name)
             self._estimate_seeds(stage, model, self.compute)
         elif self.reused is not None and stage.role == "baseline" and self.reused.trained(stage.name):
             model = self._reuse(stage, self.reused)
@@ -526,10 +524,7 @@ class _Experiment:
         return model
 
     def label_by_teachers(self) -> None:
-        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics; once.
-
-        The training images stay without labels for the losses.
-        """
+        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
         if self.predicted is not self.data or not self.data.has_classes:
             return
         teachers = [name for name in self.models if stage_role(name) == "teacher"]
@@ -570,7 +565,6 @@ class _Experiment:
         return self.resume and self.folder.trained(stage.name) and stage.name not in self.extended
 
     def _reuse(self, stage: PlannedStage, other: RunFolder) -> Classifier:
-        """Copy the baseline of another run."""
         model = load_model(other.stage(stage.name))
         self.observer.stage(stage.name, f"{model.architecture}, reused from {other.path}")
         model.facts["reused_from"] = str(other.path)
@@ -581,7 +575,7 @@ class _Experiment:
             write_bytes(folder / "metrics.jsonl", read_bytes(other.stage(stage.name) / "metrics.jsonl"))
             self.folder.check_epochs(stage.name, model.facts.get("lines"))
             save_model(model, folder)
-        model.module.to(self.compute.device)
+        self.compute.place(model.module, stage.name)
         self._estimate_seeds(stage, model, self.compute)
         return model
 
@@ -599,7 +593,7 @@ class _Experiment:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
                 self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
-            model.module.to(self.compute.device)
+            self.compute.place(model.module, stage.name)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
                 source = find_model(model_path(weights))
@@ -680,7 +674,6 @@ class _Experiment:
             )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:
-        """Fit the linear probe of a network; return None if it gets none."""
         network, settings = self.recipe.network(stage.name), self.recipe.stage_training(stage.name)
         key, by_default = network_key(self.recipe, network), probes_by_default(network, start, stage.role)
         if not (by_default or fits_head(network)):
@@ -721,7 +714,9 @@ class _Experiment:
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
         teachers = ", ".join(
-            self.models[name].architecture + _teacher_label(name) + _size_label(self.models[name], model)
+            self.models[name].architecture
+            + ("" if stage_role(name) == "teacher" else f" ({name})")
+            + _size_label(self.models[name], model)
             for name in stage.teachers
         )
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
@@ -800,7 +795,6 @@ class _Experiment:
             self.warn(self.not_distilled)
 
     def _compare_distilled(self, stage: PlannedStage) -> None:
-        """Warn if distillation has done harm."""
         baseline, images = stage_name("baseline", stage_number(stage.name)), len(self.data.val)
         if baseline not in self.models or "domain" in self.models[stage.name].facts:
             return
@@ -840,9 +834,7 @@ class _Experiment:
         return float(model.facts["val"]["top1"])
 
     def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return probabilities [N, K] and labels [N] of the images of a split, without augmentation; None in all
-        processes but the first.
-        """
+        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
         model, settings = self.models[stage], self.recipe.stage_training(stage)
         found = predict_probabilities(
             model.module,
@@ -854,7 +846,6 @@ class _Experiment:
         return None if found is None else (found[0], found[1])
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
-        """Warn if a pretrained teacher has the right classes in another order."""
         classes = self.data.class_names
         order = class_order(predicted, labels, len(classes))
         if order is None:
@@ -881,7 +872,6 @@ def _has_no_classes(recipe: Recipe, stage: str) -> bool:
 
 
 def _describe_classless(model: Classifier) -> dict[str, Any]:
-    """Return what results.json has of a teacher without classes in place of its metrics."""
     sentence = (
         f"The teacher {model.architecture} ({model.facts['weights']}) has no classes: it taught by what it computes of "
         "the images, and has no accuracy."
@@ -903,10 +893,6 @@ def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
     )
 
 
-def _starts_from_weights(recipe: Recipe, stage: PlannedStage) -> bool:
-    return stage.role == "teacher" and recipe.network(stage.name).weights is not None
-
-
 def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     """Return the run of ``--baseline``, given by its folder or that of its baseline."""
     check_exists(path, "the folder of a run for --baseline")
@@ -920,7 +906,6 @@ def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
-    """Return the note on a finished training that gets more epochs."""
     steps = -(-steps // settings.gradient_accumulation_steps)
     last = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
     following = lr_factor(settings, steps)(before * steps)
@@ -932,12 +917,7 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
 
 
 def is_below(teacher: float, baseline: float, images: int) -> bool:
-    """Return whether a teacher's accuracy is below the baseline's by more than the standard error of the difference.
-
-    Args:
-        teacher: its share of correct val images.
-        baseline: that of the baseline.
-        images: number of val images.
+    """Return whether a teacher's val accuracy is below the baseline's by more than the difference's standard error.
 
     Example:
         >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
@@ -960,10 +940,4 @@ def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
 
 
 def _size_label(teacher: Classifier, student: Classifier) -> str:
-    """Return the teacher's input size if it differs from the student's."""
     return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"
-
-
-def _teacher_label(teacher: str) -> str:
-    """Return the stage of a network that is not the recipe's teacher."""
-    return "" if stage_role(teacher) == "teacher" else f" ({teacher})"

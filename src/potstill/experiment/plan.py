@@ -16,13 +16,7 @@ from potstill.methods import needs_teacher
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """Return a seed in [0, 2**63) for one purpose.
-
-    Example:
-        >>> (derive_seed(0, "student") == derive_seed(0, "student"),
-        ... derive_seed(0, "student") == derive_seed(0, "teacher"))
-        (True, False)
-    """
+    """Return a seed in [0, 2**63) for one purpose."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little") >> 1
 
 
@@ -64,16 +58,11 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[Pl
     """Return the stages in the order of training.
 
     They are teachers, baseline, assistants (each learns from the one before), and the student's generations, of which
-    the last is "distilled".  There are no teachers if the method needs none.  The recipe's ``feature_pairs`` are for
-    the student and its teacher; between two generations the student's layers are paired with themselves; for
-    assistants,
-    pairs are found by depth.
+    the last is "distilled"; no teachers if the method needs none, no baseline without labels (``data.labeled``).  The
+    recipe's ``feature_pairs`` are for the student and its teacher; generations pair their own layers, assistants by
+    depth. The student and its generations learn from ``previous``, which is not trained, after their teachers.
 
-    Without labels (``data.labeled``) there is no baseline.  The model in use (``previous``) is not trained; the student
-    and its generations learn from it after their teachers.
-
-    Further seeds add baseline and distilled; the other networks are trained once.  The stages of the first seed come
-    first, so that a resumed run with more seeds only appends stages.
+    Further seeds add baseline and distilled at the end, so that a resumed run only appends stages.
 
     Example:
         >>> from potstill.config.recipe import load_recipe
@@ -94,7 +83,6 @@ def stage_recipe(recipe: Recipe, stage: PlannedStage) -> Recipe:
 
 
 def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
-    """Return the stages of the first seed."""
     count = len(recipe.teacher_list) if needs_teacher(recipe.method) else 0
     before = tuple(stage_name("teacher", each) for each in range(1, count + 1))
     stages = [PlannedStage(name) for name in before] if "teacher" in wanted else []
@@ -118,10 +106,7 @@ def _first_seed_stages(recipe: Recipe, wanted: set[str]) -> list[PlannedStage]:
 
 
 def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """Return the recipe with the first of each network's alternatives whose weights can be had, and what was replaced.
-
-    Published weights that are not on this machine are downloaded.  A network without ``fallback`` is left alone.
-    """
+    """Return the recipe with the first alternative of each network whose weights can be had, and what was replaced."""
     texts: list[str] = []
 
     from potstill.models.factory import why_weights_are_missing  # imports torch, which plans for reports do without
@@ -166,12 +151,7 @@ def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
 
 
 def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
-    """Return the recipe of a resumed run with the networks and the least epochs that were chosen when it began.
-
-    Args:
-        before: recipe of the run folder.
-        recipe: as it is given now.
-    """
+    """Return the recipe of a resumed run with the networks, the least epochs and the cache of images of its start."""
     former = dict[str, StageSettings]()
 
     def remember(key: str, _: str, network: StageSettings) -> StageSettings:
@@ -190,6 +170,8 @@ def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
 
     _replace_networks(before, remember)
     recipe = _replace_networks(recipe, restore)
+    if recipe.data.cache == "auto":
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": before.data.cache})})
     return _replace_networks(recipe, lengthen)
 
 
@@ -232,7 +214,6 @@ def _replace_networks(recipe: Recipe, change: Callable[[str, str, StageSettings]
 
 
 def _replacement_text(key: str, missing: Sequence[tuple[StageSettings, str]], taken: StageSettings) -> str:
-    """Return which weights are missing, why, and what is used in their place."""
     names = " and ".join(each.model for each, _ in missing)
     instead = f"{taken.model} is used" if taken.weights else f"{taken.model} is trained from scratch, without them"
     reasons = "\n".join(dict.fromkeys(f"  {line}" for _, why in missing for line in _what_to_do(why)))

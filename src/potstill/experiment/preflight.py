@@ -1,5 +1,6 @@
 """Checks before the first training step: settings, data, devices, and a dry run of each stage on random images."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,13 +10,13 @@ import torch
 
 from potstill.config import stage_role
 from potstill.config.overrides import WITHOUT_FILE
-from potstill.config.recipe import Recipe
+from potstill.config.recipe import Recipe, StageSettings
 from potstill.config.validation import TARGET_MISSING
 from potstill.console import silence_native_stderr
 from potstill.data.datasets import load_data
-from potstill.data.decoded_cache import Square, StagedSquares
+from potstill.data.decoded_cache import DecodeRequest, Square, StagedSquares, choose_cache
 from potstill.data.entries import FINDING_KINDS, SkippedFile
-from potstill.data.image_sets import image_sizes
+from potstill.data.image_sets import SemiSupervisedSet, decoding_set, image_sizes
 from potstill.data.preprocessing import crop_notes, decoded_square
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.data.splits import SPLITS, DataSplits
@@ -36,6 +37,7 @@ from potstill.experiment.builders import (
 from potstill.experiment.plan import PlannedStage, plan_stages
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
+from potstill.input_spec import InputSpec
 from potstill.loggers import check_loggers_installed
 from potstill.methods import create_method, describe_method, list_classless_methods, list_logit_methods
 from potstill.methods.base import Method
@@ -64,10 +66,8 @@ DRY_RUN_IMAGES = 4  # in a batch: enough for methods that compare images
 def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -> dict[str, str]:
     """Run one step of each stage on random images, so that methods reject unfit networks, class counts and batch sizes.
 
-    The networks are built for this only, and torch's random state is restored.
-
-    Returns:
-        For each distilling stage: the text on its feature pairs and adapters, "" if there are none.
+    The networks are built for this only, and torch's random state is restored.  Return for each distilling stage the
+    text on its feature pairs and adapters.
     """
     texts, networks = {}, dict[str, Classifier]()
     computes = [create_compute(recipe.stage_training(stage.name)) for stage in planned]
@@ -159,7 +159,6 @@ def _check_classless(method: Method, hidden: OpaqueNetwork | None, recipe: Recip
 
 
 def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:
-    """Check that a table has a row for every image of the data, and that no row may belong to two."""
     if data.target is not None:
         raise UsageError(
             f"the {name} is a table of answers, and data.target needs a network: leave data.target out, or give the "
@@ -221,7 +220,6 @@ class _RandomImages:
         self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
 
     def batch(self) -> Batch:
-        """Return a batch with the shapes and dtypes of the loader's."""
         device, classes = self.compute.device, len(self.data.class_names)
         labels = np.asarray(self.data.train.labels)
         index = np.linspace(0, len(labels) - 1, self.count).astype(np.int64)  # of several classes
@@ -263,18 +261,7 @@ def check_data_requirements(
     labeled: bool = True,
     classes: bool = True,
 ) -> None:
-    """Check that a method fits the training images.
-
-    Args:
-        method: of the distilled stage.
-        mixes: whether training images are mixed (mixup, cutmix).
-        unlabeled: whether there are images without labels.
-        images: number of training images.
-        batch_size: of the student's training.
-        target: whether the student learns on another domain, whose images have no labels.
-        labeled: False: no image has a label.
-        classes: False: nor does the teacher have any.
-    """
+    """Check that a method fits the training images: mixed, without labels or classes, few."""
     needs, name = method.needs, type(method).__name__
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
@@ -322,18 +309,7 @@ def check_all(
     observer: Observer | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[DataSplits, Compute, dict[str, str]]:
-    """Check method, models, optimizers, device and data; load the data; run the dry run.
-
-    Args:
-        recipe: of the run.
-        data: data from Python; None: load the recipe's.
-        planned: the stages; None: all of the recipe.
-        observer: its ``wait`` is called while files are read.
-        processes: the process group of the run.
-
-    Returns:
-        Data, device, and the texts of ``dry_run``.
-    """
+    """Check method, models, optimizers, device and data; return data, device, and the texts of ``dry_run``."""
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
     checks: list[Callable[[], Any]] = [
@@ -430,26 +406,9 @@ def load_and_stage(
     """Load and check the data; keep the squares of new files until the loaders of these stages take them.
 
     Which squares they need is known but for networks whose weights are files; those decode what is missing.
-
-    Args:
-        recipe: of the run.
-        planned: its stages.
-        data: data from Python; None: load it.
-        observer: receives the progress.
-        settings: of the data; None: those of the recipe.
     """
-    train, others = set[Square](), set[Square]()
-    augment = recipe.data.augment
-    random_crops = augment is not None and augment.crop_scale is not None
-    for name in {name for stage in planned for name in (stage.name, *stage.teachers)}:
-        network = recipe.network(name)
-        if network.weights not in (None, *WITHOUT_FILE):
-            continue
-        try:
-            spec = network_spec(recipe, network)
-        except UsageError:  # an unknown network, which another check reports
-            continue
-        train.add(decoded_square(spec, random_crops=random_crops))
+    train, others = training_squares(recipe, planned, recipe.data.augment), set[Square]()
+    for name, network, spec in _known_specs(recipe, planned):
         others.add(decoded_square(spec))
         if network.weights is not None and (fits_head(network) or stage_role(name) == "teacher"):
             train.add(decoded_square(spec))  # a head is fitted to images as they are
@@ -458,6 +417,41 @@ def load_and_stage(
     staged = StagedSquares({"train": train, "val": others, "test": others}, recipe.data.cache_fraction)
     with silence_native_stderr():  # every file is read
         return load_data(recipe.data if settings is None else settings, data, progress=observer, staged=staged)
+
+
+def training_squares(recipe: Recipe, planned: Sequence[PlannedStage], augment: AugmentSettings | None) -> set[Square]:
+    """Return the squares that the training images of these stages are decoded to, as far as networks are known."""
+    random_crops = augment is not None and augment.crop_scale is not None
+    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, planned)}
+
+
+def _known_specs(recipe: Recipe, planned: Sequence[PlannedStage]) -> Iterator[tuple[str, StageSettings, InputSpec]]:
+    """Yield name, settings and preprocessing of the networks of these stages but those whose weights are a file."""
+    for name in dict.fromkeys(name for stage in planned for name in (stage.name, *stage.teachers)):
+        network = recipe.network(name)
+        if network.weights in (None, *WITHOUT_FILE):
+            with contextlib.suppress(UsageError):  # an unknown network, which another check reports
+                yield name, network, network_spec(recipe, network)
+
+
+def choose_training_cache(
+    recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
+) -> tuple[Recipe, str]:
+    """Return the recipe of a new run with what ``data.cache: auto`` means, and a sentence unless raw pixels fit."""
+    if recipe.data.cache != "auto":
+        return recipe, ""
+    images, _, identity = decoding_set(
+        data.train if data.unlabeled is None else SemiSupervisedSet(data.train, data.unlabeled),
+        f"{data.fingerprint}/train",
+    )
+    squares = sorted(training_squares(recipe, planned, recipe.data.augment or data.augment))
+    cache, note = choose_cache(
+        [DecodeRequest(images, side, mode, identity or "") for side, mode in squares],
+        device=compute.device,
+        cache_fraction=recipe.data.cache_fraction,
+        processes=compute.processes.local_count,
+    )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": cache})}), note
 
 
 MIN_IMAGES_PER_GPU = 32  # in a batch
@@ -489,18 +483,7 @@ def warn_about_settings(
     observer: Observer,
     compute: Compute | None = None,
 ) -> list[str]:
-    """Warn about settings without effect, given the number of epochs and images, and about small batches.
-
-    Args:
-        recipe: of the run.
-        planned: its stages.
-        data: its images.
-        observer: receives the warnings.
-        compute: device and processes; None: a single process.
-
-    Returns:
-        The warnings, for the report.
-    """
+    """Return warnings about settings without effect for so many epochs and images, and about small batches."""
     texts: dict[str, None] = {}  # in order, without repetitions
     images, method = len(data.train), create_stage_method(recipe)
     for stage in planned:
@@ -561,11 +544,7 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
 
 
 def warn_about_data(data: DataSplits, observer: Observer, resize_mode: str = "crop") -> list[str]:
-    """Report the findings of the quick data check, files that were left out, and cropped parts of images.
-
-    Returns:
-        The warnings, for the report; notes are not in it.
-    """
+    """Report findings of the quick data check, files left out, and cropped parts of images; return the warnings."""
     warnings, notes = list[str](), list[str]()
     for each in (data, data.target):
         if each is not None:

@@ -1,13 +1,9 @@
 """Linear probe: the head of a network, fitted by logistic regression on the embeddings of a frozen encoder.
 
-The encoder runs once over train and val, without augmentation, at the network's own size; other runs with the same
-encoder and images read the embeddings from the teacher cache.  Flipped images as further samples would double the cost
-for 0.4 points of accuracy at most (EfficientNet-Lite0, 1,000 images of CIFAR-10).
-
-The strength of the penalty is chosen by stratified cross-validation on the training images alone, by the cross-entropy
-of the images that were left out: it is less noisy than their accuracy, and a teacher's probabilities matter as much as
-its first class.  The heads of the folds are kept; they answer the training images in distillation (see
-``distillation.teachers.FoldHeads``).
+The encoder runs once over train and val, without augmentation; other runs read its embeddings from the teacher cache.
+(Flipped images as further samples would double the cost for 0.4 points at most.)  The penalty is chosen by stratified
+cross-validation on the training images, by the cross-entropy of the images left out; the heads of the folds answer the
+training images in distillation (see ``distillation.teachers.FoldHeads``).
 """
 
 import contextlib
@@ -62,27 +58,15 @@ _MIN_SPREAD = 1e-3  # of an embedding's entry, in spreads of all: what hardly va
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe.
+    """A fitted probe; number f of its heads was fitted without fold f, the last one on all images."""
 
-    Attributes:
-        weight: [F + 1, K, D] float32; number f was fitted without fold f, the last one on all images.
-        bias: [F + 1, K].
-        fold: [N] int64, of each image, 0 to F - 1; F for images without a label.
-        C: inverse strength of the penalty on the weights, as in scikit-learn's ``LogisticRegression``, of embeddings
-            that were standardised.
-        top1: accuracy on the images left out, over all folds.
-        nll: mean cross-entropy on them.
-        learning_curve: accuracy on the images left out by the number of images, a quarter, half and all of them, of
-            which the heads are fitted on those of the other folds.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    fold: Tensor
-    C: float
-    top1: float
-    nll: float
-    learning_curve: dict[int, float]
+    weight: Tensor  # [F + 1, K, D] float32
+    bias: Tensor  # [F + 1, K]
+    fold: Tensor  # [N] int64, 0 to F - 1; F for images without a label
+    C: float  # inverse strength of the penalty, as in scikit-learn, of standardised embeddings
+    top1: float  # accuracy on the images left out, over all folds
+    nll: float  # mean cross-entropy on them
+    learning_curve: dict[int, float]  # images that the heads were fitted on -> accuracy on those left out
 
     @property
     def folds(self) -> int:
@@ -200,10 +184,7 @@ def _learning_curve(
     seed: int,
     class_weights: Tensor | None,
 ) -> dict[int, float]:
-    """Return the cross-validated accuracy by the number of images, for ``CURVE_SHARES`` of each class and fold.
-
-    A share that would leave out a class has no entry.
-    """
+    """Return the cross-validated accuracy by number of images, without shares that leave out a class."""
     random = torch.rand(len(targets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cell = (targets * folds + fold).cpu()
     order = torch.from_numpy(np.lexsort((random.numpy(), cell.numpy())))
@@ -236,14 +217,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 class _Solver:
-    """All heads at once: their problems are apart, but read the same rows.
-
-    Args:
-        rows: [N, D].
-        targets: [N].
-        share: [N, H], what each image weighs in the fit of each head; F + 1 heads, or F without that of all images.
-        classes: K.
-    """
+    """All heads at once: their problems are apart, but read the same rows, weighted by ``share`` [N, H]."""
 
     def __init__(self, rows: Tensor, targets: Tensor, share: Tensor, classes: int) -> None:
         self.rows, self.targets, self.share = rows, targets, share
@@ -308,17 +282,11 @@ _MAX_DIFFERENCE = 0.03  # relative difference of embeddings in bf16, above which
 
 @dataclass(frozen=True)
 class ProbedTeacher:
-    """The result of a linear probe, besides the network's head.
+    """The result of a linear probe, besides the network's head."""
 
-    Attributes:
-        heads: cross-fitted heads, for the teacher's outputs on training images.
-        val: its metrics on val.
-        state: a copy of the network's weights.
-    """
-
-    heads: FoldHeads
-    val: dict[str, Any]
-    state: dict[str, Tensor]
+    heads: FoldHeads  # cross-fitted, for the teacher's outputs on training images
+    val: dict[str, Any]  # its metrics on val
+    state: dict[str, Tensor]  # a copy of the network's weights
 
 
 def fits_head(network: StageSettings) -> bool:
@@ -332,14 +300,7 @@ def probes_by_default(network: StageSettings, start: InitialNetwork, role: str) 
 
 
 def check_probe(network: StageSettings, start: InitialNetwork, data: DataSplits, key: str) -> str:
-    """Check that a head can be fitted; return the path of the network's last linear layer.
-
-    Args:
-        network: the settings of a teacher or student, with ``head``.
-        start: the network as it was built.
-        data: of the run.
-        key: of the settings, for messages.
-    """
+    """Check that a head can be fitted; return the path of the network's last linear layer."""
     if start.ready:
         raise UsageError(
             f"{key}.head: {network.weights} already has a head for these {len(data.class_names)} classes: set "
@@ -370,19 +331,12 @@ def probe_teacher(
 ) -> ProbedTeacher:
     """Fit the head of ``model`` in place and write the cross-fitted heads to ``folder``; the model is not saved.
 
-    Args:
-        stage: that of the network.
-        model: its network; ``facts`` receives ``head``, ``val`` and the facts of every trained model.
-        layer: path of its last linear layer.
-        recipe: of the run.
-        data: of the stage.
-        compute: device, precision and process group.
-        folder: of the stage.
-        observer: its methods are called with progress and result.
+    ``model.facts`` receives ``head``, ``val`` and the facts of every trained model.
     """
     started = time.monotonic()
     settings = recipe.stage_training(stage.name)
-    model.module.to(compute.device).to(memory_format=compute.memory_format)
+    compute.place(model.module, stage.name)
+    model.module.to(memory_format=compute.memory_format)
     network, inference = _convert(stage, model, layer, recipe, data, compute)
     embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True  # embeddings in the first process only
     # Of a cross-validation, all images are embedded at once, and every fold reads its own from the cache.
@@ -488,7 +442,6 @@ def copy_fold_heads(source: Path, target: Path) -> None:
 
 
 def _train_digest(data: DataSplits) -> str:
-    """Return a digest of the training images in their order, which determines the folds."""
     return sha256_hex(f"{data.fingerprint}/{names_digest(data.train.names)}".encode())
 
 
@@ -517,10 +470,7 @@ def _convert(
 def _read_or_run(
     cache: TeacherCache | None, run: Callable[[], Tensor | None], observer: Observer, compute: Compute
 ) -> tuple[Tensor | None, bool]:
-    """Return embeddings [N, D] from the cache if it has all of them, else from ``run``; and whether they were cached.
-
-    Only the first process gets them.  ``run``: called by all processes, or by none.
-    """
+    """Return embeddings [N, D] from the cache, else from ``run``, and whether they were cached; in one process."""
     embeddings: Tensor | None = None
     try:
         if cache is not None and compute.processes.first:
@@ -555,13 +505,9 @@ def embed_images(
     observer: Observer,
     compute: Compute,
 ) -> Tensor | None:
-    """Return embeddings [N, D] float32 of all images, on the CPU, in the order of their ids.
+    """Return embeddings [N, D] float32 of all images, on the CPU, in the order of their ids; in the first process only.
 
-    Only the first process gets them, the others None.  What is wrong with them is raised in all.
-
-    Raises:
-        NonFiniteError: one is NaN or infinite.
-        DataError: an image was left out or came twice.
+    Not finite ones (NonFiniteError) or missing images (DataError) are raised in all processes.
     """
     extractor = FeatureExtractor(ExtractionRequest(embedding=layer))
     parts: list[tuple[Tensor, Tensor]] = []

@@ -39,34 +39,21 @@ _IGNORED_KEYS = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of a finished run, from which it can be repeated.
-
-    Attributes:
-        folder: the run's.
-        environment: its environment.json.
-        stages: which of teacher, baseline, distilled were trained.
-        models: SHA-256 of each stage's weights.
-    """
+    """The record of a finished run, from which it can be repeated."""
 
     folder: RunFolder
-    environment: dict[str, Any]
-    stages: tuple[str, ...]
-    models: dict[str, str]
+    environment: dict[str, Any]  # its environment.json
+    stages: tuple[str, ...]  # which of teacher, baseline, distilled were trained
+    models: dict[str, str]  # SHA-256 of each stage's weights
 
 
 @dataclass(frozen=True)
 class ReproductionResult:
-    """The comparison of a run with its repetition.
+    """The comparison of a run with its repetition, byte for byte."""
 
-    Attributes:
-        lines: text, one line for each model, and differences of the environments.
-        equal: whether all weights are equal, byte for byte.
-        guaranteed: whether they must be: on a CPU in the same environment.
-    """
-
-    lines: list[str]
+    lines: list[str]  # one for each model, and differences of the environments
     equal: bool
-    guaranteed: bool
+    guaranteed: bool  # whether they must be equal: on a CPU in the same environment
 
 
 def read_run_record(path: Path) -> RunRecord:
@@ -153,10 +140,7 @@ def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
 
 
 def environment_differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the differences of two environments, as ``key: was, is``.
-
-    The commit of the working folder is ignored, and potstill's own if its source is the same.
-    """
+    """Return the differences of two environments, as ``key: was, is``, but commits that change nothing."""
     found = []
     source = before.get("source_sha256")
     same_source = source is not None and source == after.get("source_sha256")
@@ -229,12 +213,7 @@ _GIT_TIMEOUT = 2.0
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:
-    """Return the commit, and whether tracked files differ from it.
-
-    Returns:
-        ``{"commit": 40 hex digits, "changed": bool}``; None without git, repository or commit, or
-        after two seconds.
-    """
+    """Return ``{"commit": 40 hex digits, "changed": bool}``; None without git or repository, or after two seconds."""
     commit = _run_git(folder, "rev-parse", "--verify", "HEAD")
     status = _run_git(folder, "status", "--porcelain", "--untracked-files=no")
     if commit is None or status is None:
@@ -315,7 +294,6 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's model name; "" if unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

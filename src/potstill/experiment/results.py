@@ -12,6 +12,7 @@ import torch
 from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
+from potstill.data.decoded_cache import JPEG_RECORDS
 from potstill.data.image_sets import ImageSet, Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
@@ -51,12 +52,12 @@ def evaluate_stages(
     compute: Compute,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage, and examples.json; return the part of results.json from
-    ``stages`` to ``cka``.  With a target, all of these are on its images.
+    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
+    results.json.
 
-    ``known``: further facts for the comparison and results.json: ``looks``, ``teacher_below_baseline``.
-    The test split is not read before, unless the recipe requests test metrics of every epoch.  The networks run in
-    float32, as in ``predict`` and ``evaluate``.  Call in all processes; the first one writes, the others get {}.
+    With a target, all of these are on its images.  The test split is not read before, unless the recipe requests test
+    metrics of every epoch.  The networks run in float32, as in ``predict``.  Call in all processes; the first one
+    writes.
     """
     source, data = data, data.measured
     before = evaluate_on_source(models, recipe, source, compute)
@@ -132,11 +133,7 @@ def evaluate_embeddings(
     compute: Compute,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Do as ``evaluate_stages`` for images without labels and teachers without classes: compare embeddings.
-
-    ``test`` of each student has ``cosine``: the mean ``cosine_agreement`` with each teacher, by its name, with the 95 %
-    interval over images, that of the student ``before`` its training, and the paired difference of the two.
-    """
+    """Do as ``evaluate_stages`` for teachers without classes: compare embeddings by ``cosine``."""
     parts = data
     if len(data.train) > MAX_READ_OUT_IMAGES:
         chosen = np.linspace(0, len(data.train) - 1, MAX_READ_OUT_IMAGES).round()
@@ -184,7 +181,6 @@ def evaluate_embeddings(
 
 
 def _describe_stage(run: RunFolder, name: str, model: Classifier, recipe: Recipe) -> dict[str, Any]:
-    """Write the summary of a stage's network; return its entry of results.json without costs and metrics."""
     folder = run.stage(name)
     is_function = isinstance(find_opaque(model.module), FunctionNetwork)  # which has no weights in the file
     parameters = known_parameters(model.module)
@@ -266,10 +262,7 @@ def _calibrate_cascade(
     teachers: SplitPredictions,
     recipe: Recipe,
 ) -> dict[str, Any] | None:
-    """Write cascade.json of the student that is deployed; return its figures on test.
-
-    None without a teacher that can answer new images.
-    """
+    """Write cascade.json of the deployed student; return its figures on test; None without a teacher for new images."""
     student = next((name for name in ("distilled", "baseline") if name in models), None)
     names = group_members("teachers", models)
     if student is None or not {"val", "test"} <= teachers.keys() or any(find_table(models[n].module) for n in names):
@@ -316,6 +309,7 @@ def describe_run(
             **({"teacher_labels": list(data.teacher_labels)} if data.teacher_labels else {}),
             "size": recipe.data.size,
             "resize_mode": recipe.data.resize_mode,
+            **({"training_images": JPEG_RECORDS} if recipe.data.cache == "jpeg" else {}),
             "unseen": crop_notes(*image_sizes(data.train), recipe.data.resize_mode),
             "skipped": len(source.all_skipped),
             **({} if data.unlabeled is None or source is not data else {"unlabeled": describe_unlabeled(recipe, data)}),
@@ -350,14 +344,7 @@ def describe_agreement(
     teacher: Predictions | None,
     data: DataSplits,
 ) -> dict[str, Any]:
-    """Return ``without_labels`` of results.json: what is known of the student where there is no baseline.
-
-    Args:
-        stages: entries of results.json.
-        predictions: by stage and split.
-        teacher: the teachers' on test, averaged if there are several.
-        data: with the teacher's predictions as labels of the splits without labels.
-    """
+    """Return ``without_labels`` of results.json: what is known of the student where there is no baseline."""
     labeled, sentences = "test" not in data.teacher_labels, list[str]()
     found: dict[str, Any] = {"test_labeled": labeled}
     if "distilled" in stages and teacher is not None:
@@ -404,11 +391,7 @@ def describe_agreement(
 
 
 def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
-    """Return number and use of the unlabeled images, for results.json: ``sentence`` describes them.
-
-    ``per_step`` and ``labeled_per_step``: images in a step of the distilled student; ``passes``: how often it sees each
-    unlabeled image.
-    """
+    """Return number and use of the unlabeled images, for results.json: ``sentence`` describes them."""
     assert data.unlabeled is not None
     settings, share = recipe.stage_training("distilled"), recipe.data.unlabeled_share
     sampler = EpochSampler(
@@ -434,7 +417,6 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
 
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
-    """Return latency, for one image and for a batch, and memory of each network."""
     networks = {name: (model.module, model.input) for name, model in models.items() if not find_table(model.module)}
     one, several = (
         measure_latency(networks, batch=1),
@@ -453,10 +435,7 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 def _predict(
     run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
 ) -> SplitPredictions:
-    """Predict all splits and write the predictions; those on a large train only if the recipe requests them.
-
-    Only the first process gets predictions.
-    """
+    """Predict all splits and write the predictions, in the first process; of a large train only if requested."""
     settings = recipe.stage_training(name)
     # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
     model.module.to(compute.device).to(memory_format=compute.memory_format)

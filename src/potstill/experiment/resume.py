@@ -21,10 +21,9 @@ TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 
 
 def record_test_evaluation(folder: RunFolder, recipe: Recipe, planned: Sequence[PlannedStage]) -> None:
-    """Record in environment.json that the test split is about to be evaluated.
+    """Record in environment.json, before the first test image is read, that the split is about to be evaluated.
 
-    This is written before the first test image is read, so that an interrupted evaluation counts.  Evaluating the same
-    stages with the same numbers of epochs again does not count.
+    Evaluating the same stages with the same numbers of epochs again does not count.
     """
     evaluation = {
         "seeds": recipe.seeds,
@@ -44,14 +43,7 @@ def recorded_test_evaluations(folder: RunFolder) -> list[dict[str, Any]]:
 def describe_test_evaluations(
     evaluations: Sequence[dict[str, Any]], recipe: Recipe, planned: Sequence[PlannedStage]
 ) -> dict[str, Any]:
-    """Return ``looks`` of results.json.
-
-    Returns:
-        ``test_evaluations``: how often different sets of trained stages were evaluated on test; ``seeds``, and of these
-        ``seeds_at_first_look`` and ``seeds_added_after_look``; ``epochs_added_after_look``; ``test_every_epoch``:
-        whether the test metrics of every epoch were recorded; ``augmentation_seeds``: number of different augmentation
-        seeds (1: all seeds see the same views).
-    """
+    """Return ``looks`` of results.json: how often, and with which seeds and epochs, test was evaluated."""
     first, last = evaluations[0], evaluations[-1]
     seeds = {
         stage_recipe(recipe, stage).augmentation_seed for stage in planned if stage.role in ("baseline", "distilled")
@@ -68,14 +60,7 @@ def describe_test_evaluations(
 
 
 def describe_view_difference(first: str, views: Any, second: str, others: Any) -> str:
-    """Return a sentence if two stages were not trained on the same views of the images; else "".
-
-    Args:
-        first: name of the first stage.
-        views: its views, from ``builders.describe_training_views``; None if not recorded.
-        second: name of the second stage.
-        others: its views.
-
+    """Return a sentence if two stages were not trained on the same views (``describe_training_views``); else "".
     Example:
         >>> few = {"count": 8, "augmentation_seed": 0, "sha256": "a"}
         >>> describe_view_difference("a", few, "b", few)
@@ -221,9 +206,7 @@ def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
-    """Return whether no stage has fewer epochs than before, and no unfinished stage (its schedule is fixed) has
-    more.
-    """
+    """Return whether no stage has fewer epochs than before, and no unfinished one (its schedule is fixed) more."""
     former, _ = parse_settings(before, Recipe)
     if former is None:
         return False
@@ -239,7 +222,6 @@ def _only_extends(folder: RunFolder, before: Any, recipe: Recipe) -> bool:
 
 
 def _planned_epochs(folder: RunFolder, stage: PlannedStage) -> int | None:
-    """Return the epochs of a finished stage; None for a teacher that was not trained."""
     found = _training_facts(folder, stage).get("planned_epochs")
     return found if isinstance(found, int) else None
 
@@ -259,6 +241,8 @@ def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
     settings["training"] = recipe.stage_training("baseline").model_dump(mode="json")
     settings["student"] = {key: each for key, each in settings["student"].items() if key != "training"}
     settings["teacher_cache"] = {"views": value["teacher_cache"]["views"]}
+    if recipe.data.cache == "auto":  # of a run before there was a choice
+        settings["data"] = settings["data"] | {"cache": "raw"}
     unused = ("data.unlabeled", "student.precision")  # by a stage without teacher
     return {
         key: each
@@ -275,7 +259,6 @@ def is_result_neutral(key: str) -> bool:
 
 
 def _plain_settings(recipe: Recipe) -> Any:
-    """Return a recipe's settings as recipe.yaml holds them."""
     return parse_yaml(dump_recipe(recipe), recipe.name).value
 
 
@@ -297,5 +280,4 @@ def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _rows_by_name(text: str) -> dict[str, list[str]]:
-    """Return the rows of splits.csv by the name of the image."""
     return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}

@@ -57,12 +57,7 @@ _MAX_HOLDER_BYTES = 1000  # of .lock-holder
 
 
 class RunLock:
-    """The lock of an existing folder, held inside a ``with`` block; not reentrant.
-
-    Args:
-        folder: the folder.
-        wait: wait for a process that has the lock, in place of an error.
-    """
+    """The lock of an existing folder, held inside a ``with`` block; not reentrant.  ``wait``: in place of an error."""
 
     def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.folder = folder
@@ -70,12 +65,7 @@ class RunLock:
         self._lock: BaseFileLock = FileLock(folder / LOCK_FILE, mode=0o644, fallback_to_soft=False)
 
     def acquire(self, advice: str = "wait for it") -> None:
-        """Acquire the lock.
-
-        Raises:
-            StorageError: another process has the lock, or may have it.
-            OSError: the lock file cannot be created.
-        """
+        """Acquire the lock; StorageError: another process has it, or may have it."""
         try:
             try:
                 self._lock.acquire(timeout=self._timeout)
@@ -102,7 +92,6 @@ class RunLock:
         self.release()
 
     def _stale_lock_hint(self) -> str:
-        """Return what to do about a stale lock, on a file system without locks."""
         path = self.folder / LOCK_HOLDER_FILE
         if not isinstance(self._lock, SoftFileLock):
             return ""
@@ -133,9 +122,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RunFolder:
-    """One run's folder.  ``create`` locks it for writing, until the end of its ``with`` block; reading needs no
-    lock.
-    """
+    """One run's folder, locked for writing by ``create`` until its ``with`` block ends; reading needs no lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,11 +134,6 @@ class RunFolder:
         """Lock and return ``output_dir/name``: a new folder, or an existing one to resume or replace.
 
         Nothing is deleted: call ``clear`` when all checks have passed.
-
-        Raises:
-            UsageError: a wrong name; an existing folder without a flag; both flags.
-            StorageError: it cannot be created, or another process is writing in it.
-            ArtifactError: the run to resume is damaged.
         """
         if not _NAME.fullmatch(name) or set(name) == {"."}:
             raise UsageError(f"--name must be 1 to 64 of the characters A-Z a-z 0-9 . _ -, got {name!r}")
@@ -194,11 +176,7 @@ class RunFolder:
             self.read_environment()
 
     def acquire(self) -> None:
-        """Create the folder if it is missing, and lock it.
-
-        Raises:
-            StorageError: it cannot be created, or another process is writing in it.
-        """
+        """Create the folder if it is missing, and lock it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire("wait for it, or use --name")
@@ -207,14 +185,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, *, writing: bool) -> Iterator[None]:
-        """Lock an existing run inside the block; if there is none, do nothing.
-
-        Args:
-            writing: False: the block only reads, so a read-only folder is no error.
-
-        Raises:
-            StorageError: another process is writing in it.
-        """
+        """Lock an existing run, if there is one, inside the block; if it only reads, a read-only folder is no error."""
         exists = self.results.is_file() or any((self.path / name).exists() for name in _LOCKS)
         locked = False
         try:
@@ -305,9 +276,7 @@ class RunFolder:
         self._write("splits.csv", encode_text(as_csv(("split", "name", "class"), rows)))
 
     def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Write skipped.csv: (path, kind, reason) of each file and class that was left out; no file if there are
-        none.
-        """
+        """Write skipped.csv: (path, kind, reason) of each file and class that was left out, if any."""
         listed = list(rows)
         if listed:
             self._write("skipped.csv", encode_text(as_csv(("path", "kind", "reason"), listed)))
@@ -319,15 +288,7 @@ class RunFolder:
         self._write(f"{stage}/metrics.json", encode_json(metrics))
 
     def check_epochs(self, stage: str, lines: Sequence[str] | None) -> None:
-        """Compare a stage's metrics.jsonl with the digests of its lines in the model file.
-
-        Args:
-            stage: its name.
-            lines: digests for ``verify_json_lines``; None: the stage was not trained here.
-
-        Raises:
-            ArtifactError: the file is missing, or a line has changed; gives its number.
-        """
+        """Compare a stage's metrics.jsonl with the digests of its lines in the model file."""
         if lines is not None:
             self._files[f"{stage}/{_METRICS_FILE}"] = sha256_hex(
                 verify_json_lines(self.stage(stage) / _METRICS_FILE, lines)
@@ -340,9 +301,7 @@ class RunFolder:
     def write_predictions(
         self, stage: str, split: str, names: Sequence[str], found: "Predictions", classes: Sequence[str]
     ) -> None:
-        """Write predictions_<split>.csv of a stage: the probabilities of all classes, or, if there are too many for
-        memory, of the most probable ones.  A row for each image, in the order of the split.
-        """
+        """Write predictions_<split>.csv, a row for each image: all probabilities, or of many the largest."""
         indices = zip(found.labels.tolist(), found.predicted.tolist(), strict=True)
         if found.array is not None:
             header = ["path", "label", "prediction", *(f"p:{name}" for name in classes)]
@@ -366,11 +325,7 @@ class RunFolder:
         self._write_rows(f"{stage}/predictions_{split}.csv", header, rows)
 
     def read_probabilities(self, stage: str, split: str, sha256: str, classes: Sequence[str]) -> dict[str, Array]:
-        """Return the probabilities [K] of each image of predictions_<split>.csv, by name, in the order of the split.
-
-        Raises:
-            ArtifactError: the file is missing or damaged, or does not hold the probabilities of these classes.
-        """
+        """Return the probabilities [K] of each image of predictions_<split>.csv, by name, in the order of the split."""
         path = self.path / stage / f"predictions_{split}.csv"
         rows = csv.reader(io.StringIO(read_bytes(path, sha256=sha256).decode("utf-8"), newline=""))
         if next(rows, [])[3:] != [f"p:{name}" for name in classes]:
@@ -410,11 +365,7 @@ class RunFolder:
         self._files[name] = sha256_hex(content)
 
     def clear(self) -> None:
-        """Delete an earlier run, except the lock; if this is interrupted, it can be repeated.
-
-        Raises:
-            StorageError: something could not be deleted.
-        """
+        """Delete an earlier run, except the lock; if this is interrupted, it can be repeated."""
         try:
             entries = [entry for entry in self.path.iterdir() if entry.name not in _LOCKS]
             for entry in sorted(
@@ -429,12 +380,7 @@ class RunFolder:
 
 
 def find_model(path: Path) -> Path:
-    """Return the model folder at a path: that of a run (distilled, else baseline, else teacher), or the path itself.
-
-    Raises:
-        UsageError: ``path`` does not exist.
-        ArtifactError: there is no potstill model at ``path``.
-    """
+    """Return the model folder at a path: that of a run (distilled, else baseline, else teacher), or the path itself."""
     if path.is_file() and path.name in ("model.json", "model.safetensors"):
         return path.parent
     for folder in (path, *(path / stage for stage in reversed(STAGES))):

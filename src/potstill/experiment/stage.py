@@ -74,25 +74,10 @@ def train_stage(
 ) -> History:
     """Train ``student`` in place by ``method`` on the images of ``train`` and save it to ``folder``.
 
-    Args:
-        planned: the stage.
-        student: the network to train.
-        method: its distillation method.
-        teachers: their trained networks.
-        train: loader of the training images.
-        recipe: with the stage's seed.
-        data: the splits.
-        compute: device and precision.
-        folder: of the stage.
-        observer: its methods are called with the progress.
-        resume: continue from the last checkpoint, if there is one.
-        teacher_folders: model folders of the teachers, if the student learns from rounded teacher outputs, as in a
-            cache; else None.
-        fold_heads: cross-fitted heads of each teacher, for the images of ``train``.
-        probed: the linear probe that ``student`` starts from; it stays if no epoch is better on val.
-        use_cache: keep these outputs in a teacher cache on disk.
-        extended_from: numbers of epochs after which the stage was finished before.
-        stopping: signal handler; after a signal, training stops and saves a checkpoint.
+    ``teacher_folders``: model folders of the teachers, if the student learns from rounded outputs, as in a cache;
+    ``use_cache``: keep these on disk.  ``fold_heads``: cross-fitted heads of each teacher, for the images of ``train``.
+    ``probed``: the linear probe that ``student`` starts from; it stays if no epoch is better on val.
+    ``extended_from``: numbers of epochs after which the stage was finished before.
     """
     settings = recipe.stage_training(planned.name)
     size = student.input.size
@@ -249,10 +234,7 @@ def train_stage(
 
 @torch.no_grad()
 def _select_heads(network: DualHead, facts: dict[str, Any], val: Loader, observer: Observer, name: str) -> EpochRecord:
-    """Choose how the two heads are averaged; return the val metrics with that choice, if there was one to make.
-
-    ``facts``, of the student, receives the number of ways that were tried.
-    """
+    """Choose how two heads are averaged; return the val metrics; ``facts`` receives the number of ways tried."""
     if max(map(len, network.candidates)) == 1:
         return {}
     facts["head_candidates"] = math.prod(map(len, network.candidates))
@@ -332,12 +314,9 @@ def scale_logits(
 ) -> tuple[dict[str, Any], EpochRecord]:
     """Divide the student's last layer by the temperature fitted on val, if that lowers the NLL there beyond doubt.
 
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.  In the weights, the temperature holds for every
-    use of the model: predictions, exports, a further training.
-
-    Returns:
-        ``temperature``, ``images``, and ``before`` and ``after`` with ``nll`` and ``ece`` on val; and all val metrics.
-        Both empty if nothing was changed.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.  In the weights, it holds for every use of the
+    model. Return ``temperature``, ``images``, ``before`` and ``after``, and all val metrics; both empty if nothing was
+    changed.
     """
     network, size = student.module, student.input.size
     logits, labels = _logits_of(network, val)

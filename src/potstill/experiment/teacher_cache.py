@@ -53,19 +53,12 @@ Views = int | Literal["all"]
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What a run does about views and their answers.
+    """What a run does about views and their answers."""
 
-    Attributes:
-        views: drawn in turn, by baseline and distilled alike.
-        record: what is kept of a teacher's logits; None: the method trains on the live answers, not on records.
-        use_cache: whether the records are stored on disk.
-        note: for people; empty where there is nothing to say.
-    """
-
-    views: Views
-    record: RecordKind | None
-    use_cache: bool
-    note: str = ""
+    views: Views  # drawn in turn, by baseline and distilled alike
+    record: RecordKind | None  # what is kept of logits; None: the method trains on live outputs
+    use_cache: bool  # whether the records are stored on disk
+    note: str = ""  # for people; empty where there is nothing to say
 
 
 def cache_root(recipe: Recipe) -> Path:
@@ -107,10 +100,7 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
 
 
 def count_views(recipe: Recipe) -> Views:
-    """How many views are drawn in turn; equal for all methods.
-
-    ``auto``: one view for every four epochs of the student, but eight at least, and no more than epochs.
-
+    """Return how many views are drawn in turn; "auto": a quarter of the student's epochs, at least eight, at most all.
     Example:
         >>> [count_views(load_recipe("quickstart", [f"training.epochs={epochs}"])) for epochs in (5, 12, 32, 240)]
         [5, 8, 8, 60]
@@ -230,21 +220,10 @@ def open_caches(
     use_cache: bool = True,
     views: Mapping[str, TeacherViews] | None = None,
 ) -> StageCaches:
-    """Stores for the teachers' answers to the images of each split.
+    """Return caches of the teachers' outputs for each split, with the data's fingerprint in the keys.
 
-    Args:
-        distiller: with the teachers converted for inference.
-        loaders: by split; "train" with its views.
-        teachers: in the distiller's order.
-        stage: whose views they are.
-        student: how the images are prepared.
-        recipe: its ``teacher_cache`` sets where and how.
-        data: whose fingerprint is part of the keys.
-        compute: device and precision of the teachers.
-        observer: is warned once where a store cannot be used; training then goes on with the live teacher, whose
-            answers are rounded as their records would be, so that the weights are the same.
-        use_cache: False: no cache is opened, with the same effect.
-        views: by split, the images for teachers of another size than the student's.
+    Where a cache cannot be used, or with ``use_cache=False``, the live teacher's outputs are rounded as its records
+    would be, so that the weights are the same.  ``views``: by split, the images for teachers of another size.
     """
     method, classes = distiller.method, len(data.class_names)
     kind = record_kind(recipe, method, classes)
@@ -356,22 +335,8 @@ def open_embedding_cache(
 ) -> TeacherCache | None:
     """Return the cache of an encoder's embeddings, float32, of the images of a split without augmentation (view 0).
 
-    They depend on all weights but those of the head, so that runs with other seeds, heads and classes share them.
-
-    Args:
-        encoder: the network.
-        layer: path of its head, whose input is the embedding.
-        how: its inference settings.
-        loader: of the images.
-        split: of the loader.
-        batch_size: of the loader; sums over other batches are rounded a little differently.
-        recipe: its ``teacher_cache`` sets whether and where.
-        data: whose fingerprint is part of the key.
-        folder: of the model, for listings.
-        observer: is warned if there is no space, or the cache cannot be used.
-
-    Returns:
-        None if the recipe switches the cache off, or it cannot be used.
+    They depend on all weights but those of the head ``layer``, so that runs with other seeds, heads and classes share
+    them, and on the batch size, by which sums are rounded.  None if it is off or cannot be used.
     """
     if recipe.teacher_cache.mode == "off":
         return None

@@ -47,23 +47,8 @@ def convert_teachers(
 ) -> list[StageTeacher]:
     """Convert the distiller's teachers as the recipe allows; ``teachers`` themselves are not changed.
 
-    The compared images depend on data and network only, so a resumed run decides in the same way.  Nothing is
-    converted if the method reads feature maps or the hardware is not fast in bf16.
-
-    Args:
-        distiller: of the stage.
-        teachers: in its order.
-        folders: their model folders; None if nothing is cached.
-        names: their stages.
-        train: loader whose images, in their first view, are compared.
-        recipe: with the precision of each teacher.
-        data: the splits of ``train``.
-        compute: device, precision and memory format.
-        observer: its ``note`` is called with the result for each teacher.
-        views: the images of ``train`` for teachers of another size than the student's.
-
-    Returns:
-        The teachers with their inference settings; empty if the method needs outputs that cannot be cached.
+    The compared images depend on data and network only, so a resumed run decides in the same way.  Nothing is converted
+    if the method reads feature maps or the hardware is not fast in bf16.  Empty if outputs cannot be cached.
     """
     live = distiller.teacher
     assert live is not None
@@ -84,13 +69,7 @@ def convert_teachers(
 
 
 def convert_as(teachers: Teachers, settings: InferenceSettings, images: Tensor) -> None:
-    """Convert a single teacher to given inference settings, without comparing its outputs.
-
-    Args:
-        teachers: a single one; ``teachers.inference_settings`` has its settings afterwards.
-        settings: precision and memory format.
-        images: some, preprocessed for this teacher.
-    """
+    """Convert a single teacher to given inference settings, without comparing its outputs on ``images``."""
     if settings.dtype == torch.float32:
         teachers.use_float32(0, settings.memory_format)
     else:
@@ -100,15 +79,7 @@ def convert_as(teachers: Teachers, settings: InferenceSettings, images: Tensor) 
 
 
 def teacher_images(teachers: Teachers, at: int, loader: Loader, own: Loader | None, index: Tensor) -> Tensor:
-    """Return samples in view 0, preprocessed for one of the teachers, [B, 3, S, S].
-
-    Args:
-        teachers: of the stage.
-        at: index of the teacher.
-        loader: of the student's images.
-        own: the same views at the teacher's size, if it is another one.
-        index: int64 [B], sample ids.
-    """
+    """Return samples ``index`` in view 0, preprocessed for one of the teachers, from ``own`` if its size is another."""
     if own is not None:
         return own.view(index, 0)
     images: Tensor = teachers.input_converters[at](loader.view(index, 0))
@@ -150,10 +121,7 @@ def _convert_teacher(
 
 
 def _count_compared(teacher: Classifier, samples: int, compute: Compute) -> int:
-    """Return how many images are compared: a quarter of them, within limits of count and computation.
-
-    It does not depend on time measurements, so that a resumed run has the same number.
-    """
+    """Return how many images are compared: a quarter, within limits that depend on no time measurement."""
     most = (
         MAX_COMPARED if compute.device.type != "cpu" else int(_MAX_FLOPS / count_flops(teacher.module, teacher.input))
     )
@@ -161,10 +129,7 @@ def _count_compared(teacher: Classifier, samples: int, compute: Compute) -> int:
 
 
 class _FidelityCache:
-    """The result of an earlier comparison of the same networks on the same images, on disk.
-
-    ``FORMAT`` has to be raised when the rule for the number of compared images changes.
-    """
+    """The result of an earlier comparison on disk; raise ``FORMAT`` with the rule for the number of images."""
 
     def __init__(self, teacher: StageTeacher, train: Loader, data: DataSplits, compute: Compute) -> None:
         settings = InferenceSettings(compute.teacher_dtype, compute.memory_format)
@@ -179,13 +144,11 @@ class _FidelityCache:
         self.path = cache_folder("fidelity", f"{key}.json")
 
     def read(self) -> Fidelity | None:
-        """Return the result; None if there is none, or it is damaged."""
         with contextlib.suppress(ArtifactError, TypeError):
             return Fidelity(**read_checksummed_json(self.path))
         return None
 
     def write(self, found: Fidelity) -> None:
-        """Write the result; failures are ignored."""
         if math.isfinite(found.largest):  # JSON has no infinity or NaN
             with contextlib.suppress(StorageError):
                 write_checksummed_json(self.path, dataclasses.asdict(found))

@@ -48,11 +48,7 @@ def interval_scope(comparison: Mapping[str, Any] | None) -> str:
 
 
 def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the comparison with gain, interval and gap over all seeds or folds, if there are several.
-
-    ``confidence`` is that of the interval, ``p`` that of the test over these and images together; ``seeds_count`` is
-    the number of seeds, or of folds.
-    """
+    """Return the comparison with gain, interval, gap and ``seeds_count`` over all seeds or folds, if several."""
     seeds, found = repeats_of(comparison), dict(comparison)
     if seeds is None:
         return found
@@ -98,9 +94,7 @@ MAX_CLASSES_NAMED = 5
 
 
 def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
-    """Return sentences on what invalidates the results, the worst first: a network at chance, classes that are never
-    predicted, a teacher below the baseline on val.
-    """
+    """Return sentences on what invalidates the results, the worst first: chance, missing classes, a weak teacher."""
     tests = {name: (stages.get(name) or {}).get("test") or {} for name in sort_stages(stages)}
     judged = {name: test for name, test in tests.items() if stage_role(name) in ("teacher", "baseline", "distilled")}
     at_chance = [name for name, test in judged.items() if test.get("at_chance")]
@@ -208,10 +202,7 @@ def _range(comparison: Mapping[str, Any]) -> str:
 
 
 def cost_sentence(comparison: Mapping[str, Any]) -> str:
-    """Return how much smaller and faster the student is.
-
-    Ratios are teacher to student: 12.3 means that the teacher has 12.3 times as many.
-    """
+    """Return how many times smaller and faster the student is than the teacher."""
     small, fast = finite_figure(comparison, "parameter_ratio"), finite_figure(comparison, "latency_ratio")
     size, speed = _format_ratio(small, "smaller", "larger"), _format_ratio(fast, "faster", "slower")
     ratios = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
@@ -330,11 +321,7 @@ def _training_images_sentence(found: Mapping[str, Any]) -> str:
 
 
 def verdict(comparison: Mapping[str, Any] | None, stages: Mapping[str, Any] | None = None) -> str:
-    """Return the verdict of a run as text.
-
-    Args:
-        comparison: ``comparison`` of results.json (gains as shares), or None if a stage is missing.
-        stages: ``stages`` of results.json, for accuracies and warnings.
+    """Return the verdict of a run as text, from ``comparison`` and ``stages`` of results.json.
 
     Example:
         >>> found = {"top1_gain": 0.018, "top1_gain_low": 0.004, "top1_gain_high": 0.032, "test_images": 270}
@@ -368,7 +355,7 @@ def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
     """Return the effect of distillation.
 
     ``helped`` or ``hurt`` need ``MIN_SEEDS`` seeds or ``MIN_FOLDS`` folds, an interval of the top-1 gain over these and
-    test images on one side of 0, and a significant test; ``one_seed``: any result of one seed.
+    images on one side of 0, and a significant test; ``one_seed``: any result of one seed.
     """
     if comparison is None:
         return "unknown"
@@ -390,12 +377,7 @@ def effect_of(comparison: Mapping[str, Any] | None) -> Effect:
 
 
 def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = None) -> str:
-    """Return the effect of distillation in one sentence.
-
-    Args:
-        comparison: of a run; None: there is none.
-        more_seeds: options that train further seeds; None: those of ``potstill run``.
-    """
+    """Return the effect of distillation in one sentence; ``more_seeds``: options that train further seeds."""
     found = effect_of(comparison)
     if comparison is None or found == "unknown":
         return "Whether distillation helped is unknown: it takes test results of baseline and distilled student."

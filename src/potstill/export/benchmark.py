@@ -56,11 +56,8 @@ class Measurement:
 def benchmark(paths: Sequence[Path | str], *, batch: int = 1, threads: int = 0, rounds: int = 50) -> list[Measurement]:
     """Measure the milliseconds for one batch of random pixels, alternating between the files.
 
-    Args:
-        paths: files that ``potstill export`` wrote: .onnx, .xml (OpenVINO), .tflite, .ncnn.param.
-        batch: images at a time; LiteRT and ncnn take one.
-        threads: of each engine; 0: as many as cores.
-        rounds: measurements of each file; fewer if they take more than 20 s.
+    ``paths`` are .onnx, .xml (OpenVINO), .tflite and .ncnn.param; the last two take one image.  ``threads`` 0: all
+    cores. Fewer than ``rounds`` are measured if they take more than 20 s.
     """
     if batch < 1 or rounds < 1 or threads < 0:
         raise UsageError(f"batch and rounds are at least 1, threads at least 0; got {batch}, {rounds}, {threads}")
@@ -119,7 +116,6 @@ def _open(path: Path, batch: int, threads: int) -> tuple[Callable[[NDArray[Any]]
 
 
 def _read_metadata(path: Path, suffix: str, files: dict[str, bytes]) -> ExportMetadata:
-    """Return the metadata of the JSON beside the file, else that in the file."""
     text = None
     if facts_path(path).is_file():
         facts = read_checksummed_json(facts_path(path))

@@ -138,7 +138,6 @@ def _is_same_source(first: str, second: str) -> bool:
 
 
 def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
-    """Return the class indices [N] int64 of class names."""
     import numpy as np
 
     unknown = sorted(set(labels) - set(class_names))

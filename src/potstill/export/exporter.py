@@ -5,8 +5,7 @@ Nothing is written before the comparison has passed.
 
 import os
 import platform
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from potstill.config import sort_stages, stage_role
 from potstill.data.datasets import load_data
 from potstill.data.image_sets import ImageSet, read_pixels
-from potstill.data.preprocessing import crop_to_input, decoded_side, normalize_array
+from potstill.data.preprocessing import decoded_side
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
 from potstill.evaluation.cost import measure_latency
@@ -29,13 +28,12 @@ from potstill.export.formats import (
     ExportedFiles,
     ExportFormat,
     Predictor,
-    quiet,
 )
+from potstill.export.int8 import calibration_images, class_balanced_indices, quantize_network
 from potstill.export.loading import find_model_folder, load_classifier
-from potstill.export.onnx import INPUT_NAME, facts_path, prepare_batch
+from potstill.export.onnx import facts_path, prepare_batch
 from potstill.export.options import (
     ALL_THAT_RUN,
-    CALIBRATION_IMAGES,
     COMPARED_IMAGES,
     EXPORT_FOLDER,
     FORMATS,
@@ -63,15 +61,8 @@ def export(
 ) -> Path:
     """Write an exported model, and ``NAME.json`` with its SHA-256 and measurements.
 
-    Args:
-        model: a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
-        stage: a stage of the run: "teacher", "baseline", "distilled", ...; None: distilled, else baseline, else
-            teacher.
-        options: of the export.
-        note: called with each line of progress.
-
-    Returns:
-        The written file; of several, the one to open.
+    ``model`` is a run folder, or the folder of one of its models; ``hf-hub:USER/NAME`` or ``local-dir:PATH``; ``stage``
+    of a run: None: distilled, else baseline, else teacher.  Return the written file; of several, the one to open.
     """
     options = options or ExportOptions()
     form = find_format(options.format, options.runtime)
@@ -93,13 +84,7 @@ def export(
 def export_all(
     model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
 ) -> "dict[str, Path | PotstillError]":
-    """Export to each format whose engine is installed and runs here.
-
-    Arguments: as for ``export``; the format is disregarded.
-
-    Returns:
-        The written file of each format in ``FORMATS``, or the reason why there is none.
-    """
+    """Export to each format whose engine is installed and runs here; return its file, or why there is none."""
     options = options or ExportOptions()
     if options.output is not None:
         raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
@@ -238,13 +223,8 @@ def compute_logits(
 ) -> list[NDArray[Any]]:
     """Return the logits [N, K] of several models for the same images.
 
-    Args:
-        predictors: models with the same input.
-        images: a split.
-        index: positions of N images in it.
-        metadata: preprocessing of the models.
-        any_batch: whether the models take batches of any size.
-        full_size: decode large JPEG files at full size, as other programs do, and not as evaluation and prediction do.
+    ``any_batch``: the models take batches of any size.  ``full_size``: decode large JPEG files at full size, as other
+    programs do, and not as evaluation and prediction do.
     """
     # "resize" takes only images of equal size in a batch.
     step = COMPARISON_BATCH_SIZE if any_batch and metadata.inside != "resize" else 1
@@ -282,104 +262,27 @@ def measure_exported_latency(
     return measure_latency(modules, rounds=50, warmup=10)
 
 
-CALIBRATION_BATCH_SIZE = 32
-
-
-def quantize_network(network: Any, images: NDArray[np.float32]) -> Any:
-    """Weights and activations in 8 bits, with a scale for each output channel of the weights.
-
-    Args:
-        network: the bare network, an ``onnx.ModelProto`` in float32; it stays as it is.
-        images: [N, 3, S, S], prepared training images, from which the range of each activation is taken.
-
-    Returns:
-        An ``onnx.ModelProto`` in the QDQ form, which every engine reads.
-    """
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        given, prepared, target = (Path(scratch, name) for name in ("given.onnx", "prepared.onnx", "int8.onnx"))
-        try:
-            onnx.save(network, str(given))  # handed over as an object, it would be torn into several files
-            quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
-            quantize_static(
-                str(prepared), str(target), _CalibrationReader(images), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax,
-            )  # fmt: skip
-        except Exception as error:  # onnxruntime's tool raises whatever it meets
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ArtifactError(f"onnxruntime cannot quantize this network: {line[:300]}") from error
-        return onnx.load(str(target))
-
-
-class _CalibrationReader:
-    """Calibration data for onnxruntime."""
-
-    def __init__(self, images: NDArray[np.float32]) -> None:
-        self._parts: Iterator[NDArray[np.float32]] = iter(
-            [images[i : i + CALIBRATION_BATCH_SIZE] for i in range(0, len(images), CALIBRATION_BATCH_SIZE)]
-        )
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the next batch, or None at the end."""
-        part = next(self._parts, None)
-        return None if part is None else {INPUT_NAME: part}
-
-    def __iter__(self) -> "_CalibrationReader":
-        return self
-
-    def __next__(self) -> dict[str, NDArray[np.float32]]:
-        found = self.get_next()
-        if found is None:
-            raise StopIteration
-        return found
-
-
-def class_balanced_indices(labels: Sequence[int], count: int) -> list[int]:
-    """Return the positions of ``count`` images (or all), the first ones of each class, balanced over classes.
-
-    Example:
-        >>> class_balanced_indices([0, 0, 0, 1, 1, 2], 4)
-        [0, 1, 3, 5]
-    """
-    seen: dict[int, int] = {}
-    ranked = []
-    for position, label in enumerate(labels):
-        seen[int(label)] = seen.get(int(label), -1) + 1
-        ranked.append((seen[int(label)], int(label), position))
-    return sorted(position for *_, position in sorted(ranked)[:count])
-
-
-def calibration_images(splits: DataSplits, spec: InputSpec) -> tuple[NDArray[np.float32], int]:
-    """Return prepared training images [N, 3, S, S] for calibration, and of how many classes they are."""
-    index = class_balanced_indices(splits.train.labels.tolist(), CALIBRATION_IMAGES)
-    squares = np.stack([crop_to_input(read_pixels(splits.train, i, decoded_side(spec)), spec) for i in index])
-    return normalize_array(squares, spec), len(set(splits.train.labels[index].tolist()))
-
-
 def measure_network(
     module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool
 ) -> tuple[float, int]:
-    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained.
-
-    Args: as those of ``convert_network``.
-    """
-    content = convert_network(module, architecture, spec, splits, int8=int8)
+    """Return milliseconds for one image on one thread, and bytes, of a network's ONNX file.  It need not be trained."""
+    content = convert_network(module, architecture, spec, splits, int8=int8, choose_ranges=False)
     return single_thread_latency(content, spec.size), len(content)
 
 
-def convert_network(module: nn.Module, architecture: str, spec: InputSpec, splits: DataSplits, *, int8: bool) -> bytes:
-    """Return a network's ONNX file, not compared with the network.
+def convert_network(
+    module: nn.Module,
+    architecture: str,
+    spec: InputSpec,
+    splits: DataSplits,
+    *,
+    int8: bool,
+    choose_ranges: bool = True,
+) -> bytes:
+    """Return a network's ONNX file, not compared with the network; int8 is calibrated by images of ``splits``.
 
-    Args:
-        module: the network.
-        architecture: its name.
-        spec: of its images.
-        splits: the data: its classes, and images for the calibration of int8.
-        int8: quantize it.
+    ``choose_ranges`` looks for the activation ranges that change the outputs least; it takes longer, and matters where
+    accuracy does.
     """
     from potstill.export.onnx import export_graph, finalize_model
 
@@ -387,7 +290,7 @@ def convert_network(module: nn.Module, architecture: str, spec: InputSpec, split
     metadata = ExportMetadata(architecture, tuple(splits.class_names), spec, "none", int8=int8)
     network = export_graph(module.eval(), metadata)
     if int8:
-        network = quantize_network(network, calibration_images(splits, spec)[0])
+        network, _ = quantize_network(network, calibration_images(splits, spec), choose=choose_ranges)
     return finalize_model(network, metadata)
 
 
@@ -484,8 +387,9 @@ class Exporter:
         network = export_graph(self.classifier.module, self.metadata)
         plain = load(make(finalize_model(network, self.metadata), self.metadata), threads=threads)
         same, prepared = self._compare(plain)
-        images, chosen = calibration_images(self.splits, self.classifier.input)
-        files = make(finalize_model(quantize_network(network, images), self.metadata), self.metadata)
+        images = calibration_images(self.splits, self.classifier.input)
+        small, ranges = quantize_network(network, images)
+        files = make(finalize_model(small, self.metadata), self.metadata)
         quantized = load(files, threads=threads)
         test = range(len(self.splits.test))
         reference, found = compute_logits([self.reference, quantized], self.splits.test, test, self.metadata)
@@ -497,6 +401,8 @@ class Exporter:
         right = f"{after:.2%} of {len(labels)} test images right, {before:.2%} before; " if labeled else ""
         unlabeled = "" if labeled else f"of {len(labels)} images without labels "
         self.note(f"int8: {right}{difference.agreement:.2%} {unlabeled}with the same top class as before")
+        if ranges["batch"] is not None:
+            self.note(f"int8: activation ranges are means over batches of {ranges['batch']} training images")
         self._check_accuracy_drop(before, after, len(labels))
         return files, {
             "parity": same.as_json(),
@@ -508,7 +414,7 @@ class Exporter:
                 "max_drop": self.options.max_drop,
                 "agreement": difference.agreement,
             },
-            "calibration": {"images": len(images), "split": "train", "classes": chosen, "method": "MinMax"},
+            "calibration": {"images": len(images.calibration), "split": "train", "classes": images.classes, **ranges},
             "latency_ms": self._measure_latency({self._engine: plain, "int8": quantized}),
         }
 

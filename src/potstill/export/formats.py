@@ -60,10 +60,7 @@ class ExportFormat:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block, discard warnings, log lines up to WARNING and prints.
-
-    Converters report on their internals, which users of potstill cannot change.
-    """
+    """Within the block, discard warnings, log lines up to WARNING and prints of converters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     sink = io.StringIO()
@@ -95,10 +92,7 @@ def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: 
 
 
 def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to one ``.pt2``, for PyTorch in C++ or compiled ahead of time.
-
-    The metadata is the file ``potstill`` in it.
-    """
+    """Convert to one ``.pt2``, for PyTorch in C++ or compiled ahead of time, with the metadata as a file in it."""
     import torch
 
     held = io.BytesIO()
@@ -123,10 +117,7 @@ TORCH_EXPORT = ExportFormat(convert_to_torch_export, open_torch_export_files, ".
 
 
 def convert_to_executorch(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to one ``.pte`` with XNNPACK, for phones and small boards, for one image at a time.
-
-    Class names and preprocessing are only in NAME.json.
-    """
+    """Convert to one ``.pte`` with XNNPACK, for one image at a time; class names are only in NAME.json."""
     program = export_program(module, metadata, any_batch=False)
     try:
         with quiet():
@@ -191,7 +182,10 @@ def convert_to_litert(module: "nn.Module", metadata: ExportMetadata) -> Exported
         raise ArtifactError(f"{metadata.architecture} cannot be converted to LiteRT: {line[:600]}") from error
     held = io.BytesIO(content)
     with zipfile.ZipFile(held, "a") as appended:
-        for name, text in (("labels.txt", _label_lines(metadata)), (LITERT_METADATA, metadata.as_text())):
+        for name, text in (
+            ("labels.txt", "".join(" ".join(name.split()) + "\n" for name in metadata.class_names)),
+            (LITERT_METADATA, metadata.as_text()),
+        ):
             appended.writestr(zipfile.ZipInfo(name, _ZIP_TIME), text)
     return {".tflite": held.getvalue()}
 
@@ -200,17 +194,8 @@ LITERT_METADATA = f"{METADATA_KEY}.json"
 OTHER_WAYS = "Try --format onnx, which has more operations, or train a convolutional student"
 
 
-def _label_lines(metadata: ExportMetadata) -> str:
-    return "".join(" ".join(name.split()) + "\n" for name in metadata.class_names)
-
-
 def find_layer(program: Any, operation: str) -> str:
-    """Return "the layer PATH (CLASS)" that uses an operation; of several, the first.
-
-    Args:
-        program: as ``export_program`` gives it: the network is the last part of a sequence.
-        operation: the beginning of its name in ``torch.ops.aten``, such as "roll".
-    """
+    """Return "the layer PATH (CLASS)" that uses an operation of ``torch.ops.aten``, by the beginning of its name."""
     for each in (program, program.run_decompositions()):
         for node in each.graph.nodes:
             if str(node.target).startswith(f"aten.{operation}") and node.meta.get("nn_module_stack"):
@@ -249,10 +234,7 @@ LITERT = ExportFormat(
 
 
 def convert_to_coreml(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
-    """Convert to a zip of the ``.mlpackage`` folder, for one image at a time, in float32.
-
-    It runs on Apple's devices only.
-    """
+    """Convert to a zip of the ``.mlpackage`` folder, for Apple's devices, for one image at a time, in float32."""
     try:
         with quiet():
             import coremltools

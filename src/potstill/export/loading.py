@@ -52,20 +52,10 @@ def load_classifier(
 ) -> "tuple[Classifier, str]":
     """Load a run's model, a model folder, or bare weights.
 
-    Args:
-        model: a run or model folder, or one of a model's files; ``ARCHITECTURE@WEIGHTS``; or a file of weights whose
-            network can be inferred from its tensors.
-        classes: of bare weights: a text file with the name of each output, or a name of ``CLASS_LISTS``.
-        likely: of bare weights whose file has no class names: those of the data, if there are as many.
-        note: is called with a line on each thing that was assumed.
-
-    Returns:
-        The classifier, in eval mode on the CPU, and where it comes from.
-
-    Raises:
-        ArtifactError: no model there, or a damaged one.
-        UsageError: weights of a network that is not known, class names that do not fit, or a repository of the hub
-            that cannot be read; an exported file.
+    ``model`` is a run or model folder, or one of a model's files; ``ARCHITECTURE@WEIGHTS``; or a file of weights whose
+    network can be inferred.  ``classes`` of bare weights: a text file with the name of each output, or a name of
+    ``CLASS_LISTS``; ``likely``: those of the data, if there are as many.  ``note`` is called with what was assumed.
+    Return the classifier, in eval mode on the CPU, and where it comes from.
     """
     folder = find_model_folder(model)
     if (pinned := pinned_name(os.fspath(model))) != os.fspath(model):

@@ -55,10 +55,7 @@ class OnnxModel:
     predictor: Callable[[NDArray[Any]], NDArray[Any]]  # a batch as the file takes it -> logits [B, K]
 
     def prepare(self, pixels: Pixels) -> NDArray[Any]:
-        """Preprocess a decoded image, uint8 [H, W, 3], for ``probabilities``.
-
-        If the file takes images of any size, this returns its logits already, so that no large images are kept.
-        """
+        """Preprocess an image, uint8 [H, W, 3]; return its logits already if the file takes any size."""
         prepared = prepare_batch([pixels], self.metadata)
         result: NDArray[Any] = (self.predictor(prepared) if self.metadata.inside == "resize" else prepared)[0]
         return result
@@ -81,11 +78,7 @@ def prepare_batch(images: Sequence[Pixels], metadata: ExportMetadata) -> NDArray
 
 
 def load_onnx(path: Path) -> OnnxModel:
-    """Load a file that ``potstill export`` wrote.
-
-    No code in it runs and it refers to no other file.  If its ``NAME.json`` exists, the SHA-256 is compared before
-    anything is parsed.
-    """
+    """Load a file that ``potstill export`` wrote, after comparing the SHA-256 of its ``NAME.json``; it runs no code."""
     check_exists(path, "a run folder, or a file that potstill export has written")
     content = read_bytes(path)
     check_digest(path, path.name, content)
@@ -159,12 +152,7 @@ def export_graph(module: "nn.Module", metadata: ExportMetadata) -> Any:
 
 
 def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
-    """Return the checked file, with preprocessing before the network if requested.
-
-    Args:
-        network: an ``onnx.ModelProto``, as ``export_graph`` gives it, or a quantized one.
-        metadata: of the file.
-    """
+    """Return the checked file of an ``onnx.ModelProto``, with preprocessing before the network if requested."""
     import onnx
 
     model = network if metadata.inside == "none" else _add_preprocessing(network, metadata)
@@ -294,7 +282,6 @@ def convert_to_ncnn(module: "nn.Module", metadata: ExportMetadata) -> ExportedFi
     """Convert to ``.ncnn.param`` and ``.ncnn.bin`` by pnnx, by way of ONNX; for one image at a time, in float32.
 
     ncnn takes floats: with "normalise" pixels from 0 to 255 [3, S, S], as its ``Mat::from_pixels`` makes them.
-    Class names and preprocessing are only in NAME.json.
     """
     import onnx
     import pnnx
@@ -327,10 +314,7 @@ def convert_to_ncnn(module: "nn.Module", metadata: ExportMetadata) -> ExportedFi
 
 
 def _missing_operations(param: str) -> list[str]:
-    """Return the layers that ncnn does not have: pnnx writes them by their names in PyTorch, such as "torch.unbind".
-
-    Reshapes that pnnx itself has inserted before such a layer come last.
-    """
+    """Return the layers that ncnn lacks, which pnnx writes by their names in PyTorch; reshapes come last."""
     rows = [line.split()[:2] for line in param.splitlines()[2:]]
     foreign = [(kind, name) for kind, name in rows if "." in kind or "::" in kind]
     return [kind for kind, name in sorted(foreign, key=lambda row: "_ncnnbatch" in row[1])]

@@ -17,7 +17,7 @@ from potstill.io import read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import PREPROCESSING_MODES, ExportMetadata
 
 EXPORT_FOLDER, NAME = "export", "model"
-COMPARED_IMAGES, CALIBRATION_IMAGES = 200, 256  # for the comparison with PyTorch; for int8 calibration
+COMPARED_IMAGES = 200  # with PyTorch
 
 FORMATS = {
     "onnx": ONNX,
@@ -80,12 +80,7 @@ def find_format(name: str, runtime: Path | None = None) -> ExportFormat:
 
 
 def export_data_settings(folder: Path, source: str | None) -> Any:
-    """Return the data settings of a model's run, with ``source`` in place of its own if given.
-
-    Raises:
-        DataError: a model outside of a run, and no source.
-        UsageError: the run's own data is not there, and no source.
-    """
+    """Return the data settings of a model's run, with ``source`` in place of its own if given."""
     settings = run_data_settings(folder)
     if source is not None:
         source = resolve_reference(source)
@@ -135,10 +130,7 @@ def check_options(options: ExportOptions, form: ExportFormat) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's weights, by which an export is later recognised as outdated.
-
-    Those of bare weights: of their file, or of the one in their folder.
-    """
+    """Return the SHA-256 of a model folder's or bare weights, by which an export is later recognised as outdated."""
     if (folder / "model.json").is_file():
         return str(read_checksummed_json(folder / "model.json")["sha256"])
     names = ("model.safetensors", "pytorch_model.bin")

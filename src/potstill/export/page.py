@@ -29,11 +29,7 @@ _NPM_SECONDS = 600
 
 
 def find_runtime(folder: Path | None = None) -> dict[str, bytes]:
-    """Return onnxruntime-web's files by name: from a folder, from the user's cache, or by npm, which fills the cache.
-
-    Args:
-        folder: the package, or its folder ``dist``, of any version; None: the version ``RUNTIME``.
-    """
+    """Return onnxruntime-web's files by name: from a folder of any version, the user's cache, or npm."""
     if folder is not None:
         for place in (folder, folder / "dist"):
             if all((place / name).is_file() for name in RUNTIME_FILES):
@@ -86,13 +82,7 @@ def _download() -> dict[str, bytes]:
 
 
 def build_page(network: bytes, metadata: ExportMetadata, *, runtime: Path | None = None) -> ExportedFiles:
-    """Return the page, ``.html``.
-
-    Args:
-        network: an ONNX file without preprocessing.
-        metadata: of it.
-        runtime: as for ``find_runtime``.
-    """
+    """Return the page, ``.html``, with an ONNX file without preprocessing."""
     script, wasm = find_runtime(runtime).values()
     spec = metadata.input
     scale, shift = (each.ravel().tolist() for each in scale_and_shift(spec.mean, spec.std))

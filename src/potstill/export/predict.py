@@ -193,27 +193,17 @@ class Network:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network, or a cascade of a student and its teachers.
+    """A network, or a cascade of a student and its teachers."""
 
-    Attributes:
-        network: the only one, or the student.
-        teachers: they answer images that the student is not more confident of than ``threshold``.
-        combine: the teachers' probabilities, a list of [B, K] -> [B, K].
-        threshold: of the student's largest probability.
-    """
-
-    network: Network
-    teachers: tuple[Network, ...] = ()
+    network: Network  # the only one, or the student
+    teachers: tuple[Network, ...] = ()  # answer where the student is not above ``threshold``
     combine: Callable[[list[list[list[float]]]], list[list[float]]] = lambda rows: rows[0]
-    threshold: float = 0.0
+    threshold: float = 0.0  # of the student's largest probability
 
     def predict(
         self, items: Iterable[Item], *, top: int = 3, batch_size: int = 32, threshold: float | None = None
     ) -> Iterator[Prediction]:
-        """Yield the prediction of each item, in order; images are decoded in threads, a few batches ahead.
-
-        Arguments as of ``potstill.predict``.
-        """
+        """Yield the prediction of each item, in order; images are decoded in threads, a few batches ahead."""
         read = threaded_map(self.network.read, items)
         while batch := list(itertools.islice(read, batch_size)):
             good = [at for at, (_, image) in enumerate(batch) if not isinstance(image, DataError)]
@@ -360,14 +350,7 @@ def write_table(path: Path, predictions: Iterable[Prediction], top: int, *, casc
     """Write predictions as they come to a CSV or Parquet file, which appears when it is complete.
 
     Columns: ``path``; with videos ``frame`` and ``seconds``; ``prediction`` (a class or "unknown"), ``class_1``,
-    ``p_1`` to ``class_K``, ``p_K``; with a cascade ``answered_by``; ``error``.
-
-    Args:
-        path: of the file; see ``check_table``.
-        predictions: in order.
-        top: K, classes of each row.
-        cascade: whether a teacher may have answered.
-        video: whether there are frames.
+    ``p_1`` to ``class_K``, ``p_K`` (``top`` of them); with a cascade ``answered_by``; ``error``.
     """
     ranks = range(1, top + 1)
     columns: dict[str, type] = {
@@ -421,10 +404,7 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterator[Seque
 
 
 def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> FoundImages:
-    """Return the given files, and all files in folders that are images by name or signature.
-
-    Videos in folders are left out: their frames are many, and they are read where they are given themselves.
-    """
+    """Return the given files, and all files in folders that are images by name or signature, but not videos."""
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:

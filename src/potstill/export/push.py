@@ -38,10 +38,7 @@ class Publication:
 
 
 def prepare(run: Path, repository: str) -> Publication:
-    """Return the files of a run's student: distilled, else baseline.  Nothing is sent.
-
-    Absolute paths in the facts on its training become names without folders, since they tell of this machine.
-    """
+    """Return the files of a run's student: distilled, else baseline; paths of this machine lose their folders."""
     if not _NAME.fullmatch(repository):
         raise UsageError(f"a repository is NAME or USER/NAME of letters, digits and . _ -, got {repository!r}")
     folder = find_model(run)
@@ -80,10 +77,7 @@ def prepare(run: Path, repository: str) -> Publication:
 
 
 def timm_config(model: Classifier) -> dict[str, Any] | None:
-    """Return the config.json by which timm builds a student and loads its weights; None if it is no network of timm.
-
-    A student whose layers a method has changed, whose channels were removed, or whose outputs are grouped, is none.
-    """
+    """Return the config.json by which timm builds a student; None if it is none of timm's, or has been changed."""
     family, name = resolve(model.architecture)
     changed = (model.remodelled, model.output_groups, model.pruned)
     if not isinstance(family, Timm) or any(each is not None for each in changed):

@@ -1,6 +1,4 @@
-"""Feature maps of networks: adapters (small trained layers that bring student features to the teacher's shape) here;
-stages of a network, hooks and changed students in the modules.
-"""
+"""Feature maps of networks: adapters that bring student features to the teacher's shape; in the modules all else."""
 
 from collections.abc import Sequence
 
@@ -49,14 +47,8 @@ class ConvAdapter(nn.Module):
 
     Stride 2 where the student's map is twice as large, transposed where it is half as large, else a kernel of
     ``1 + difference`` without padding: the regressor of the published FitNet numbers.  It cannot join every pair of
-    sizes (or not with less than ``MAX_WEIGHTS``); there, the map is resized first and the kernel is 1x1.
-
-    Args:
-        student: shape [B, C, H, W] of the features that come in.
-        teacher: shape [B, C, H, W] of the features to be matched.
-
-    Raises:
-        UsageError: not feature maps.
+    ``1 + difference`` without padding: the regressor of the published FitNet numbers.  It cannot join every pair of
+    sizes [B, C, H, W] (or not with less than ``MAX_WEIGHTS``); there, the map is resized first and the kernel is 1x1.
     """
 
     def __init__(self, student: Sequence[int], teacher: Sequence[int]) -> None:
@@ -86,17 +78,7 @@ class ConvAdapter(nn.Module):
 
 
 class Projection(nn.Module):
-    """A 1x1 convolution to the teacher's channels; the size stays as it is.
-
-    Args:
-        student: shape [B, C, H, W] of the features that come in.
-        teacher: shape [B, C, H, W] whose channels are wanted.
-        norm: with BatchNorm behind it, and then no bias.
-        activation: with ReLU at the end.
-
-    Raises:
-        UsageError: not feature maps.
-    """
+    """A 1x1 convolution to the channels of ``teacher`` [B, C, H, W]; ``norm`` adds BatchNorm and takes the bias."""
 
     def __init__(
         self, student: Sequence[int], teacher: Sequence[int], *, norm: bool = False, activation: bool = False

@@ -16,11 +16,7 @@ from potstill.features.tracing import ActivationMode, first_tensor
 def capture_outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Within the block, keep the output of each submodule named in ``paths``.
 
-    The hooks end with the block, so the model can be copied, exported and compiled afterwards.
-
-    Raises:
-        UsageError: a path that the model does not have, or whose output is not one tensor.
-
+    The hooks end with the block.  UsageError: a path that is unknown, or whose output is not one tensor.
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -50,11 +46,7 @@ def _capture_hook(features: dict[str, Tensor], path: str) -> Callable[[nn.Module
 
 
 def find_submodule(model: nn.Module, path: str) -> nn.Module:
-    """Return the submodule with this path.
-
-    Raises:
-        UsageError: there is none; names the nearest.
-    """
+    """Return the submodule with this path; UsageError names the nearest."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules or not path:
         first = ", ".join(sorted(name for name in modules if name)[:6])
@@ -84,11 +76,7 @@ class CapturedFeatures:
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
-        """Maps [B, C, H, W] of the stages in the order of the request; tokens as a grid, without class tokens.
-
-        Raises:
-            UsageError: the forward pass did not come to a stage.
-        """
+        """Return maps [B, C, H, W] of the stages in the order of the request; tokens as a grid."""
         maps = []
         for stage, found in zip(self.stages, self.found, strict=True):
             if found is None:
@@ -101,12 +89,7 @@ class CapturedFeatures:
 def capture_features(model: nn.Module, request: FeatureRequest) -> Iterator[CapturedFeatures]:
     """Within the block, read the features of each forward pass of ``model``; gradients flow through them.
 
-    The hooks end with the block, so the model can be copied, exported and compiled afterwards.  Maps into which the
-    network writes later (activations in place) are copied.
-
-    Raises:
-        UsageError: a path that the model does not have; a tap whose output is not one tensor.
-
+    The hooks end with the block.  Maps into which the network writes later (activations in place) are copied.
     Example:
         >>> import torch
         >>> from potstill.features.stages import find_stages
@@ -148,7 +131,6 @@ class _StageReader:
         self.open = False  # whether the next activation function may be the stage's
 
     def attach(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Register the hooks of this stage."""
         stage = self.stage
         module = find_submodule(model, stage.module)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
@@ -193,7 +175,6 @@ class _StageReader:
         self.latest = self._copy(_first_input(args, kwargs))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Handle the output of the stage's module."""
         self.open, number = False, self.calls
         self.calls += 1
         output = first_tensor(output)
@@ -210,7 +191,6 @@ class _StageReader:
             self.found[self.position] = self.latest
 
     def _activating(self, tensor: Tensor) -> Tensor | None:
-        """Handle the input of an activation function."""
         if not self.open or (self.stage.activated and tensor is not self.latest):
             return None
         return tensor if self.stage.activated else self._copy(tensor)

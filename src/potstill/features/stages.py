@@ -42,7 +42,9 @@ def find_stage_ends(trace: ForwardTrace) -> list[ModuleCall]:
         candidates = [call for call in candidates if not any(call in stage.parents for stage in chosen)]
         if size == (1, 1) and len(sizes) > 1 and candidates and not _continues_halving(candidates[0]):
             continue
-        while len(candidates) > 1 and _is_layer_norm(candidates[-1].module):
+        while len(candidates) > 1 and any(
+            name in type(candidates[-1].module).__name__ for name in ("LayerNorm", "RMSNorm", "RmsNorm")
+        ):
             candidates.pop()
         if candidates:
             fewest = min(_count_larger_parents(call) for call in candidates)
@@ -101,10 +103,6 @@ def _continues_halving(first: ModuleCall) -> bool:
 
 
 def _blocks(trace: ForwardTrace) -> list[ModuleCall]:
-    """Return the calls of the blocks that networks are built of.
-
-    They have several layers each, and there are several of one class, or they are in a container with such.
-    """
     units = [
         call
         for call in trace.calls
@@ -121,7 +119,6 @@ def _blocks(trace: ForwardTrace) -> list[ModuleCall]:
 
 
 def _container_of(trace: ForwardTrace, call: ModuleCall) -> tuple[str, int] | None:
-    """Return the outermost of the containers directly around a call, and its depth in there."""
     path, depth = call.path, 0
     while (outer := _parent(path)) in trace.containers:
         path, depth = outer, depth + 1
@@ -129,10 +126,7 @@ def _container_of(trace: ForwardTrace, call: ModuleCall) -> tuple[str, int] | No
 
 
 def _stem_end(trace: ForwardTrace, blocks: list[ModuleCall]) -> int:
-    """Return when the stem ends: at the first block, or at the first group of other layers beside groups of blocks.
-
-    If there are containers of blocks, a single block outside of them (in the stem, between stages) does not count.
-    """
+    """Return when the stem ends: at the first block that is not alone beside containers, or group of layers."""
     rows = {row for block in blocks if (row := _container_of(trace, block)) is not None}
     starts = [block.start for block in blocks if not rows or _container_of(trace, block) in rows]
     outermost = {path for path, depth in rows if depth > 1}
@@ -159,10 +153,6 @@ def _divide_blocks(single: ModuleCall, trace: ForwardTrace, blocks: list[ModuleC
 
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
-
-
-def _is_layer_norm(module: nn.Module) -> bool:
-    return any(name in type(module).__name__ for name in ("LayerNorm", "RMSNorm", "RmsNorm"))
 
 
 def find_head(trace: ForwardTrace) -> ModuleCall | None:
@@ -233,8 +223,8 @@ class PreActivation:
 def find_pre_activation(trace: ForwardTrace, call: ModuleCall) -> PreActivation:
     """Return how to read the map before the activation that ended this call.
 
-    In networks that activate at the start of a block, the map is a bare sum, and the next block's BatchNorm gives its
-    form before activation; this is how the published numbers of OFD and AB on wide residual networks were made.
+    In networks that activate at the start of a block, it is what the next block's BatchNorm makes of the sum, as in the
+    published numbers of OFD and AB on wide residual networks.
     """
     activated = call.activated
     if activated is not None:
@@ -261,7 +251,6 @@ def _next_block_norm(trace: ForwardTrace, call: ModuleCall) -> PreActivation | N
 
 
 def _find_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> str | None:
-    """Return the BatchNorm whose output, perhaps with a shortcut added, is activated."""
     if activated is not None and activated.parents and activated.parents[-1] in _norm_calls(trace):
         found: ModuleCall | None = activated.parents[-1]
     else:
@@ -275,10 +264,7 @@ def _source_norm(trace: ForwardTrace, tensor: Tensor | None) -> ModuleCall | Non
 
 
 def _last_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> ModuleCall | None:
-    """Return the last BatchNorm of the block's main path, unless a convolution follows it.
-
-    A shortcut has a BatchNorm of its own, which may be called later: it lies deeper, or reads the block's input.
-    """
+    """Return the last BatchNorm of a block's main path, not its shortcut, unless a convolution follows."""
     block = call
     if activated is not None and activated.parents:
         block = activated.parents[-1]
@@ -361,10 +347,7 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
     one, so a convolution, normalisation or activation behind the last block counts as part of it; a last LayerNorm does
     not count otherwise.
 
-    Args:
-        model: images [B, 3, H, W] -> logits [B, K]; it stays as it was.
-        example: images, on the model's device.
-
+    ``model`` maps images [B, 3, H, W] to logits [B, K]; it stays as it was.
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 9, 3, 1, 1),
@@ -395,14 +378,7 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
 def find_stage_at(model: nn.Module, example: Tensor, path: str) -> Stage:
     """Return the stage that ends with the module ``path``, to override ``find_stages``.
 
-    Args:
-        model: images [B, 3, H, W] -> logits [B, K]; it stays as it was.
-        example: images, on the model's device.
-        path: as in ``named_modules()``, or as ``find_stages`` names it.  Of several calls the last counts.
-
-    Raises:
-        UsageError: no such module, or its output is no feature map.
-
+    ``path`` is as in ``named_modules()``, or as ``find_stages`` names it.  Of several calls the last counts.
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))

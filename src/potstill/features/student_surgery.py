@@ -18,11 +18,7 @@ from potstill.types import at_least_float32
 
 
 class ModifiedStudent(nn.Module):
-    """A network around a student's.
-
-    Attributes:
-        facts: numbers and texts from which ``rebuild`` makes the same module around an untouched student.
-    """
+    """A network around a student's; ``rebuild_student`` makes the same from ``facts``."""
 
     name: ClassVar[str]
     network: nn.Module
@@ -30,11 +26,7 @@ class ModifiedStudent(nn.Module):
 
 
 def require_module_output(stage: Stage, method: str) -> None:
-    """Check that layers can be appended to a stage: its map is the single output of a submodule.
-
-    Raises:
-        UsageError: the map is the output of a function, or one of several outputs.
-    """
+    """Check that layers can be appended to a stage: its map is the single output of a submodule."""
     if stage.activated or stage.call is not None:
         reason = (
             "leaves a function, not a layer" if stage.activated else f"is one of several outputs of {stage.module!r}"
@@ -57,14 +49,8 @@ LAYER_NORM_EPSILON = 1e-7  # of the logits, in NORM's release
 class ExpandedStage(ModifiedStudent):
     """The student with a linear block after its last stage: 1x1 to many channels, 1x1 back, plus the map itself.
 
-    Args:
-        network: the student; its last stage is replaced in place.
-        stage: path of the submodule that puts out the last feature map.
-        channels: of that map.
-        expanded: channels in the middle of the block.
-        layout: how the submodule's output holds the map: "NCHW" or "NHWC".
-        logit_scale: logits get mean 0 and variance 1 over the classes and are multiplied by this; 0: left as they are.
-
+    The student's last ``stage`` (path, and channels and layout of its map) is replaced in place.  With ``logit_scale``,
+    logits get mean 0 and variance 1 over the classes and are multiplied by it.
     Example:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> expanded = ExpandedStage(student, stage="0", channels=4, expanded=24).eval()
@@ -119,10 +105,7 @@ class ExpandedStage(ModifiedStudent):
 
 
 class MergedStage(ModifiedStudent):
-    """The student with one 1x1 convolution after its last stage.
-
-    Args: as those of ``ExpandedStage``.
-    """
+    """The student with one 1x1 convolution after its last stage."""
 
     name = "merged_stage"
 
@@ -215,22 +198,9 @@ class ProjectedHead(ModifiedStudent):
 
     The head is a copy that is never trained.  The student's own later layers are left in place, without effect.
 
-    Args:
-        network: the student; its last stage is wrapped in place.
-        stage: path of the submodule that puts out the last feature map.
-        channels: of that map.
-        outputs: channels of the teacher's last map.
-        classes: that the head knows.
-        factor: the projector's hidden layers have ``outputs // factor`` channels.
-        pool_height: to which the map is averaged before the projector; 0: not at all.
-        pool_width: likewise.
-        layout: how the submodule's output holds the map: "NCHW", "NHWC" or "tokens".
-        height: of a map of tokens.
-        width: of a map of tokens.
-        prefix: tokens before those of the map.
-        copied: the network writes into the map later, so that a copy must be kept.
-        bias: whether the head has one.
-
+    Wraps ``stage`` in place, whose map has ``channels``, a ``layout`` and, of tokens, a size and ``prefix``; ``copied``
+    keeps it from later writes.  The projector's hidden layers have ``outputs // factor`` channels; the map is averaged
+    to ``pool_height`` x ``pool_width`` before, unless these are 0.
     Example:
         >>> import torch
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -299,11 +269,7 @@ class OutputCapture(nn.Module):
         return output
 
     def take(self) -> Tensor:
-        """Return the last output.
-
-        Raises:
-            UsageError: the submodule has not run.
-        """
+        """Return the last output."""
         output, self._output = self._output, None
         if output is None:
             raise UsageError("the student's last stage did not run; name a layer that every image passes")
@@ -320,15 +286,8 @@ class DualHead(ModifiedStudent):
 
     Its logits are ``log(alpha * softmax(first) + (1 - alpha) * softmax(second / beta))``.
 
-    Args:
-        network: the student; its last linear layer is wrapped in place.
-        head: path of that layer, whose output is the network's.
-        alpha: weight of the first head, the student's own.
-        beta: temperature of the second head, which is new.
-
-    Attributes:
-        candidates: values of alpha and of beta that ``select`` tries; by default only those given.
-
+    ``head`` is the path of the last linear layer, wrapped in place; ``select`` tries the ``candidates`` of alpha and
+    beta.
     Example:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> dual = DualHead(student, head="2", alpha=0.5, beta=1.0)
@@ -363,13 +322,8 @@ class DualHead(ModifiedStudent):
     def select(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
         """Choose alpha and beta among the candidates by top-1, and among equal ones by the log-likelihood.
 
-        Args:
-            first: shape [N, K], logits of the first head for images that the network was not trained on.
-            second: shape [N, K], of the second head.
-            labels: shape [N], class ids.
-
-        Returns:
-            The network's logits [N, K] with the chosen values.
+        Logits [N, K] of both heads are for images that the network was not trained on.  Return the chosen mean's, [N,
+        K].
         """
         heads, best = self.heads, (-1.0, -float("inf"))
         for beta in self.candidates[1]:
@@ -432,12 +386,7 @@ MODIFIED_STUDENTS: dict[str, type[ModifiedStudent]] = {
 def rebuild_student(network: nn.Module, facts: dict[str, Any]) -> ModifiedStudent:
     """Return the module that ``facts`` describe, around an unchanged student, ready for its saved weights.
 
-    Args:
-        network: the student as it is created; changed in place.
-        facts: the ``facts`` of a remodelled network.
-
-    Raises:
-        UsageError: facts of an unknown module, or that do not fit it.
+    UsageError: facts of an unknown module, or that do not fit ``network``, which is changed in place.
 
     Example:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))

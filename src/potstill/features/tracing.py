@@ -1,6 +1,4 @@
-"""Record one forward pass: every call of a submodule and of an activation (as a module or as a function), and what the
-network did with the result; layouts of feature maps (channels first, channels last, or tokens).
-"""
+"""Record one forward pass: calls of submodules and activations, and uses of results; layouts of feature maps."""
 
 import math
 from collections import Counter
@@ -63,11 +61,7 @@ class Grid:
 
 
 class LayoutDetector:
-    """Recognises maps by their shapes: a map has the aspect ratio of the image.
-
-    Args:
-        image: shape [B, C, H, W] of the images that the network reads.
-    """
+    """Recognises maps by their shapes: a map has the aspect ratio of the image, [B, C, H, W]."""
 
     def __init__(self, image: Iterable[int]) -> None:
         self.batch, _, self.height, self.width = image
@@ -131,7 +125,6 @@ class ActivationMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         source = args[0] if args else kwargs.get("input")
         if func not in ACTIVATIONS or not isinstance(source, Tensor):
@@ -203,10 +196,7 @@ class ModuleCall:
 
     @property
     def computes_features(self) -> bool:
-        """Whether it computes features, unlike pooling, dropout and reshaping.
-
-        A bare linear layer on a map does not count: it is a part of attention, or classifies each position.
-        """
+        """Whether it computes features, unlike pooling, dropout, reshaping, and bare linear layers on a map."""
         if self.is_function or is_activation(self.module):
             return True
         return not isinstance(self.module, nn.Linear) and any(True for _ in self.module.parameters())
@@ -261,10 +251,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 def trace_forward(model: nn.Module, images: Tensor) -> ForwardTrace:
-    """Record one forward pass in eval mode; the model is unchanged.
-
-    Two images are used; constant images, which say nothing about the network, are replaced by noise.
-    """
+    """Record one forward pass in eval mode over two images, or noise if they are constant; the model is unchanged."""
     images = images[:2]
     if images.numel() and bool((images == images.flatten()[0]).all()):
         images = _noise(images)
@@ -290,8 +277,6 @@ class _Recorder:
         self.latest: ModuleCall | None = None  # the last call that ended with a tensor
 
     def hooks(self, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Return the hooks before and after each call of this module."""
-
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             source = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             grid = None if source is None else self.layouts.grid(tuple(source.shape))
@@ -312,11 +297,9 @@ class _Recorder:
         return before, after
 
     def before_activation(self, source: Tensor) -> tuple[Tensor, int]:
-        """Record the input of an activation function."""
         return source, _version(source)
 
     def activated(self, recorded: tuple[Tensor, int], result: Tensor) -> None:
-        """Record its result."""
         if self.open_calls and is_activation(self.open_calls[-1].module):
             return
         source, version = recorded

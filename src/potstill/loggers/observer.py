@@ -30,12 +30,7 @@ QUEUE_SIZE = 10_000  # calls, mostly one an epoch
 
 
 class LoggerThread:
-    """One logger in its own thread.
-
-    Args:
-        name: of the logger, for messages.
-        create: returns the logger; called in the thread.
-    """
+    """One logger, which ``create`` returns, in its own thread."""
 
     def __init__(self, name: str, create: Callable[[], Logger]) -> None:
         self.name = name
@@ -131,14 +126,7 @@ class LoggingObserver(ForwardingObserver):
 def logging_observer(
     trackers: Sequence[LoggerSettings], run: Path, parameters: Mapping[str, Any], observer: Observer
 ) -> Iterator[LoggingObserver]:
-    """Log a run to trackers within the block.
-
-    Args:
-        trackers: if empty, nothing is started.
-        run: its folder; stores the run's identity at the trackers, so that a resumed run continues theirs.
-        parameters: the recipe's plain values.
-        observer: receives all calls, and one warning for each tracker that fails.
-    """
+    """Log a run to trackers within the block; the run folder stores its identity there, for a resumed run."""
     identity, threads = "", []
     if trackers or (run / LOGGERS_FILE).exists():
         identity = secrets.token_hex(4)
@@ -180,7 +168,6 @@ def _start_threads(
     parameters: dict[str, Any],
     observer: Observer,
 ) -> list[LoggerThread]:
-    """Import the packages, before data workers are forked, and start the threads."""
     started = []
     for each in trackers:
         try:

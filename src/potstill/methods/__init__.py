@@ -129,11 +129,7 @@ def list_logit_methods() -> list[str]:
 
 
 def list_classless_methods(*, embeddings_only: bool = False) -> list[str]:
-    """The names of the methods of this folder that need no classes of the teacher, sorted; some with ``kd_weight: 0``.
-
-    Args:
-        embeddings_only: those that read nothing but embeddings of the teacher.
-    """
+    """Return the methods of this folder that need no classes of the teacher, sorted; some with ``kd_weight: 0``."""
     found = []
     for name in list_own_methods():
         info = method_info(name)
@@ -157,14 +153,7 @@ def loss_functions() -> dict[str, str]:
 
 
 def method_info(name: str) -> MethodInfo:
-    """Look a method up.
-
-    Args:
-        name: one of ``list_methods()``, or the code of one.
-
-    Raises:
-        UsageError: unknown name; names the nearest known one. Or code that cannot be loaded, or is no method.
-    """
+    """Return what is known of one of ``list_methods()``, or of a method given as code; UsageError names the nearest."""
     if name in _catalog()["methods"]:
         return _own_info(name)
     return _outside_info(method_class(name), name)  # type: ignore[arg-type]  # classes are hashable
@@ -193,11 +182,7 @@ def _own_info(name: str) -> MethodInfo:
 
 
 def method_class(name: str) -> "type[Method]":
-    """The class behind a name.
-
-    Raises:
-        UsageError: as of ``method_info``.
-    """
+    """Return the class behind a name."""
     if name in (own := _catalog()["methods"]):
         module, _, attribute = own[name]["target"].partition(":")
         found = getattr(importlib.import_module(module), attribute)
@@ -382,10 +367,9 @@ def normalize_method(method: Any) -> Any:
 
 
 def inner_methods(settings: dict[str, Any]) -> list[tuple[tuple[str | int, ...], Any]]:
-    """Return the methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``.
+    """Return the methods inside a method, each with its path: ``("base_method",)``, ``("methods", 0)``; unchecked.
 
-    The values are unchecked.  Empty if the name is missing.  A method from outside is not loaded: every option of it
-    that looks like a method counts as one.
+    A method from outside is not loaded: every option of it that looks like a method counts as one.
     """
     name = settings.get("name")
     if not isinstance(name, str):

@@ -27,12 +27,9 @@ def ab_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], *, m
         \begin{cases} \max(0, s + \mu)^2 & t \le 0 \\ \max(0, \mu - s)^2 & t > 0 \end{cases}
 
     Args:
-        student_maps: each of shape [B, C, H, W], before activation and after its connector.
-        teacher_maps: of the same shapes, before activation; no gradient reaches them.
+        student_maps: each of [B, C, H, W], before activation and after its connector.
+        teacher_maps: of the same shapes, before activation.
         margin: :math:`\mu`, how far beyond 0 the student shall be.
-
-    Returns:
-        A scalar, at least 0.
 
     Example:
         >>> student, teacher = torch.tensor([1.0, -3.0]).view(1, 1, 1, 2), torch.tensor([-1.0, 2.0]).view(1, 1, 1, 2)

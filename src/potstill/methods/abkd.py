@@ -37,17 +37,10 @@ def abkd_loss(
     overflow where a network is very sure.
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         alpha: power of the teacher's probabilities.
         beta: power of the student's.
         temperature: T > 0 of both.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch

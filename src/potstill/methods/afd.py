@@ -29,12 +29,9 @@ def afd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], att
     The student's energies are averaged to the size of the teacher's map (or repeated, where they are fewer).
 
     Args:
-        student_maps: S maps, each of shape [B, C, H, W].
-        teacher_maps: T maps; no gradient reaches them.
-        attention: shape [B, T, S], at least 0, sums to 1 over the student's stages.
-
-    Returns:
-        A scalar, at least 0.
+        student_maps: S maps, each of [B, C, H, W].
+        teacher_maps: T maps.
+        attention: [B, T, S], at least 0, sums to 1 over the student's stages.
 
     Example:
         >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
@@ -53,13 +50,7 @@ def afd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], att
 
 
 class StageAttention(nn.Module):
-    """Queries from the teacher's pooled maps, keys from the student's, and a learnt code for each stage.
-
-    Args:
-        student_channels: of the student's stages.
-        teacher_channels: of the teacher's.
-        dimension: of queries, keys and codes.
-    """
+    """Queries from the teacher's pooled maps, keys from the student's, and a learnt code for each stage."""
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, dimension: int) -> None:
         super().__init__()

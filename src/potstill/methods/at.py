@@ -39,13 +39,10 @@ def at_loss(
     Numbers of channels may differ; of two sizes, the larger map is averaged down to the smaller.
 
     Args:
-        student_maps: each of shape [B, C, H, W].
-        teacher_maps: as many, of the same B; no gradient reaches them.
+        student_maps: each of [B, C, H, W].
+        teacher_maps: as many, of the same B.
         power: p, at least 1.
         form: "release" or "paper".
-
-    Returns:
-        A scalar, at least 0.
 
     Example:
         >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])

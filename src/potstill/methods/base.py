@@ -121,9 +121,7 @@ class Method(nn.Module):
 
     @property
     def soft_temperature(self) -> float | None:
-        """T, where the teacher's logits are read through ``softmax(z / T)`` alone, so that the largest of them and the
-        mass of the others say nearly everything; None: they are read in other ways too.
-        """
+        """T, if the teacher's logits are read through ``softmax(z / T)`` alone; None: in other ways too."""
         return None
 
     @property
@@ -188,11 +186,7 @@ class Method(nn.Module):
         return self.in_epochs("warmup_epochs", epochs) if "warmup_epochs" in self.OPTIONS else 0.0
 
     def for_teachers(self, shares: Sequence[float]) -> "Method":
-        """The method for several teachers, each with its share; see ``wrapping.per_teacher``, which calls this first.
-
-        Raises:
-            UsageError: it can do with one only.
-        """
+        """Return the method for several teachers, by their shares; ``wrap_per_teacher`` calls it first."""
         return self
 
     def use_label_loss(self, loss: nn.Module) -> None:
@@ -202,12 +196,8 @@ class Method(nn.Module):
                 module.label_loss = loss
 
     def build(self, student: NetworkInfo, teacher: Any, training: TrainingInfo) -> None:
-        """Create adapters and memories, sized by an example's outputs.  Most methods have none.
-
-        ``teacher`` is a NetworkInfo, or None if the method needs no teacher.
-
-        Raises:
-            UsageError: these networks cannot be joined by this method; gives the reason and a method that can.
+        """Create adapters and memories, sized by an example's outputs (``teacher`` is a NetworkInfo, or None if none is
+        needed); UsageError, with the reason and a method that can, if these networks cannot be joined.
         """
 
     def modify_student(self, student: nn.Module, student_side: NetworkInfo, teacher_side: Any) -> nn.Module:
@@ -225,9 +215,6 @@ class Method(nn.Module):
         """Weighted terms by name, each a scalar; training minimises their sum.
 
         No method overrides it: ``label_terms`` and ``distill`` are all that a method around another calls.
-
-        Raises:
-            UsageError: at the first training step, a schedule that names no term.
         """
         terms = self.label_terms(student, batch) | self.distill(student, teacher, batch)
         if self.training and self._unchecked:
@@ -237,11 +224,7 @@ class Method(nn.Module):
         return terms
 
     def refuse_idle_schedules(self) -> None:
-        """Check that every scheduled factor, here and in every method inside this one, has been applied to a term.
-
-        Raises:
-            UsageError: one names a term that does not exist, or that does not count where its method stands.
-        """
+        """Raise UsageError for a scheduled factor, at any depth, that has not been applied to a term."""
         for module in self.modules():
             if isinstance(module, Method) and (problem := module.idle_schedule()):
                 raise UsageError(problem)
@@ -261,10 +244,7 @@ class Method(nn.Module):
         return {"ce": (self.label_weight or 1.0) * self.label_loss(student.logits, batch.targets)}
 
     def distill(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
-        """Every other term.  This is what a method defines.
-
-        ``teacher`` is an Outputs, or None for a method that by its ``needs`` has no teacher; the Distiller sees to it.
-        """
+        """Return every other term: what a method defines.  ``teacher`` is an Outputs, or None by its ``needs``."""
         return {}
 
     def warmup(self, length: float) -> float:
@@ -275,11 +255,7 @@ class Method(nn.Module):
 
     @property
     def progress(self) -> int:
-        """The epoch, from 0.
-
-        Raises:
-            UsageError: ``start_epoch`` was not called; a warm-up would silently stay at its start for ever.
-        """
+        """Return the epoch, from 0; UsageError before ``start_epoch``, as a warm-up would never advance."""
         if self.epoch is None:
             raise UsageError(
                 f"{type(self).__name__} changes with the epochs: call distiller.start_epoch(epoch, epochs) at the "

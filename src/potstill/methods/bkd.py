@@ -20,12 +20,7 @@ def bkd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     .. math:: -\frac{1}{B K} \sum_{b,k} p_k \log \sigma(z_{s,k}) + (1 - p_k) \log(1 - \sigma(z_{s,k})),
         \quad p = \mathrm{softmax}(z_t)
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-
-    Returns:
-        A scalar, at least 0.
+    Logits are [B, K].
 
     Example:
         >>> import torch

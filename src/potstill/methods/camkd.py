@@ -58,7 +58,7 @@ def camkd_logit_loss(
 
     Args:
         student: logits [B, K].
-        teachers: M tensors of logits [B, K].  No gradient reaches them.
+        teachers: M tensors of logits [B, K].
         labels: [B], int64.
         temperature: T of the soft targets.
 
@@ -85,8 +85,9 @@ def camkd_feature_loss(
 
     Args:
         projected: M maps [B, C, H, W] of the student, each carried to one teacher's shape.
-        teachers: M maps of the same shapes.  No gradient reaches them.
-        head_logits: M tensors [B, K], each teacher's head on the projected map: they set the weights, with gradient.
+        teachers: M maps of the same shapes.
+        head_logits: M tensors [B, K], each teacher's head on the projected map: they set the weights, with
+            gradient.
         labels: [B], int64.
 
     Raises:

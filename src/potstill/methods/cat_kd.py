@@ -28,12 +28,9 @@ def cat_kd_loss(student_maps: Tensor, teacher_maps: Tensor, *, resolution: Count
 
     Args:
         student_maps: [B, K, H, W], one map for each class.
-        teacher_maps: [B, K, H', W'].  No gradient reaches them.
+        teacher_maps: [B, K, H', W'].
         resolution: R, to which the maps are averaged.
         normalize: bring each class's map to length 1.
-
-    Raises:
-        UsageError: unequal numbers of images or classes.
 
     Example:
         >>> import torch

@@ -31,9 +31,6 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: embeddings [B, D].
         teacher: embeddings [B, D].  The gradient reaches them: they come through a trained layer.
 
-    Raises:
-        UsageError: a batch of one image, or unequal shapes.
-
     Example:
         >>> # by hand: deviations 1, 2, 3, so (1 * 2 + 2 * 3) / 2
         >>> cc_loss(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))
@@ -56,9 +53,6 @@ def cc_kernel_loss(student: Tensor, teacher: Tensor, *, gamma: Positive = 0.4, o
         teacher: likewise; the widths may differ.  The gradient reaches them: they come through a trained layer.
         gamma: sharpness of the kernel.
         order: P, the highest power of the series.
-
-    Raises:
-        UsageError: a batch of one image, or an option out of range.
 
     Example:
         >>> student, teacher = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])

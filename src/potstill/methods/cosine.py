@@ -25,10 +25,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: projected embeddings [B, D].
-        teacher: embeddings [B, D].  No gradient reaches them.
-
-    Raises:
-        UsageError: unequal shapes.
+        teacher: embeddings [B, D].
 
     Example:
         >>> import torch

@@ -22,14 +22,7 @@ from potstill.types import Batch, Outputs, at_least_float32
 
 
 class ClassSampler(nn.Module):
-    """The training set sorted by class: each class is one run of places, everything else lies before or behind it.
-
-    Args:
-        labels: [N], int64, by sample id.
-
-    Raises:
-        UsageError: fewer than two classes: there is no sample of another class.
-    """
+    """The training set sorted by class, from ``labels`` [N] by sample id; of two classes or more."""
 
     labels: Tensor
     order: Tensor  # sample ids by class
@@ -78,10 +71,7 @@ class ClassSampler(nn.Module):
         return torch.where(pools >= k, keys.argsort(dim=1)[:, :k], repeated)
 
     def _sparse(self, pools: Tensor, k: int) -> Tensor:
-        """By drawing more than needed with repetition and keeping the first k that differ.
-
-        Keys for all of a large training set would take B N numbers; this takes a little more than B k.
-        """
+        """Draw more than needed with repetition, and keep the first k that differ: B k numbers, not B N."""
         pool = self.smallest_pool
         expected = pool * -math.log1p(-k / pool)  # draws until k differ
         draws = _randint_below(pools, math.ceil(expected + 8 * math.sqrt(expected) + 8))

@@ -35,18 +35,12 @@ def crld_within_loss(
         \quad \ell(a, c) = T^2 \, \mathrm{KL}\big(\mathrm{softmax}(c / T) \,\|\, \mathrm{softmax}(a / T)\big)
 
     Args:
-        student_weak: shape [B, K], of the usual view.
-        student_strong: shape [B, K], of the strongly augmented one.
-        teacher_weak: shape [B, K]; no gradient reaches it.
-        teacher_strong: shape [B, K]; no gradient reaches it.
+        student_weak: [B, K], of the usual view.
+        student_strong: [B, K], of the strongly augmented one.
+        teacher_weak: [B, K].
+        teacher_strong: [B, K].
         temperature: T > 0 of the divergence.
         threshold: least probability (at T = 1) that the teacher gives its first class in the usual view.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -79,18 +73,12 @@ def crld_cross_loss(
         \big(\ell(z_s^s, z_t^w)_b + \ell(z_s^w, z_t^s)_b\big)
 
     Args:
-        student_weak: shape [B, K], of the usual view.
-        student_strong: shape [B, K], of the strongly augmented one.
-        teacher_weak: shape [B, K]; no gradient reaches it.
-        teacher_strong: shape [B, K]; no gradient reaches it.
+        student_weak: [B, K], of the usual view.
+        student_strong: [B, K], of the strongly augmented one.
+        teacher_weak: [B, K].
+        teacher_strong: [B, K].
         temperature: T > 0 of the divergence.
         threshold: least probability (at T = 1) that the teacher gives its first class in the strong view.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

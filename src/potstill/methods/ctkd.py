@@ -78,18 +78,11 @@ def ctkd_loss(
         T = \mathrm{start} + \mathrm{span} \cdot \sigma(\tau)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         tau: one number, the parameter behind the temperature.  The factor T squared counts in its gradient.
         strength: factor on that gradient; negative: the temperature climbs the loss.
         start: the lowest temperature.
         span: how far above it can rise.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> # T = 1 + 2 * 0.5 = 2: as in kd_loss

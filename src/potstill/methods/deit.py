@@ -29,11 +29,8 @@ def deit_hard_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     .. math:: -\frac{1}{B} \sum_b \log \mathrm{softmax}(z_s)_{b, \arg\max z_t}
 
     Args:
-        student_logits: shape [B, K], of the distillation head.
-        teacher_logits: shape [B, K].
-
-    Returns:
-        A scalar, at least 0.
+        student_logits: [B, K], of the distillation head.
+        teacher_logits: [B, K].
 
     Example:
         >>> import torch
@@ -56,16 +53,9 @@ def deit_soft_loss(
     .. math:: T^2 \, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
 
     Args:
-        student_logits: shape [B, K], of the distillation head.
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        temperature: T > 0.
+        student_logits: [B, K], of the distillation head.
+        teacher_logits: [B, K].
         reduction: "batchmean", over images, or "mean", over images and classes.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -130,11 +120,7 @@ class DeiTSoft(Method):
 
 
 def head_logits(student: Outputs, path: str) -> Tensor:
-    """Logits [B, K] of one of the two heads, in at least float32.
-
-    Raises:
-        UsageError: that submodule puts out something else.
-    """
+    """Return logits [B, K] of one of the two heads, in at least float32."""
     logits = at_least_float32(student.features[path])
     if logits.shape != student.logits.shape:
         raise UsageError(

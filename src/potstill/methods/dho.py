@@ -46,17 +46,13 @@ def dho_loss(
         \mathrm{KL}_b = \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_{kd} / T)\big)
 
     Args:
-        student_logits: shape [B, K], of the student's head for the teacher.
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64; -100: unlabeled.
-        temperature: T > 0.
+        student_logits: [B, K], of the student's head for the teacher.
+        teacher_logits: [B, K].
+        labels: [B], int64; -100: unlabeled.
         confidence: weight of an unlabeled image; see ``confidence_weights``.
 
     Returns:
         A scalar, at least 0; the mean of images of which there are none is 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> teacher = torch.tensor([[4.0, 0.0], [4.0, 0.0], [0.0, 0.0]])

@@ -21,7 +21,6 @@ from potstill.types import Batch, Outputs, at_least_float32
 
 
 def _mean_distance(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
-    """1 minus Pearson's correlation of each row, averaged."""
     student = student - student.mean(dim=1, keepdim=True)
     teacher = teacher - teacher.mean(dim=1, keepdim=True)
     correlation = (student * teacher).sum(dim=1) / (student.norm(dim=1) * teacher.norm(dim=1) + eps)
@@ -40,16 +39,12 @@ def dist_inter_loss(
         {\lVert a - \bar a \rVert \lVert b - \bar b \rVert + \epsilon}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         temperature: tau > 0.
         eps: added to the product of the norms.
 
     Returns:
         A scalar from 0 to 2 tau squared.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -74,16 +69,13 @@ def dist_intra_loss(
     A class whose probability is the same for all images counts as uncorrelated.
 
     Args:
-        student_logits: shape [B, K]; with one image the loss is a constant.
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits: [B, K]; with one image the loss is a constant.
+        teacher_logits: [B, K].
         temperature: tau > 0.
         eps: added to the product of the norms.
 
     Returns:
         A scalar from 0 to 2 tau squared.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch
@@ -111,18 +103,12 @@ def dist_loss(
     .. math:: \beta \, \mathrm{inter} + \gamma \, \mathrm{intra}
 
     Args:
-        student_logits: shape [B, K]; B of 2 or more.
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits: [B, K]; B of 2 or more.
+        teacher_logits: [B, K].
         temperature: tau > 0.
         beta: weight of ``dist_inter_loss``.
         gamma: weight of ``dist_intra_loss``.
         eps: added to the product of the norms.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

@@ -24,17 +24,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
     .. math:: T^2 \, \mathrm{KL}\big((p_y, 1 - p_y) \,\|\, (q_y, 1 - q_y)\big),
         \quad p = \mathrm{softmax}(z_t / T), \; q = \mathrm{softmax}(z_s / T)
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> import torch
@@ -54,17 +44,7 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
 
     With two classes only one is left and the loss is 0 whatever the logits.
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> import torch
@@ -94,18 +74,10 @@ def dkd_loss(
     classes.
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
+        student_logits, teacher_logits: [B, K].
+        labels: [B], int64 class ids.
         alpha: weight of ``tckd_loss``.
         beta: weight of ``nckd_loss``.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

@@ -27,12 +27,8 @@ def dml_loss(student_logits: Tensor, peer_logits: Sequence[Tensor], *, temperatu
         \mathrm{softmax}(z_i / T)\big)
 
     Args:
-        student_logits: shape [B, K], of student i.
-        peer_logits: one or more of shape [B, K]; no gradient reaches them.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
+        student_logits: [B, K], of student i.
+        peer_logits: one or more of [B, K].
 
     Raises:
         UsageError: no other student, or ``temperature`` is not above 0.

@@ -35,17 +35,17 @@ _FOLDER = "potstill.methods."
 
 
 def build_catalog() -> dict[str, Any]:
-    """What the classes of this folder declare, as plain values.
-
-    Raises:
-        TypeError: two classes have one name.
-    """
+    """Return what the classes of this folder declare, as plain values."""
     found: dict[str, Any] = {}
     functions: dict[str, str] = {}
     for each in pkgutil.iter_modules(methods.__path__, _FOLDER):
         module = importlib.import_module(each.name)
         own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-        classes = [value for value in own if inspect.isclass(value) and issubclass(value, Method) and _is_named(value)]
+        classes = [
+            value
+            for value in own
+            if inspect.isclass(value) and issubclass(value, Method) and bool(vars(value).get("name"))
+        ]
         for kind in classes:
             if kind.name in found:
                 raise TypeError(f"{found[kind.name]['target']} and {kind.__module__}:{kind.__name__} have one name")
@@ -92,12 +92,7 @@ def _changed(value: Any) -> dict[str, Any]:
 
 
 def describe(kind: type[Method], name: str) -> MethodInfo:
-    """Everything that is to be known of a method.
-
-    Args:
-        kind: its class.
-        name: what recipes call it.
-    """
+    """Return everything that is to be known of a method by this name."""
     module = sys.modules[kind.__module__]
     summary, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n")
     paper, notes = _parse_citation(rest.strip())
@@ -120,10 +115,6 @@ def describe(kind: type[Method], name: str) -> MethodInfo:
         student_layers=tuple(kind.student_taps),
         traps=(*traps, *more, *(_traps_from_requirements(needs) if needs else ())),
     )
-
-
-def _is_named(kind: type[Method]) -> bool:
-    return bool(vars(kind).get("name"))
 
 
 def _requirements(kind: type[Method]) -> Requirements | None:
@@ -275,14 +266,11 @@ def tex_to_text(tex: str) -> str:
 
 
 class _TexParser:
-    """Reads a row of tokens from left to right."""
-
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.position = 0
 
     def until(self, end: str | None) -> Iterator[str]:
-        """The text of each element, up to a token or to the end of all."""
         while self.position < len(self.tokens):
             if self.tokens[self.position] == end:
                 self.position += 1
@@ -290,7 +278,6 @@ class _TexParser:
             yield self.element()
 
     def element(self) -> str:
-        """The next token with its arguments, as text."""
         token = self.tokens[self.position]
         self.position += 1
         if token == "{":  # nosec B105 # of TeX
@@ -317,13 +304,11 @@ class _TexParser:
         return _SYMBOLS.get(token, token.removeprefix("\\"))
 
     def argument(self) -> str:
-        """The next group, or the next token where there are no braces."""
         while self.position < len(self.tokens) and self.tokens[self.position].isspace():
             self.position += 1
         return self.element().strip() if self.position < len(self.tokens) else ""
 
     def script(self, token: str) -> str:
-        """An exponent or an index."""
         argument = self.argument().replace("∖ ", "∖")
         if token == "^" and re.fullmatch(r"-?\d", argument):  # nosec B105 # of TeX
             return argument.translate(_SUPERSCRIPT)

@@ -27,15 +27,8 @@ def dtkd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Po
         T_s = \frac{2 T m_s}{m_s + m_t}, \; T_t = \frac{2 T m_t}{m_s + m_t}, \quad m = \max_k z_k
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         temperature: T > 0, the mean of the two temperatures.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> # largest logits 2 and 6 share 2 T = 2: 0.5 and 1.5.  Both softmaxes become softmax(4, 0) and agree.

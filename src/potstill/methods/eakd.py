@@ -37,17 +37,11 @@ def eakd_loss(
     The entropies H are those at their own temperature; w passes no gradient.
 
     Args:
-        student_logits: shape [B, K], K of 2 or more.
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits: [B, K], K of 2 or more.
+        teacher_logits: [B, K].
         temperature: T > 0 of the divergence.
         entropy_temperature: T > 0 of the entropies.
         form: "paper" divides by ln K, "release" by 100.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

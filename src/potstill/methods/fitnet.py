@@ -26,11 +26,8 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     .. math:: \frac{1}{B C H W} \sum (F_s - F_t)^2
 
     Args:
-        student_features: shape [B, C, H, W], after the adapter.
-        teacher_features: of the same shape; no gradient reaches them.
-
-    Returns:
-        A scalar, at least 0.
+        student_features: [B, C, H, W], after the adapter.
+        teacher_features: of the same shape.
 
     Example:
         >>> import torch

@@ -34,11 +34,8 @@ def fsp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     Of two successive maps, the larger is averaged down to the smaller.
 
     Args:
-        student_maps: two or more, each of shape [B, C, H, W].
-        teacher_maps: as many, of the same B and C; sizes may differ.  No gradient reaches them.
-
-    Returns:
-        A scalar, at least 0.
+        student_maps: two or more, each of [B, C, H, W].
+        teacher_maps: as many, of the same B and C; sizes may differ.
 
     Example:
         >>> student = [torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[2.0, 0.0]]]])]

@@ -41,14 +41,11 @@ def ft_loss(
     factor is averaged down to the smaller.
 
     Args:
-        student_factor: shape [B, C, H, W].
-        teacher_factor: shape [B, C, H, W]; no gradient reaches it.
+        student_factor: [B, C, H, W].
+        teacher_factor: [B, C, H, W].
         form: "release" or "paper".
         power: p of the release's form.
         exponent: q.
-
-    Returns:
-        A scalar, at least 0.
 
     Example:
         >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[-3.0, -4.0]]]])
@@ -66,12 +63,7 @@ def ft_loss(
 
 
 class Paraphraser(nn.Module):
-    """Three 3 x 3 convolutions that squeeze a map into a factor of the same size.
-
-    Args:
-        channels: of the teacher's map.
-        factor: channels of the factor.
-    """
+    """Three 3 x 3 convolutions that squeeze the teacher's map into a factor of the same size."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
@@ -86,12 +78,7 @@ class Paraphraser(nn.Module):
 
 
 class Translator(nn.Module):
-    """Three 3 x 3 convolutions with BatchNorm that turn the student's map into a factor of the same size.
-
-    Args:
-        channels: of the student's map.
-        factor: channels of the factor.
-    """
+    """Three 3 x 3 convolutions with BatchNorm that turn the student's map into a factor of the same size."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()

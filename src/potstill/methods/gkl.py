@@ -25,16 +25,9 @@ def gkl_wmse_loss(
         {4 \sum_b \sum_{ij} w_{bi}^\gamma w_{bj}^\gamma}, \quad \Delta_{bij} = z_{bi} - z_{bj}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        weights: shape [B, K], at least 0; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
+        weights: [B, K], at least 0.
         gamma: 1 leaves weights as they are, 0 makes them equal.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``gamma`` is below 0.
 
     Example:
         >>> import torch

@@ -27,10 +27,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: maps [B, C, H, W], already with the teacher's channels.
-        teacher: maps [B, C, H', W']; the sizes may differ.  No gradient reaches it.
-
-    Raises:
-        UsageError: unequal numbers of channels.
+        teacher: maps [B, C, H', W']; the sizes may differ.
 
     Example:
         >>> import torch

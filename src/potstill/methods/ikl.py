@@ -69,12 +69,8 @@ def ikl_wmse_loss(student_logits: Tensor, teacher_logits: Tensor, weights: Tenso
         \quad \Delta_{bij} = z_{bi} - z_{bj}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        weights: shape [B, K], at least 0, each row with the sum 1; no gradient reaches them.
-
-    Returns:
-        A scalar, at least 0.
+        student_logits, teacher_logits: [B, K].
+        weights: [B, K], at least 0, each row with the sum 1.
 
     Example:
         >>> import torch
@@ -91,16 +87,10 @@ def ikl_soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
 
     .. math:: -\frac{1}{B} \sum_{bk} \mathrm{softmax}(z_t / T)_{bk} \log \mathrm{softmax}(z_s / T)_{bk}
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        temperature: T > 0.
+    Logits are [B, K].
 
     Returns:
         A scalar, at least the entropy of the targets.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -114,10 +104,8 @@ def ikl_soft_ce_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
 
 
 def pairwise_squares(student_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
-    r"""For each image, a quarter of the weighted squared distance of all pairwise differences, [B].
-
-    With d = z_t - z_s the double sum is twice the sum of weights times the weighted squares of d around its weighted
-    mean: no [B, K, K] is needed.
+    r"""Return a quarter of the weighted squared distance of all pairwise differences for each image, [B]: with d = z_t
+    - z_s it is half the sum of weights times the weighted squares of d around its weighted mean.
     """
     distance = at_least_float32(teacher_logits.detach()) - at_least_float32(student_logits)
     weights = weights.detach().to(distance.dtype)

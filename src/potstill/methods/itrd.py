@@ -26,11 +26,8 @@ def itrd_correlation_loss(student: Tensor, teacher: Tensor, *, alpha: Positive =
 
     Args:
         student: embeddings [B, D], already of the teacher's width.
-        teacher: embeddings [B, D].  No gradient reaches them.
+        teacher: embeddings [B, D].
         alpha: half the exponent.
-
-    Raises:
-        UsageError: a batch of one image, or unequal shapes.
 
     Example:
         >>> both = torch.tensor([[0.0], [1.0]])  # deviations -0.5, 0.5; sigma 0.7071: c = (0.5 + 0.5) / 2
@@ -54,10 +51,7 @@ def itrd_mutual_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: embeddings [B, D].
-        teacher: embeddings [B, D']; the widths may differ.  No gradient reaches them.
-
-    Raises:
-        UsageError: a batch of one image.
+        teacher: embeddings [B, D']; the widths may differ.
 
     Example:
         >>> student = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # cosines all 1, trace 2: 4 (1/2)^2

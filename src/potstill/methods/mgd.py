@@ -23,8 +23,8 @@ def mgd_loss(generated: Tensor, teacher_map: Tensor) -> Tensor:
     .. math:: \frac{1}{B} \sum_{b,c,h,w} (G - F_t)^2
 
     Args:
-        generated: shape [B, C, H, W], see ``Generator``.
-        teacher_map: of the same shape; no gradient reaches it.
+        generated: [B, C, H, W], see ``Generator``.
+        teacher_map: of the same shape.
 
     Returns:
         A scalar, at least 0; large, as it is a sum over the map.
@@ -37,12 +37,7 @@ def mgd_loss(generated: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """The teacher's map from a student's map with channels missing.
-
-    Args:
-        inputs: the student's channels.
-        outputs: the teacher's; where they are as many, no layer aligns them.
-    """
+    """The teacher's map from a student's map with channels missing; equal numbers of channels need no layer."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

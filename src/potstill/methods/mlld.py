@@ -36,15 +36,8 @@ def mlld_batch_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     .. math:: \frac{1}{B} \big\| P_t P_t^\top - P_s P_s^\top \big\|_F^2, \quad P = \mathrm{softmax}(z / T)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         temperature: T > 0; there is no factor :math:`T^2`.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch
@@ -63,15 +56,8 @@ def mlld_class_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperatu
     .. math:: \frac{1}{K} \big\| P_t^\top P_t - P_s^\top P_s \big\|_F^2, \quad P = \mathrm{softmax}(z / T)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         temperature: T > 0; there is no factor :math:`T^2`.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> import torch

@@ -31,15 +31,12 @@ def nd_loss(student: Tensor, teacher: Tensor, labels: Tensor, class_means: Tenso
 
     Args:
         student: embeddings [B, D].
-        teacher: embeddings [B, D].  No gradient reaches them.
+        teacher: embeddings [B, D].
         labels: [B], int64.
         class_means: [K, D], of any length.
 
     Returns:
         A scalar from 0 to 2.
-
-    Raises:
-        UsageError: unequal shapes.
 
     Example:
         >>> student, teacher = torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0, 0.0]])

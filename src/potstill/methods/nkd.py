@@ -28,12 +28,8 @@ def nkd_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
     .. math:: -\mathrm{softmax}(z_t)_y \, \log \mathrm{softmax}(z_s)_y
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
-
-    Returns:
-        A scalar, at least 0.
+        student_logits, teacher_logits: [B, K].
+        labels: [B], int64 class ids; or [B, K], of which the largest counts.
 
     Example:
         >>> import torch
@@ -55,16 +51,8 @@ def nkd_others_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
     With two classes only one is left and the loss is 0 whatever the logits.
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+        student_logits, teacher_logits: [B, K].
+        labels: [B], int64 class ids; or [B, K], of which the largest counts.
 
     Example:
         >>> import torch
@@ -92,17 +80,10 @@ def nkd_loss(
     .. math:: \mathrm{target} + \gamma \, \mathrm{others}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids; or [B, K], of which the largest counts.
+        student_logits, teacher_logits: [B, K].
+        labels: [B], int64 class ids; or [B, K], of which the largest counts.
         temperature: T > 0 of ``nkd_others_loss``.
         gamma: its weight.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

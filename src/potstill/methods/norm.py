@@ -40,7 +40,7 @@ def norm_loss(expanded: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         expanded: [B, N C, H, W].
-        teacher: [B, C, H', W'].  No gradient reaches it.
+        teacher: [B, C, H', W'].
 
     Raises:
         UsageError: the channels are no multiple of the teacher's.

@@ -31,8 +31,8 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     channels may differ; of two sizes, the larger map is averaged down to the smaller.
 
     Args:
-        student_maps: each of shape [B, C, H, W].
-        teacher_maps: as many, of the same B; no gradient reaches them.
+        student_maps: each of [B, C, H, W].
+        teacher_maps: as many, of the same B.
 
     Returns:
         A scalar, at least 0 up to rounding.

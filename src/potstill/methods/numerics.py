@@ -48,11 +48,7 @@ def binary_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def require_three_classes(method: str, classes: int) -> None:
-    """Refuse methods that compare the classes other than the target where there is only one of those.
-
-    Raises:
-        UsageError: fewer than three classes.
-    """
+    """Refuse methods that compare the classes other than the target where there is only one of those."""
     if classes < 3:
         raise UsageError(
             f"{method} compares the classes other than the labelled one, and of {classes} classes only one is left: "
@@ -70,13 +66,7 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     With p the teacher's probabilities and d = (z_s - z_t) / T, less its mean under p, it is ``log(sum p exp(d))``,
     which is ``log(1 + sum p (exp(d) - 1 - d))``.
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        temperature: T > 0; a tensor gets gradients, and may be of shape [B, 1].
-
-    Returns:
-        Shape [B], at least 0, in at least float32.
+    Logits are [B, K]; T > 0 may be a tensor [B, 1], which gets gradients.  [B], at least 0, in at least float32.
 
     Example:
         >>> logits = torch.tensor([[4.0, 0.0]])
@@ -146,10 +136,10 @@ def confidence_weights(teacher_logits: Tensor, labels: Tensor, kind: Confidence)
     """Return the weight [B] of each image in the soft targets; labeled images count 1.
 
     Args:
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64; -100: unlabeled.
-        kind: weight of an unlabeled image: "none": 1; "top": the teacher's top probability; "entropy": 1 - H / log K,
-            with H the entropy of its probabilities.  All of them at temperature 1.
+        teacher_logits: [B, K].
+        labels: [B], int64; -100: unlabeled.
+        kind: weight of an unlabeled image: "none": 1; "top": the teacher's top probability; "entropy": 1 - H / log
+            K, with H the entropy of its probabilities.  All of them at temperature 1.
 
     Example:
         >>> logits, labels = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log(), torch.tensor([-100, -100])
@@ -168,17 +158,8 @@ def confidence_weights(teacher_logits: Tensor, labels: Tensor, kind: Confidence)
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of the rows of two matrices in at least float32, also within autocast.
-
-    Autocast would run the product in bfloat16 although its factors are float32, and the differences of two nearly
-    equal similarities would be lost.
-
-    Args:
-        left: shape [.., M, D].
-        right: shape [.., N, D].
-
-    Returns:
-        Shape [.., M, N].
+    """Return inner products [.., M, N] of the rows of [.., M, D] and [.., N, D] in at least float32, also within
+    autocast, where bfloat16 would lose the differences of two nearly equal similarities.
 
     Example:
         >>> inner_products(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -189,11 +170,7 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def require_two_images(features: Tensor, method: str) -> None:
-    """Relations between images need two of them.
-
-    Raises:
-        UsageError: a batch of one.
-    """
+    """Refuse a batch of one image, which has no relations."""
     if len(features) < 2:
         raise UsageError(
             f"{method} compares the images of a batch with each other: it needs 2 or more, got {len(features)}; "
@@ -202,11 +179,7 @@ def require_two_images(features: Tensor, method: str) -> None:
 
 
 def require_equal_shapes(student: Tensor, teacher: Tensor, what: str) -> None:
-    """Two features that a loss subtracts have one shape.
-
-    Raises:
-        UsageError: they have not.
-    """
+    """Refuse two features of unequal shapes, which a loss would subtract."""
     if student.shape != teacher.shape:
         raise UsageError(
             f"{what} of student and teacher must have one shape, got {list(student.shape)} and {list(teacher.shape)}"

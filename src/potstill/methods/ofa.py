@@ -40,18 +40,11 @@ def ofa_loss(
     The label's own share, 1, is taken off again: it is the cross-entropy that is a term of its own.
 
     Args:
-        student_logits: shape [B, K], of the student or of one stage.
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
+        student_logits: [B, K], of the student or of one stage.
+        teacher_logits: [B, K].
+        labels: [B], int64 class ids.
         epsilon: 1 leaves the soft targets as they are; more enhances the label where the teacher is sure of it.
-        temperature: T > 0.
         form: "paper" raises the labelled class to the power epsilon and leaves the others.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[1.0, 1.0]])
@@ -111,10 +104,6 @@ class OFA(Method):
 
 def stage_head(widths: list[int], classes: int) -> nn.Sequential:
     """From a stage's map to logits: one halving for every stage behind it, to that stage's width.
-
-    Args:
-        widths: channels of the stage's map and of the maps behind it.
-        classes: K.
 
     Example:
         >>> stage_head([8, 16, 32], 5)(torch.zeros(2, 8, 4, 4)).shape

@@ -53,8 +53,8 @@ def ofd_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], mar
     left alone.
 
     Args:
-        student_maps: each of shape [B, C, H, W], after its connector.
-        teacher_maps: of the same shapes; no gradient reaches them.
+        student_maps: each of [B, C, H, W], after its connector.
+        teacher_maps: of the same shapes.
         margins: for each pair, shape [1, C, 1, 1]; see ``ofd_margin``.
 
     Returns:

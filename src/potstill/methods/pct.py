@@ -46,19 +46,13 @@ def pct_loss(
     predicts has in the mixture; of an image without a label it has nothing right.
 
     Args:
-        student_logits: shape [B, K].
-        previous_logits: shape [B, K]; no gradient reaches them.
-        targets: shape [B], int64 class ids or -1, or [B, K], shares of the classes in mixed images.
+        student_logits: [B, K].
+        previous_logits: [B, K].
+        targets: [B], int64 class ids or -1, or [B, K], shares of the classes in mixed images.
         base: :math:`\alpha`.
         focus: :math:`\beta`.
         temperature: T, for "kl".
         distance: "kl" or "logits".
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a weight below 0, a temperature that is not above 0, or another distance.
 
     Example:
         >>> import torch
@@ -135,7 +129,11 @@ class PCT(MethodWrapper):
         others: Outputs | None = None
         if self._others:
             first = teacher.members[0]
-            others = teacher if self._apart else replace(first, second=_first_member(teacher.second))
+            others = (
+                teacher
+                if self._apart
+                else replace(first, second=None if teacher.second is None else teacher.second.members[0])
+            )
         terms = self.inner.distill(student, others, batch)
         loss = pct_loss(
             student.logits,
@@ -147,7 +145,3 @@ class PCT(MethodWrapper):
             distance=self.distance,
         )
         return terms | {"flips": self.weight * loss}
-
-
-def _first_member(outputs: Outputs | None) -> Outputs | None:
-    return None if outputs is None else outputs.members[0]

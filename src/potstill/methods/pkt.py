@@ -26,11 +26,8 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, epsilon: Positive = 1e-7) -> T
 
     Args:
         student: embeddings [B, D].
-        teacher: likewise; the widths may differ.  No gradient reaches it.
+        teacher: likewise; the widths may differ.
         epsilon: keeps lengths and logarithms from 0.
-
-    Raises:
-        UsageError: a batch of one image.
 
     Example:
         >>> student = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # all alike: rows (0.5, 0.5)

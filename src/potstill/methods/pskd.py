@@ -23,15 +23,12 @@ def pskd_targets(previous: Tensor, labels: Tensor, *, share: Share) -> Tensor:
     .. math:: (1 - \alpha) \, \mathrm{onehot}(y) + \alpha \, p
 
     Args:
-        previous: p, shape [B, K], probabilities.
-        labels: shape [B], int64 class ids.
+        previous: p, [B, K], probabilities.
+        labels: [B], int64 class ids.
         share: :math:`\alpha`.
 
     Returns:
         Shape [B, K], rows with the sum 1.
-
-    Raises:
-        UsageError: ``share`` is not from 0 to 1.
 
     Example:
         >>> pskd_targets(torch.tensor([[0.6, 0.4]]), torch.tensor([1]), share=0.5)
@@ -47,8 +44,8 @@ def pskd_loss(student_logits: Tensor, targets: Tensor) -> Tensor:
     .. math:: -\frac{1}{B} \sum_{bk} t_{bk} \log \mathrm{softmax}(z_s)_{bk}
 
     Args:
-        student_logits: shape [B, K].
-        targets: shape [B, K], rows with the sum 1; no gradient reaches them.
+        student_logits: [B, K].
+        targets: [B, K], rows with the sum 1.
 
     Returns:
         A scalar, at least the entropy of the targets.

@@ -30,11 +30,8 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     than the map are left out, and then do not count among the :math:`j`.
 
     Args:
-        student_maps: each of shape [B, C, H, W].
-        teacher_maps: of the same shapes; no gradient reaches them.
-
-    Returns:
-        A scalar, at least 0.
+        student_maps: each of [B, C, H, W].
+        teacher_maps: of the same shapes.
 
     Example:
         >>> student, teacher = torch.zeros(1, 1, 2, 2), torch.tensor([[[[2.0, 0.0], [0.0, 0.0]]]])
@@ -55,14 +52,7 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of one student stage with what came from the deeper ones.
-
-    Args:
-        inputs: channels of the student's map.
-        middle: channels in which stages are fused.
-        outputs: channels of the teacher's map.
-        deepest: nothing comes from deeper stages.
-    """
+    """Attention-based fusion of one student stage with what came from the deeper ones, if any."""
 
     def __init__(self, inputs: int, middle: int, outputs: int, *, deepest: bool) -> None:
         super().__init__()
@@ -88,13 +78,7 @@ class Fusion(nn.Module):
 
 
 class Review(nn.Module):
-    """The chain of fusions, from the deepest stage up.
-
-    Args:
-        student_channels: of the student's maps, shallow to deep; the last is the pooled embedding as a 1 x 1 map.
-        teacher_channels: likewise.
-        max_mid: the fusion has as many channels as the student's embedding, but at most this.
-    """
+    """The chain of fusions, from the deepest stage up; the last of ``student_channels`` is that of the embedding."""
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, max_mid: int) -> None:
         super().__init__()

@@ -28,12 +28,9 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor, *, squared: bool = False
 
     Args:
         student: embeddings or maps of B images, flattened to [B, D].
-        teacher: likewise; the widths may differ.  No gradient reaches it.
+        teacher: likewise; the widths may differ.
         squared: compare squared distances.
         epsilon: squared distances are at least this, so that equal images have a gradient.
-
-    Raises:
-        UsageError: a batch of one image.
 
     Example:
         >>> student = torch.tensor([[0.0], [1.0], [2.0]])  # pairs 01, 02, 12: 1, 2, 1; by their mean 0.75, 1.5, 0.75
@@ -55,10 +52,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: embeddings or maps of B images, flattened to [B, D].
-        teacher: likewise; the widths may differ.  No gradient reaches it.
-
-    Raises:
-        UsageError: a batch of one image.
+        teacher: likewise; the widths may differ.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # cosines 0 at the first, 0.7071 at the others

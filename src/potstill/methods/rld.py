@@ -27,17 +27,7 @@ def scd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
     .. math:: T^2 \, \mathrm{KL}\big((p_{\max}, 1 - p_{\max}) \,\|\, (q_y, 1 - q_y)\big),
         \quad p = \mathrm{softmax}(z_t / T), \; q = \mathrm{softmax}(z_s / T)
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> import torch
@@ -60,17 +50,7 @@ def mcd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, 
 
     An image whose label is the teacher's lowest class has no class left and adds 0.
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> import torch
@@ -105,19 +85,12 @@ def rld_loss(
     .. math:: \alpha \, \mathrm{SCD} + \beta \, \mathrm{MCD}
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
+        student_logits, teacher_logits: [B, K].
+        labels: [B], int64 class ids.
         temperature: T > 0 of ``mcd_loss``.
         confidence_temperature: T > 0 of ``scd_loss``.
         alpha: weight of ``scd_loss``.
         beta: weight of ``mcd_loss``.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> import torch

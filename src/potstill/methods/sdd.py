@@ -59,16 +59,9 @@ def sdd_kd_loss(
         \mathrm{softmax}(z^s_{bn} / T)\big), \quad w_{bn} \in \{1, 2\}
 
     Args:
-        student_regions: shape [B, K, N]; the first region is the whole image.
-        teacher_regions: likewise; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+        student_regions: [B, K, N]; the first region is the whole image.
+        teacher_regions: likewise.
+        labels: [B], int64 class ids.
 
     Example:
         >>> teacher = torch.tensor([[[3.0, 1.0], [1.0, 3.0]]]).log()  # right about the image, wrong about the region
@@ -96,18 +89,11 @@ def sdd_dkd_loss(
     .. math:: \frac{T^2}{B N} \sum_{bn} w_{bn} (\alpha \, \mathrm{TCKD}_{bn} + \beta \, \mathrm{NCKD}_{bn})
 
     Args:
-        student_regions: shape [B, K, N]; the first region is the whole image.
-        teacher_regions: likewise; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
+        student_regions: [B, K, N]; the first region is the whole image.
+        teacher_regions: likewise.
+        labels: [B], int64 class ids.
         alpha: weight of the target class against all others.
         beta: weight of the others among themselves.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> teacher = torch.tensor([[[12.0], [3.0], [1.0]]]).log()

@@ -32,11 +32,8 @@ def semckd_loss(
 
     Args:
         projected: [student stage][teacher stage] -> [B, C, H, W].
-        targets: likewise, the teacher's maps; no gradient reaches them.
-        attention: shape [B, S, T], at least 0, sums to 1 over the teacher's stages.
-
-    Returns:
-        A scalar, at least 0.
+        targets: likewise, the teacher's maps.
+        attention: [B, S, T], at least 0, sums to 1 over the teacher's stages.
 
     Example:
         >>> zero, two = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0)
@@ -57,12 +54,7 @@ def semckd_loss(
 
 
 class Embedding(nn.Module):
-    """Rows of a similarity matrix [B, B] to vectors [B, d] of length 1, d = B / factor.
-
-    Args:
-        batch: B.
-        factor: by how much d is smaller.
-    """
+    """Rows of a similarity matrix [B, B] to vectors [B, d] of length 1, d = B / factor."""
 
     def __init__(self, batch: int, factor: int) -> None:
         super().__init__()
@@ -76,12 +68,7 @@ class Embedding(nn.Module):
 
 
 class StageProjection(nn.Module):
-    """Three convolutions from the student's channels to the teacher's, through twice as many.
-
-    Args:
-        inputs: the student's channels.
-        outputs: the teacher's.
-    """
+    """Three convolutions from the student's channels to the teacher's, through twice as many."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -98,14 +85,7 @@ class StageProjection(nn.Module):
 
 
 class Calibration(nn.Module):
-    """Which stage learns from which, and the projections between them.
-
-    Args:
-        student_channels: of the student's stages.
-        teacher_channels: of the teacher's.
-        batch: images per step.
-        factor: the batch by the dimension of queries and keys.
-    """
+    """Which stage learns from which, and the projections between them."""
 
     def __init__(
         self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, batch: int, factor: int

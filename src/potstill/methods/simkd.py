@@ -29,10 +29,7 @@ def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         projected: [B, C, H, W], the student's map behind the projector.
-        teacher: [B, C, H', W'].  No gradient reaches it.
-
-    Raises:
-        UsageError: unequal numbers of channels.
+        teacher: [B, C, H', W'].
 
     Example:
         >>> simkd_loss(torch.zeros(1, 1, 1, 1), torch.tensor([[[[1.0, 3.0]]]]))  # the teacher's mean is 2

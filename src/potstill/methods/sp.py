@@ -23,7 +23,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: maps [B, C, H, W] or embeddings [B, D], flattened, not pooled.
-        teacher: likewise; channels and sizes may differ.  No gradient reaches it.
+        teacher: likewise; channels and sizes may differ.
 
     Raises:
         UsageError: a batch of one image, whose similarity to itself is always 1.

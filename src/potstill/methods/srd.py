@@ -25,11 +25,8 @@ def srd_loss(student: Tensor, teacher: Tensor, *, exponent: Positive = 4.0) -> T
 
     Args:
         student: projected and normalised embeddings [B, D].
-        teacher: normalised embeddings [B, D].  No gradient reaches them.
+        teacher: normalised embeddings [B, D].
         exponent: p; larger values attend to the largest differences.
-
-    Raises:
-        UsageError: unequal shapes.
 
     Example:
         >>> srd_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # ln(1 + 16)

@@ -27,10 +27,7 @@ def srrl_feature_loss(connected: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         connected: [B, D], the student's embedding behind the connector.
-        teacher: [B, D].  No gradient reaches it.
-
-    Raises:
-        UsageError: unequal shapes.
+        teacher: [B, D].
 
     Example:
         >>> import torch
@@ -48,10 +45,7 @@ def srrl_regression_loss(head_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Args:
         head_logits: [B, K], the teacher's head, bias included, on the connected embedding.
-        teacher_logits: [B, K].  No gradient reaches them.
-
-    Raises:
-        UsageError: unequal shapes.
+        teacher_logits: [B, K].
 
     Example:
         >>> import torch
@@ -63,13 +57,7 @@ def srrl_regression_loss(head_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class Connector(nn.Module):
-    """1x1 convolution without bias, BatchNorm and ReLU from the student's channels to the teacher's.
-
-    Args:
-        inputs: channels of the student's embedding or map.
-        outputs: width of the teacher's embedding.
-        pool: the input is a map [B, C, H, W], and the output is averaged over its places.
-    """
+    """1x1 convolution without bias, BatchNorm and ReLU to the teacher's channels; ``pool`` averages over a map."""
 
     def __init__(self, inputs: int, outputs: int, *, pool: bool) -> None:
         super().__init__()

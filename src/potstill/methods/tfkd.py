@@ -41,17 +41,11 @@ def tfkd_reg_loss(
     The softmax is taken over probabilities, which are at most 1: already at T = 1 the target is nearly uniform.
 
     Args:
-        student_logits: shape [B, K], K of 2 or more.
-        labels: shape [B], int64 class ids.
+        student_logits: [B, K], K of 2 or more.
+        labels: [B], int64 class ids.
         temperature: T > 0 of the hand-made teacher; the student is taken at 1.
         correct: c, the teacher's probability of the label.
         reduction: "mean" over images and classes, or "batchmean", over images.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> # the target is softmax(1, 0) = (0.7311, 0.2689): ln 2 minus its entropy 0.5822, over two classes
@@ -73,16 +67,8 @@ def tfkd_self_loss(
     .. math:: \frac{T^2}{K} \, \mathrm{KL}\big(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\big)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        temperature: T > 0.
+        student_logits, teacher_logits: [B, K].
         reduction: "mean" over images and classes, or "batchmean", over images.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
 
     Example:
         >>> # as in kd_loss, 1.3113, over two classes

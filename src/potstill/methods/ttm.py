@@ -31,15 +31,8 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive 
         \quad p = \mathrm{softmax}(z_t)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         gamma: exponent above 0, one over the teacher's temperature.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``gamma`` is not above 0.
 
     Example:
         >>> import torch

@@ -30,8 +30,8 @@ def uskd_target_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
         \quad q_b = \mathrm{softmax}(z_b)_{y_b}
 
     Args:
-        student_logits: shape [B, K].
-        labels: shape [B], int64 class ids.
+        student_logits: [B, K].
+        labels: [B], int64 class ids.
 
     Returns:
         A scalar, at least 0.  No gradient runs through the weights.
@@ -50,11 +50,8 @@ def uskd_weak_loss(weak_logits: Tensor, labels: Tensor) -> Tensor:
     r"""Cross-entropy of the weak head with labels that are smoothed by a tenth; batch mean.
 
     Args:
-        weak_logits: shape [B, K].
-        labels: shape [B], int64 class ids.
-
-    Returns:
-        A scalar, at least 0.
+        weak_logits: [B, K].
+        labels: [B], int64 class ids.
 
     Example:
         >>> # targets 0.95 and 0.05: 0.95 ln(4/3) + 0.05 ln 4
@@ -75,13 +72,10 @@ def uskd_others_loss(
     r is the rank, from 1, by the sum of the student's and the weak head's probabilities among the other classes.
 
     Args:
-        student_logits: shape [B, K], K of 3 or more.
-        weak_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
+        student_logits: [B, K], K of 3 or more.
+        weak_logits: [B, K].
+        labels: [B], int64 class ids.
         form: "release" ranks by the student's log-probabilities in place of probabilities.
-
-    Returns:
-        A scalar, at least 0.
 
     Example:
         >>> # class 0 before class 1 for both: targets 2/3 and 1/3 against (3/4, 1/4)

@@ -27,9 +27,9 @@ def vid_loss(predicted_mean: Tensor, variance: Tensor, teacher_map: Tensor) -> T
     .. math:: \frac{1}{B C H W} \sum \frac{1}{2} \Big( \frac{(\mu - t)^2}{\sigma_c^2} + \ln \sigma_c^2 \Big)
 
     Args:
-        predicted_mean: shape [B, C, H, W].
+        predicted_mean: [B, C, H, W].
         variance: shape [C], above 0.
-        teacher_map: shape [B, C, H, W]; no gradient reaches it.
+        teacher_map: [B, C, H, W].
 
     Returns:
         A scalar; below 0 where the variances are small and the predictions good.
@@ -44,13 +44,7 @@ def vid_loss(predicted_mean: Tensor, variance: Tensor, teacher_map: Tensor) -> T
 
 
 class Prediction(nn.Module):
-    """Three 1 x 1 convolutions for the mean and one number a channel for the variance.
-
-    Args:
-        inputs: the student's channels.
-        outputs: the teacher's.
-        variance: at the start.
-    """
+    """Three 1 x 1 convolutions for the mean and one number a channel for the variance."""
 
     def __init__(self, inputs: int, outputs: int, *, variance: float) -> None:
         super().__init__()

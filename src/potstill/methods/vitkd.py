@@ -27,8 +27,8 @@ def vitkd_mimic_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tens
     .. math:: \sum_\text{stages} \frac{1}{B} \sum (F_s - F_t)^2
 
     Args:
-        student_maps: each of shape [B, D, h, w], in the teacher's D.
-        teacher_maps: of the same shapes; no gradient reaches them.
+        student_maps: each of [B, D, h, w], in the teacher's D.
+        teacher_maps: of the same shapes.
 
     Returns:
         A scalar, at least 0; large, as it is a sum.
@@ -50,12 +50,9 @@ def vitkd_generation_loss(generated: Tensor, teacher_map: Tensor, masked: Tensor
     .. math:: \frac{1}{B} \sum_{b,d,h,w} m_{bhw} (G - F_t)^2
 
     Args:
-        generated: shape [B, D, h, w].
-        teacher_map: of the same shape; no gradient reaches it.
-        masked: shape [B, 1, h, w], 1 where a token was masked, else 0.
-
-    Returns:
-        A scalar, at least 0.
+        generated: [B, D, h, w].
+        teacher_map: of the same shape.
+        masked: [B, 1, h, w], 1 where a token was masked, else 0.
 
     Example:
         >>> teacher = torch.tensor([[[[1.0, 2.0]]]])
@@ -67,11 +64,7 @@ def vitkd_generation_loss(generated: Tensor, teacher_map: Tensor, masked: Tensor
 
 
 class TokenGenerator(nn.Module):
-    """All tokens from those that were not masked; one learnt token stands in for the others.
-
-    Args:
-        channels: D of the teacher.
-    """
+    """All tokens from those that were not masked; one learnt token stands in for the others."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

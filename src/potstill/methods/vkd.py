@@ -25,10 +25,7 @@ def vkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         projected: [B, D], the student's pooled features behind the projection.
-        teacher: [B, D], pooled.  No gradient reaches them.
-
-    Raises:
-        UsageError: unequal shapes.
+        teacher: [B, D], pooled.
 
     Example:
         >>> # the teacher's row becomes (-1, 1): differences 1 and 1

@@ -34,14 +34,11 @@ def wkd_f_loss(
     Variances are unbiased; a cell of one place has none.
 
     Args:
-        student_map: shape [B, C, H, W], after its projection.
-        teacher_map: shape [B, C, H', W']; no gradient reaches it.
+        student_map: [B, C, H, W], after its projection.
+        teacher_map: [B, C, H', W'].
         mean_weight: :math:`\gamma`, how much means count.
         grid: g cells in each direction.
         eps: added to variances.
-
-    Returns:
-        A scalar, at least 0.
 
     Example:
         >>> student, teacher = torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[3.0, 3.0]]]])

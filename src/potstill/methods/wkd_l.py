@@ -55,13 +55,7 @@ def wkd_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
 
     .. math:: -\frac{1}{B} \sum_b \mathrm{softmax}(z_t)_{by} \log \mathrm{softmax}(z_s)_{by}
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-
-    Returns:
-        A scalar, at least 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> # 3/4 ln 2
@@ -93,19 +87,13 @@ def wkd_distance_loss(
     on either side: that leaves it out of every sum, without a [B, K - 1, K - 1] of costs.
 
     Args:
-        student_logits: shape [B, K], K of 3 or more.
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
+        student_logits: [B, K], K of 3 or more.
+        teacher_logits: [B, K].
+        labels: [B], int64 class ids.
         cost: C, shape [K, K]; what is below 0 counts as 0.
         temperature: T > 0 of both probabilities.
         regularization: lambda > 0; smaller is nearer to the true distance, and needs more steps.
         steps: of the iteration.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: a number out of its range.
 
     Example:
         >>> # half of the probability goes from class 2 to class 1, at the cost 0.4

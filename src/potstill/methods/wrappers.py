@@ -1,6 +1,4 @@
-"""Methods that wrap other methods: the common base, one copy of a method for each of several teachers, and schedules
-for weights and options.
-"""
+"""Methods that wrap others: their base, a copy for each of several teachers, and schedules of weights."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -76,15 +74,8 @@ class MethodWrapper(Method):
 
 
 def refuse_idle_label_weight(settings: MethodSettings, method: Method, outer: str) -> None:
-    """Refuse a label weight, constant or scheduled, of a method whose label term is replaced by that of ``outer``.
-
-    Args:
-        settings: of the method.
-        method: made of them; some have a label term of a second view, too, which counts in any place.
-        outer: name of the method around it.
-
-    Raises:
-        UsageError: ``ce_weight`` would have no effect.
+    """Refuse a label weight, constant or scheduled, of a method whose label term is replaced by that of ``outer``; some
+    have a label term of a second view, too, which counts in any place.
     """
     given = "ce_weight" in settings or "ce_weight" in (settings.get("schedule") or {})
     if given and method.label_term_names == {"ce"}:
@@ -95,10 +86,7 @@ def refuse_idle_label_weight(settings: MethodSettings, method: Method, outer: st
 
 
 class PerTeacher(MethodWrapper):
-    """``inner`` once for each teacher; of each term the mean, weighted by the teachers' shares.
-
-    Logits can be averaged, feature maps cannot: networks of different families have nothing in common place by place.
-    """
+    """``inner`` once for each teacher; of each term the mean, weighted by the teachers' shares."""
 
     def __init__(self, inner: Method, shares: Sequence[float]) -> None:
         super().__init__()
@@ -146,11 +134,7 @@ class PerTeacher(MethodWrapper):
 
 
 def wrap_per_teacher(method: Method, shares: Sequence[float]) -> Method:
-    """``method`` for so many teachers, each with its share: one that reads hidden layers works on each by itself.
-
-    Raises:
-        UsageError: it can do with one only, or weighs the teachers itself.
-    """
+    """Return ``method`` for so many teachers: one that reads hidden layers works on each by itself."""
     method = method.for_teachers(shares)
     if unwrap(method).needs.members and len(method.parts) == 1 and len(set(shares)) > 1:
         raise UsageError(
@@ -177,16 +161,10 @@ def _member_outputs(outputs: Outputs, position: int) -> Outputs:
 
 
 class ScheduledMethod(MethodWrapper):
-    """``inner`` with factors on its terms, and values of its options, that follow schedules.
+    """``inner`` with factors on its terms, and values of its options, that follow schedules at any depth.
 
-    It changes ``label_terms`` and ``distill``, which are all that a method around it calls, so that a schedule works
-    at any depth.
-
-    Args:
-        inner: any method.
-        schedule: by name of a term (a factor on its weight) or of a numeric option such as ``temperature`` (its
-            value): a mapping with the fields of ``Schedule``.
-        options: which of the names are options.
+    ``schedule`` is by name of a term (a factor on its weight) or of a numeric option (its value): the fields of
+    ``Schedule``. ``options`` says which of the names are options.
     """
 
     def __init__(self, inner: Method, schedule: dict[str, dict[str, Any]], options: Collection[str]) -> None:

@@ -27,17 +27,7 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *,
 
     The weight u, from 0 to 1, is taken at temperature 1 and passes no gradient.
 
-    Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
-        labels: shape [B], int64 class ids.
-        temperature: T > 0.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``temperature`` is not above 0.
+    Logits are [B, K], ``labels`` int64 [B] class ids.
 
     Example:
         >>> # equal logits: both errors are ln 2, u = 1 - 1/e = 0.6321, times the soft cross-entropy ln 2

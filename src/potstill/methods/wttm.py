@@ -23,15 +23,8 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, gamma: Positive
         r_k = p_k^\gamma \Big/ \sum_j p_j^\gamma, \quad p = \mathrm{softmax}(z_t)
 
     Args:
-        student_logits: shape [B, K].
-        teacher_logits: shape [B, K]; no gradient reaches them.
+        student_logits, teacher_logits: [B, K].
         gamma: exponent above 0, one over the teacher's temperature.
-
-    Returns:
-        A scalar, at least 0.
-
-    Raises:
-        UsageError: ``gamma`` is not above 0.
 
     Example:
         >>> import torch

@@ -37,48 +37,26 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class AnswerTable:
-    """Answers for N images.
+    """Answers for N images."""
 
-    Attributes:
-        origin: the file, for messages.
-        paths: [N], different from each other, with forward slashes.
-        values: [N, D] float32, finite; the rows of probabilities sum to 1.
-        kind: what the values are.
-        class_names: [D], if the file names them; never of embeddings.
-    """
-
-    origin: str
-    paths: tuple[str, ...]
-    values: NDArray[np.float32]
+    origin: str  # the file, for messages
+    paths: tuple[str, ...]  # [N], different from each other, with forward slashes
+    values: NDArray[np.float32]  # [N, D], finite; rows of probabilities sum to 1
     kind: AnswerKind
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None  # [D], if the file names them; never of embeddings
 
     def __post_init__(self) -> None:
         _check_values(self)
 
     def logits(self) -> NDArray[np.float32]:
-        """Return logits [N, D]: the values, or the logarithms of probabilities.
-
-        Raises:
-            UsageError: the table has embeddings.
-        """
+        """Return logits [N, K]: the values, or the logarithms of probabilities."""
         if self.kind == "embeddings":
             raise UsageError(f"{self.origin} has embeddings, and logits or probabilities of the classes are needed")
         return self.values if self.kind == "logits" else np.log(np.maximum(self.values, _SMALLEST))
 
 
 def find_rows(paths: Sequence[str], names: Sequence[str], origin: str, folder: str = "") -> NDArray[np.int64]:
-    """Return the row of each image, [M].
-
-    Args:
-        paths: of the rows, [N].
-        names: of the images: paths relative to the data folder, with forward slashes.
-        origin: of the table, for messages.
-        folder: name of the folder of these images: a row may name it before the path.
-
-    Raises:
-        DataError: images without a row; counts them and names the first.
-    """
+    """Return the row [M] of each image, by its path in the data folder, or behind the name ``folder`` of that."""
     rows = {path: row for row, path in enumerate(paths)}
     found = [rows.get(f"{folder}/{name}", rows.get(name, -1)) if folder else rows.get(name, -1) for name in names]
     if missing := [name for name, row in zip(names, found, strict=True) if row < 0]:
@@ -92,13 +70,7 @@ def find_rows(paths: Sequence[str], names: Sequence[str], origin: str, folder: s
 
 
 def read_answers(path: Path) -> AnswerTable:
-    """Read a table; the last one is kept in memory as long as the file does not change.
-
-    Raises:
-        ArtifactError: missing or damaged, of another format, or without paths or numbers.
-        DataError: images with several rows, numbers that are not finite, or probabilities that do not sum to 1.
-        UsageError: Parquet without pyarrow.
-    """
+    """Read a table; the last one is kept in memory as long as the file does not change."""
     try:
         state = path.stat()
     except OSError as error:
@@ -214,7 +186,6 @@ def _without(header: Sequence[str], at: int) -> list[str]:
 
 
 def _column_names(names: Sequence[str]) -> tuple[AnswerKind | None, tuple[str, ...] | None]:
-    """Return what the columns say they are, and the class names."""
     for prefix, kind in _PREFIXES.items():
         if names and all(name.startswith(prefix) for name in names):
             return kind, None if kind == "embeddings" else tuple(name.removeprefix(prefix) for name in names)

@@ -47,12 +47,7 @@ class ResNet(nn.Module):
     published tables of distillation.  The paper's own CIFAR networks have no weights there (option A): every second
     pixel of the input, with channels of zeros added, half of them before and half behind its own.
 
-    Args:
-        depth: 8, 14, 20, 32, 44, 56, 110 or any ``6n + 2``.
-        num_classes: K.
-        in_chans: channels of the images.
-        widths: channels of the stem and of the three stages.
-        shortcut: "A" or "B", of the blocks that change shape.
+    ``depth`` is any ``6n + 2``, ``widths`` the channels of the stem and of the three stages.
     """
 
     def __init__(
@@ -133,10 +128,7 @@ _FIRST_WITH_BOTTLENECKS = 50
 class FourStageResNet(nn.Module):
     """A 3x3 stem, four stages of residual blocks, global average pooling, one linear head.
 
-    Args:
-        depth: 18 or 34 with blocks of two 3x3 convolutions; 50, 101 or 152 with bottlenecks.
-        num_classes: K.
-        in_chans: channels of the images.
+    Blocks of two 3x3 convolutions up to ``depth`` 34; bottlenecks in 50, 101 and 152.
     """
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
@@ -192,11 +184,7 @@ class WideResNet(nn.Module):
     BatchNorm and ReLU come before each convolution (table 1 of the paper); the shortcut of a block that changes shape
     is a 1x1 convolution of the activated input.  No dropout.
 
-    Args:
-        depth: d, any ``6n + 4``.
-        width: k; the stages have 16k, 32k and 64k channels.
-        num_classes: K.
-        in_chans: channels of the images.
+    ``depth`` is any ``6n + 4``, the stages have 16, 32 and 64 times ``width`` channels.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, in_chans: int = 3) -> None:
@@ -251,18 +239,10 @@ VGG_CONVOLUTIONS = {  # in each of the five stages
 
 
 class VGG(nn.Module):
-    """VGG for 32 px images: BatchNorm after each convolution, and one linear head in place of three.
+    """VGG for 32 px images: BatchNorm after each convolution, and one linear head behind global average pooling.
 
-    Five stages of 3x3 convolutions with 2x2 max pooling between them, global average pooling, a linear head.
-
-    The last stage sees 4x4 maps at 32 px as in the distillation literature: the fourth pooling is left out below
-    64 px.  Needs at least 8 px.
-
-
-    Args:
-        depth: 8, 11, 13, 16 or 19.
-        num_classes: K.
-        in_chans: channels of the images.
+    Five stages of 3x3 convolutions with 2x2 max pooling between them, but the fourth below 64 px: the last stage sees
+    4x4 maps at 32 px as in the distillation literature.  Needs at least 8 px.
     """
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
@@ -395,10 +375,7 @@ class ShuffleNetV1(nn.Module):
 
 
 class _ShuffleV1Unit(nn.Module):
-    """Grouped 1x1, shuffle, 3x3 on each channel, grouped 1x1.
-
-    With stride 2 the averaged input joins as further channels (figure 2c of the paper), else it is added.
-    """
+    """Grouped 1x1, shuffle, 3x3 on each channel, grouped 1x1; stride 2 adds the averaged input as channels."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -19,14 +19,7 @@ _LEMMAS = "imagenet_synset_to_lemma.txt"
 
 @cache
 def class_list(name: str) -> tuple[str, ...]:
-    """Return the class names of a list of ``CLASS_LISTS``, in the order of the outputs.
-
-    Those of ImageNet are WordNet numbers and synonyms, with commas between: "n01440764, tench, Tinca tinca".
-
-    Example:
-        >>> class_list("cifar10")[3], class_list("imagenet-1k")[0]
-        ('cat', 'n01440764, tench, Tinca tinca')
-    """
+    """Return the class names of a list of ``CLASS_LISTS``, of ImageNet as "n01440764, tench, Tinca tinca"."""
     if name not in _SYNSETS:
         return tuple((Path(__file__).parent / "class_lists" / f"{name}.txt").read_text(encoding="utf-8").splitlines())
     spec = importlib.util.find_spec("timm")
@@ -93,17 +86,9 @@ def _plain(name: str) -> str:
 def find_outputs(
     wanted: Mapping[str, Sequence[str | int]], names: Sequence[str] | None, count: int, ours: Sequence[str], key: str
 ) -> list[list[int]]:
-    """Return, for each class of the data, the outputs of a network whose probabilities are its own.
+    """Return the outputs whose probabilities make up each class: ``wanted`` class -> their names or numbers, from 0.
 
-    Args:
-        wanted: for each class name of the data, names or numbers (from 0) of outputs.
-        names: of the outputs, in order; None: they have none, and only numbers can be used.
-        count: of outputs.
-        ours: class names of the data, in order.
-        key: of the setting, for messages.
-
-    Raises:
-        UsageError: a class without an output, an unknown or ambiguous name, a number out of range, an output twice.
+    UsageError: a class without an output, an unknown or ambiguous name, a number out of range, an output twice.
 
     Example:
         >>> find_outputs({"pet": ["cat", "dog"], "ship": [8]}, class_list("cifar10"), 10, ["pet", "ship"], "classes")

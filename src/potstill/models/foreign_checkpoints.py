@@ -92,16 +92,7 @@ class Converted:
 
 
 def convert(checkpoint: Checkpoint, architecture: str, own: Mapping[str, Tensor]) -> Converted:
-    """Translate a checkpoint to the names of a network.
-
-    Args:
-        checkpoint: what was read.
-        architecture: name of the network.
-        own: state dict of the network; its number of classes may be another one.
-
-    Returns:
-        The weights under the names of ``own``; as they are where nothing fits.
-    """
+    """Return a checkpoint's weights under the names of the state dict ``own``; as they are where nothing fits."""
     for convention in (_convert_by_names, _convert_by_map, _convert_by_order):
         if converted := convention(checkpoint, architecture, own):
             return converted
@@ -148,14 +139,12 @@ def _convert_by_order(checkpoint: Checkpoint, architecture: str, own: Mapping[st
 
 def _with_cifar_normalisation(state: State, note: str, architecture: str, own: Mapping[str, Tensor]) -> Converted:
     known = None
-    if architecture.startswith("cifar/") and (known := CIFAR_NORMALISATION.get(_count_outputs(state))):
+    if architecture.startswith("cifar/") and (
+        known := CIFAR_NORMALISATION.get(int(state["head.weight"].shape[0]) if "head.weight" in state else 0)
+    ):
         mean, std = (", ".join(f"{value:g}" for value in each) for each in known)
         note += f"; images are normalised as those repositories do, mean {mean}, std {std}"
     return Converted(state, (note,), known)
-
-
-def _count_outputs(state: Mapping[str, Tensor]) -> int:
-    return int(state["head.weight"].shape[0]) if "head.weight" in state else 0
 
 
 def _is_counter(key: str) -> bool:
@@ -163,7 +152,6 @@ def _is_counter(key: str) -> bool:
 
 
 def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    """Return whether names and shapes are the network's, except for the number of classes."""
     if any(key not in own for key in state) or any(key not in state and not _is_counter(key) for key in own):
         return False
     other = [key for key, value in state.items() if value.shape != own[key].shape]
@@ -180,17 +168,7 @@ def identify_network(path: Path) -> str:
     What the file records about itself is tried first (``arch`` and ``args`` of training scripts, ``config.json``), then
     its name, then all of ``cifar/`` and ``torchvision/``.  Only names and shapes of tensors are compared.
 
-    Raises:
-        ArtifactError: it cannot be read.
-        UsageError: no known network has such weights; describes them.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder) / "weights.pth"
-        ...     torch.save(build_model("cifar/resnet20_a", 10, size=32).state_dict(), file)
-        ...     identify_network(file)
-        'cifar/resnet20_a'
+    UsageError: no known network has such weights; describes them.
     """
     checkpoint = read_checkpoint(path)
     groups: tuple[Callable[[], list[str]], ...] = (  # the later ones cost seconds
@@ -211,7 +189,6 @@ def identify_network(path: Path) -> str:
 
 @functools.cache  # building all candidates takes seconds
 def _shapes(name: str) -> State:
-    """Return the state dict of a network on the meta device; empty if it cannot be built there."""
     try:
         with torch.device("meta"):
             return build_model(name, _PROBE_CLASSES, size=32 if name.startswith("cifar/") else 224).state_dict()
@@ -226,7 +203,6 @@ def _transformers_network(checkpoint: Checkpoint) -> list[str]:
 
 
 def _wide_resnets(checkpoint: Checkpoint) -> list[str]:
-    """Return the Wide ResNets of the weights' depth and width."""
     convolutions = [value for value in checkpoint.tensors.values() if value.ndim == 4]
     if not convolutions:
         return []
@@ -243,7 +219,6 @@ def _names_in(path: Path) -> list[str]:
 
 
 def _describe(checkpoint: Checkpoint) -> str:
-    """Return a description of the weights, for an error message."""
     tensors = {key: value for key, value in checkpoint.tensors.items() if not _is_counter(key)}
     total = sum(value.numel() for value in tensors.values())
     ends = [f"{key} {tuple(value.shape)}" for key, value in tensors.items()]
@@ -270,10 +245,7 @@ _VIT_DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24}
 
 
 def translate_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the tensors under timm's names; None for other kinds of networks.
-
-    The three attention matrices of ViT are concatenated, as in timm.
-    """
+    """Return the tensors under timm's names, ViT's attention matrices in one; None for other kinds of networks."""
     if "vit.embeddings.cls_token" in tensors:
         return _translate_vit(tensors)
     if "resnet.embedder.embedder.convolution.weight" in tensors:

@@ -139,11 +139,7 @@ class ModelFacts(BaseModel):
 
 
 def save_model(classifier: Classifier, folder: Path) -> None:
-    """Write both files; if this is interrupted, ``load_model`` finds the old or the new model.
-
-    Raises:
-        StorageError: no space, no permission, or an I/O error.
-    """
+    """Write both files; if this is interrupted, ``load_model`` finds the old or the new model."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, value in classifier.module.state_dict().items():
@@ -179,15 +175,10 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     Nothing is parsed as tensors before its SHA-256 has been compared, no code is run from either file, and the global
     random state stays as it was.
 
-    A network that a method remodelled, or whose channels were removed, is built as it was deployed.
+    A network that a method remodelled, or whose channels were removed, is built as it was deployed; ``module``: the
+    network that the weights are loaded into, in place of one by its architecture's name.
 
-    Args:
-        path: a model folder, or one of its two files.
-        module: the network that the weights are loaded into, in place; None: it is built by the name of its
-            architecture.
-
-    Raises:
-        ArtifactError: missing, damaged, not fitting its architecture, or of code without ``allow_code``.
+    ArtifactError: missing, damaged, not fitting its architecture, or of code without ``allow_code``.
 
     Example:
         >>> import tempfile
@@ -236,20 +227,13 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
 
 
 def predicts_classes(facts: dict[str, Any]) -> bool:
-    """Return whether a model has classes, by the facts of its model.json.
-
-    A teacher with ``head: none`` has none, nor has the student of such teachers on images without labels.
-    """
+    """Return whether a model has classes, by the facts of its model.json; with ``head: none`` it has none."""
     head = facts.get("head")
     return not (isinstance(head, dict) and head.get("kind") == "none")
 
 
 def load_class_model(path: Path) -> Classifier:
-    """Return the classifier of a folder as ``load_model``.
-
-    Raises:
-        ArtifactError: as ``load_model``; or a network without classes, which predicts nothing.
-    """
+    """Return the classifier of a folder as ``load_model``; ArtifactError if it has no classes."""
     model = load_model(path)
     check_predicts_classes(path, model.facts)
     return model
@@ -275,11 +259,7 @@ def check_predicts_classes(path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_facts(path: Path) -> ModelFacts:
-    """Return the content of a ``model.json``, every field of it validated.
-
-    Raises:
-        ArtifactError: missing, damaged, of another schema, or with a field of the wrong type or out of range.
-    """
+    """Return the content of a ``model.json``, every field of it validated."""
     body = read_checksummed_json(path)
     if body.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {body.get('schema')!r}, this potstill reads {SCHEMA}; update potstill")

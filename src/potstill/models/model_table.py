@@ -50,25 +50,15 @@ SMALL_IMAGE = 64
 
 
 class ModelRow(NamedTuple):
-    """One network.
-
-    Attributes:
-        name: as for ``create_model``.
-        size: height and width in pixels of the images that it was designed for.
-        parameters: with a head of ``TABLE_CLASSES`` classes.
-        per_class: parameters of each further class.
-        layers: convolutions and linear layers.
-        multiply_adds: of one image of ``size`` pixels.
-        latency: for one image of ``size`` pixels on one thread, relative to the reference network; None: not measured.
-    """
+    """A network of the table."""
 
     name: str
-    size: int
-    parameters: int
-    per_class: int
-    layers: int
-    multiply_adds: int
-    latency: float | None
+    size: int  # height and width in pixels of the images that it was designed for
+    parameters: int  # with a head of TABLE_CLASSES classes
+    per_class: int  # parameters of each further class
+    layers: int  # convolutions and linear layers
+    multiply_adds: int  # of one image of this size
+    latency: float | None  # of one image on one thread, relative to the reference network; None: not measured
 
     def parameters_with(self, classes: int) -> int:
         """Return the number of parameters with a head of this many classes."""
@@ -80,35 +70,19 @@ class ModelRow(NamedTuple):
         return parameters + self.layers * INT8_BYTES_PER_LAYER if int8 else 4 * parameters
 
     def milliseconds(self, reference: float, size: int | None = None) -> float | None:
-        """Return the estimated latency, or None if it was not measured.
-
-        Args:
-            reference: milliseconds of the reference network on this machine.
-            size: height and width of the images in pixels; None: the network's own.  Time is taken to grow with the
-                number of pixels.
-        """
+        """Return the estimated latency for images of this size by that of the reference network, if known."""
         pixels = 1.0 if size is None else (size / self.size) ** 2
         return None if self.latency is None else self.latency * reference * pixels
 
 
 class Limits(NamedTuple):
-    """What a network may take at most; None: any.
+    """What a network may take at most; None: any."""
 
-    Attributes:
-        milliseconds: for one image, with batch size 1 on one thread of the CPU.
-        file_size: bytes of the exported file.
-    """
-
-    milliseconds: float | None = None
-    file_size: int | None = None
+    milliseconds: float | None = None  # for one image, batch size 1, on one thread of the CPU
+    file_size: int | None = None  # bytes of the exported file
 
     def __str__(self) -> str:
-        """Return the limits in the form that ``parse_limits`` takes.
-
-        Example:
-            >>> str(parse_limits("2MB, 5 ms")), str(parse_limits("100us,0.1kB"))
-            ('5ms,2MB', '100us,100B')
-        """
+        """Return the limits in the form that ``parse_limits`` takes."""
         time = [] if self.milliseconds is None else [_with_unit(self.milliseconds, _TIME_UNITS)]
         return ",".join(time + ([] if self.file_size is None else [_with_unit(self.file_size, _DECIMAL_SIZES)]))
 
@@ -136,10 +110,6 @@ def _with_unit(value: float, units: Mapping[str, float]) -> str:
 
 def parse_limits(text: str) -> Limits:
     """Parse limits as after ``--under``: a time, a file size, or both.
-
-    Raises:
-        UsageError: no number, an unknown unit, or two limits of the same kind.
-
     Example:
         >>> parse_limits("5ms,2MB")
         Limits(milliseconds=5.0, file_size=2000000)

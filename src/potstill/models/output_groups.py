@@ -12,15 +12,10 @@ from potstill.models.registry import build_model
 
 @dataclass(frozen=True)
 class OutputGroups:
-    """The outputs of a network that belong to each class.
+    """The outputs of a network that belong to each class, by number from 0; none belongs to two."""
 
-    Attributes:
-        outputs: how many the network has.
-        groups: for each class the numbers of its outputs, from 0; no output belongs to two classes.
-    """
-
-    outputs: int
-    groups: tuple[tuple[int, ...], ...]
+    outputs: int  # how many the network has
+    groups: tuple[tuple[int, ...], ...]  # for each class
 
     def __post_init__(self) -> None:
         every = [each for group in self.groups for each in group]
@@ -40,13 +35,7 @@ class OutputGroups:
 class GroupedOutputs(nn.Module):
     """A network with other classes than its own outputs; each class has one or several outputs.
 
-    The logit of a class is the logsumexp of its outputs' logits, so that its probability is the sum of theirs, over
-    all outputs that belong to a class.
-
-    Args:
-        network: images -> logits [B, ``groups.outputs``].
-        groups: which outputs each of the K classes has.
-
+    The logit of a class is the logsumexp of its outputs' logits, so that its probability is the sum of theirs.
     Example:
         >>> network = GroupedOutputs(nn.Identity(), OutputGroups(4, ((0, 3), (1,))))
         >>> network(torch.tensor([[0.0, 0.0, 9.0, 0.0]])).softmax(dim=1)
@@ -72,14 +61,7 @@ class GroupedOutputs(nn.Module):
 
 
 def choose_rows(module: nn.Module, architecture: str, rows: Sequence[int], *, size: int) -> nn.Module:
-    """Return the same network with fewer outputs, or the same in another order: with these rows of its head.
-
-    Args:
-        module: a network of this architecture.
-        architecture: a name for ``create_model``, of a library's network.
-        rows: which outputs of ``module`` are wanted, in order.
-        size: height and width of the images in pixels.
-    """
+    """Return the same network of a library with these rows of its head, in order."""
     index = torch.tensor(rows)
     with torch.random.fork_rng(devices=[]):
         chosen = build_model(architecture, len(rows), size=size)

@@ -24,11 +24,7 @@ from potstill.models import state_dict
 
 
 def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
-    """Return the first of ``files`` that a repository of the Hugging Face hub has.
-
-    Raises:
-        UsageError: not in the cache, and no network.
-    """
+    """Return the first of ``files`` that a repository of the Hugging Face hub has, from the cache or the network."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError
@@ -52,12 +48,7 @@ def download_from_hub(repository: str, files: Sequence[str], what: str) -> Path:
 
 
 def download_from_url(url: str, what: str) -> Path:
-    """Return the file of ``url`` in torch's cache, compared with the hash in its name, if there is one.
-
-    Raises:
-        UsageError: not in the cache, and no network.
-        ArtifactError: the file in the cache is damaged.
-    """
+    """Return the file of ``url`` in torch's cache, compared with the hash in its name, if there is one."""
     import torch
     from huggingface_hub import constants
 
@@ -128,12 +119,7 @@ def find_packaged_weights(name: str) -> Path | None:
 
 
 def load_packaged_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of a file from ``find_packaged_weights`` under timm's names.
-
-    Args:
-        path: the file.
-        like: the state dict of timm's network: it shows in which block of which stage a layer lies.
-    """
+    """Return a packaged state dict under timm's names; ``like`` shows in which block of which stage a layer lies."""
     return _rename_keys(state_dict.read_state_dict(path), like)
 
 

@@ -36,18 +36,7 @@ class UnreachableShare(UsageError):
 
 
 def cut_channels(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> nn.Module:
-    """Cut layers to given widths, in place; the remaining weights are the first ones, to be replaced by loaded ones.
-
-    Args:
-        network: as it is created by its name.
-        widths: as ``describe_widths`` returns them.
-
-    Returns:
-        The network.
-
-    Raises:
-        UsageError: a layer that the network does not have, or widths that do not fit it.
-
+    """Cut a network's layers to ``widths`` (``describe_widths``), in place; loaded weights replace what remains.
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> widths = {"0": {"out_channels": 5}, "1": {"num_features": 5}}
@@ -70,7 +59,6 @@ def cut_channels(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) ->
 
 
 def _cut_tensors(layer: nn.Module, path: str) -> None:
-    """Cut the tensors of a layer to its numbers of channels."""
     wanted: tuple[int, ...]
     if isinstance(layer, nn.Conv2d):
         if layer.in_channels % layer.groups or layer.out_channels % layer.groups:
@@ -108,20 +96,11 @@ def require_torch_pruning() -> None:
 
 
 def prune_channels(network: nn.Module, share: float, *, size: int, architecture: str) -> nn.Module:
-    """Return a copy of a network that has at most ``1 - share`` of its weights.
+    """Return a copy of a classifier that has at most ``1 - share`` of its weights.
 
     The same share of channels is removed from every group, those of the smallest importance: the L2 norm of all weights
-    of the group that belong to a channel, relative to the mean of its group.
-
-    Args:
-        network: a classifier of images [B, 3, size, size].
-        share: of the weights to remove, in [0, 1).
-        size: height and width of the images in pixels.
-        architecture: its name, for messages.
-
-    Raises:
-        UsageError: torch-pruning is not installed, or the network has layers that cannot be pruned.
-        UnreachableShare: so many weights cannot be removed.
+    of the group that belong to a channel, relative to the mean of its group.  UnreachableShare: so many cannot be
+    removed.
     """
     require_torch_pruning()
     check_prunable(network, architecture)
@@ -164,11 +143,7 @@ def count_weights(network: nn.Module) -> int:
 
 
 def check_prunable(network: nn.Module, architecture: str) -> None:
-    """Check that all weights are those of convolutions, BatchNorm or linear layers.
-
-    Raises:
-        UsageError: a layer of another kind; names it.
-    """
+    """Check that all weights are those of convolutions, BatchNorm or linear layers; UsageError names another one."""
     for path, layer in network.named_modules():
         own = [name for name, _ in layer.named_parameters(recurse=False)]
         if own and not _width_names(layer):
@@ -181,7 +156,6 @@ def check_prunable(network: nn.Module, architecture: str) -> None:
 
 
 def _prune(network: nn.Module, channel_share: float, size: int, architecture: str) -> nn.Module:
-    """Return a copy without this share of the channels of every group."""
     pruned = copy.deepcopy(network).cpu().eval()
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -297,6 +271,5 @@ def _width_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def _outputs(layer: nn.Module) -> int | None:
-    """Return the number of outputs of a linear layer or convolution."""
     found = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     return found if isinstance(layer, (nn.Linear, nn.Conv2d)) else None

@@ -52,13 +52,7 @@ class Family(Protocol):
         ...
 
     def pretrained(self, name: str, num_classes: int, size: int) -> tuple[nn.Module, int]:
-        """Return the network with its pretrained weights, and their number of classes.
-
-        Where that number is not ``num_classes``, the head has random weights.
-
-        Raises:
-            UsageError: there are none, or they are not here and cannot be fetched; states what to do.
-        """
+        """Return the network with pretrained weights, and their number of classes; for others the head is random."""
         ...
 
 
@@ -72,11 +66,7 @@ ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PAC
 
 
 def check_model(name: str) -> None:
-    """Check that ``create_model`` knows a name.
-
-    Raises:
-        UsageError: unknown; lists the nearest names.
-    """
+    """Check that ``create_model`` knows a name."""
     resolve(name)
 
 
@@ -104,11 +94,7 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def resolve(name: str) -> tuple[Family, str]:
-    """Return the family that builds ``name``, and the name without its prefix.
-
-    Raises:
-        UsageError: unknown; lists the nearest known names.
-    """
+    """Return the family that builds ``name``, and the name without its prefix; UsageError lists the nearest names."""
     full = ALIASES.get(name, name)
     if is_code_reference(name) or name.startswith(own_models.GIVEN):
         if not own_models.is_model(name):
@@ -135,7 +121,6 @@ def resolve(name: str) -> tuple[Family, str]:
 
 
 def _nearest_names(prefix: str, bare: str) -> str:
-    """Return names similar to ``bare``: first of the given family, then of all."""
     found: list[str] = []
     bare = bare.rpartition("/")[2].partition(".")[0]  # without a prefix that is not known, without the tag of weights
     for family in [prefix, *FAMILIES]:
@@ -195,11 +180,7 @@ def build_model(name: str, num_classes: int, *, size: int, in_chans: int = 3) ->
 
 
 def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in_chans: int = 3) -> None:
-    """Run ``module`` on one black image, in eval mode; its state does not change.
-
-    Raises:
-        UsageError: it fails, or gives something else than logits [1, num_classes].
-    """
+    """Run ``module`` on a black image in eval mode; UsageError if it does not give logits [1, num_classes]."""
     logits = _forward_black_image(module, name, in_chans, size)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, num_classes):
@@ -212,11 +193,7 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
 
 
 def output_count(module: nn.Module, name: str, *, size: int) -> int:
-    """Return the number of logits of ``module`` for a black image.
-
-    Raises:
-        UsageError: it fails, or gives no logits.
-    """
+    """Return the number of logits of ``module`` for a black image; UsageError if it gives none."""
     logits = _forward_black_image(module, name, 3, size)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

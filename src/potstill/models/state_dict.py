@@ -75,11 +75,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return the weights in a ``.safetensors`` or a ``torch.save`` file, or in a folder of the Hugging Face hub.
 
-    Pickles are read with ``weights_only=True`` and no way around it, and only from uncompressed archives: a small
-    compressed one could fill the memory.
-
-    Raises:
-        ArtifactError: missing, damaged, no state dict, or a pickle that holds more than tensors.
+    Pickles are read with ``weights_only=True`` alone, and only from uncompressed archives: a small compressed one could
+    fill the memory.  ArtifactError: missing, damaged, or no state dict.
     """
     if path.is_dir():
         return _read_hub_folder(path)
@@ -160,15 +157,8 @@ def _with_config(checkpoint: Checkpoint, path: Path) -> Checkpoint:
 
 
 def load_state_dict(module: nn.Module, state: dict[str, Tensor], num_classes: int, origin: str) -> bool:
-    """Copy ``state`` into ``module``; names and shapes must be the same.
-
-    The one exception is a head for another number of classes: it keeps its random weights.
-
-    Returns:
-        Whether the head is new.
-
-    Raises:
-        ArtifactError: names some of the tensors that are missing, left over or of another shape.
+    """Copy ``state`` into ``module``, of the same names and shapes, but for a head for another number of classes, which
+    keeps its random weights; return whether there is one.  ArtifactError names tensors that do not fit.
     """
     own = module.state_dict()
     # Weights saved before torch 0.4.1 have no such counters; nothing is computed from them.
@@ -327,16 +317,13 @@ def _holds_weights(value: Any, depth: int = 0) -> bool:
 
 
 def _count_tensors(value: Any) -> int:
-    """Return the number of tensors in ``value``, including those inside wrapping keys."""
     if isinstance(value, Mapping):
         return sum(_count_tensors(each) for each in value.values())
     return int(isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _named_architectures(content: Any) -> tuple[str, ...]:
-    """Return the architectures that a checkpoint names: ``arch`` of timm and PyTorch's examples, ``args.model`` of
-    torchvision.
-    """
+    """Return the architectures that a checkpoint names: timm's ``arch``, torchvision's ``args.model``."""
     if not isinstance(content, Mapping):
         return ()
     settings = content.get("args")

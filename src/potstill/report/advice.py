@@ -61,11 +61,6 @@ def best_and_last_epoch(stage: StageResult) -> tuple[int, int] | None:
     return None if stage.best_epoch is None or not epochs else (stage.best_epoch, int(epochs))
 
 
-def final_student(run: Run) -> StageResult | None:
-    """Return the distilled student, else the baseline."""
-    return run.stages.get("distilled") or run.stages.get("baseline")
-
-
 def recipe_setting(run: Run, *path: str) -> Any:
     """Return a setting of the run's recipe; None if the recipe or the setting is missing."""
     found = _parse_recipe(run.recipe or "")
@@ -132,12 +127,10 @@ def imbalance(run: Run) -> Advice | None:
 
 
 def _recipe_balances(run: Run) -> bool:
-    """Return whether the recipe balances classes already."""
     return re.search(r"^\s*class_balance:\s*[\"']?(weights|sampling)\b", run.recipe or "", re.MULTILINE) is not None
 
 
 def _count_findings(run: Run, kind: str) -> int:
-    """Return the number of findings of a kind in the run's warnings."""
     pattern = rf": ([\d,]+) x {re.escape(FINDING_KINDS[kind].what)} \("
     found = (re.search(pattern, str(warning)) for warning in run.results.get("warnings") or [])
     return sum(int(match[1].replace(",", "")) for match in found if match)
@@ -289,7 +282,6 @@ def weak_teacher(run: Run) -> Advice | None:
 
 
 def _another_teacher(run: Run) -> tuple[str, ...]:
-    """Return the flags for the teacher that is advised; none if the run has it already."""
     model, weights = (recipe_setting(run, "teacher", key) for key in ("model", "weights"))
     known = str(model).removeprefix("timm/").partition(".")[0] == "resnet50" and weights == "pretrained"
     return () if known else ("--teacher", "resnet50@pretrained")
@@ -370,7 +362,7 @@ def as_good_as_teacher(run: Run) -> Advice | None:
 
 def overfitting(run: Run) -> Advice | None:
     """The student is far better on train than on val."""
-    found = final_student(run)
+    found = run.stages.get("distilled") or run.stages.get("baseline")
     if found is None:
         return None
     on_train, on_val = (final_metric(run, found.name, split, "top1") for split in ("train", "val"))
@@ -458,7 +450,6 @@ def expected_gain(points: Sequence[tuple[float, float]]) -> float:
 
 
 def _learning_curve(head: dict[str, Any]) -> list[tuple[float, float]]:
-    """Return (images, top-1) of a probe, rising."""
     points = head.get("learning_curve")
     found = (
         (format_number(each.get("images")), format_number(each.get("top1")))

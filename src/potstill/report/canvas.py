@@ -94,11 +94,8 @@ _EQUAL_CONTRAST = 0.0525**0.5 - 0.05  # luminance L with (L + 0.05) / 0.05 = 1.0
 def text_color_on(colour: str, strength: float, *, raster: bool = False) -> str:
     """Return the text colour, black or white in each theme, with the higher contrast (at least 4.5) on a field.
 
-    Args:
-        colour: the field's colour, a light value of the theme.
-        strength: the field's opacity, 0 to 1.
-        raster: whether fields are an image, which the dark page brightens by ``DARK_IMAGE_BRIGHTNESS``, rather than
-            shapes, which have the theme's dark colour there.
+    ``colour`` is a light value of the theme, ``strength`` its opacity.  ``raster`` fields are an image, which the dark
+    page brightens by ``DARK_IMAGE_BRIGHTNESS``; shapes have the theme's dark colour there.
     """
     light, dark = (luminance(each) > _EQUAL_CONTRAST for each in field_colors(colour, strength, raster=raster))
     return _TEXT_COLORS[light, dark]
@@ -171,19 +168,13 @@ _STYLE: dict[str, Any] = {
 
 
 def as_png(draw: DrawFunction, size: tuple[float, float], *, dpi: int = DPI, families: Sequence[str] = ()) -> bytes:
-    """Return the drawing, ``size`` inches wide and high, as a PNG file on white.
-
-    ``families``: further fonts, for letters that the default font lacks.
-    """
+    """Return the drawing, ``size`` inches wide and high, as a PNG file on white; ``families``: further fonts."""
     with _style(families=families):
         return _png(draw_figure(draw, size), dpi)
 
 
 def as_svg(draw: DrawFunction, size: tuple[float, float], *, name: str, label: str) -> str:
-    """Return the drawing as an ``<svg>`` element for the page.
-
-    ``name`` makes the ids inside unique in the page; ``label`` is the text for screen readers.
-    """
+    """Return the drawing as ``<svg>``; ``name`` makes its ids unique in the page, ``label`` is for screen readers."""
     with _style(name):
         return _svg(draw_figure(draw, size), label)
 
@@ -261,7 +252,6 @@ def add_legend_below(figure: "Figure", axes: "Axes") -> None:
 
 
 def _set_layout(figure: "Figure", renderer: Any) -> None:
-    """Lay out the axes side by side in the space that their labels and the figure's legend leave."""
     width, height = figure.bbox.width, figure.bbox.height
     pad = _PADDING * figure.dpi
     below = sum(legend.get_window_extent(renderer).height for legend in figure.legends)

@@ -133,7 +133,6 @@ def _write_page(found: list[Run], target: Path) -> Path:
 
 
 def _group_name(group: RunGroup) -> str:
-    """Return ``quickstart (kd)``: the first run and ``_method_or_stage``."""
     first = group.runs[0]
     label = _method_or_stage(first)
     return f"{first.name} ({label})" if label else first.name
@@ -145,7 +144,6 @@ def _method_or_stage(run: Run) -> str:
 
 
 def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
-    """Return a row for each recipe setting in which the groups differ; None for a single group."""
     if len(groups) < 2:
         return None
     recipes = [flatten_settings(_read_recipe(each.runs[0])) for each in groups]
@@ -183,7 +181,6 @@ def _view_notes(contenders: Sequence[Contender]) -> list[str]:
 
 
 def _seed_table(contenders: Sequence[Contender]) -> dict[str, Any] | None:
-    """Return top-1 on test of each student, contenders x seeds; None for a single seed."""
     seeds = sorted({seed for each in contenders for seed in each.students})
     if len(seeds) < 2:
         return None
@@ -227,10 +224,7 @@ def _teacher_digest(run: Run) -> str | None:
 
 
 def _group_key(run: Run, teacher: str | None) -> str:
-    """Return as text everything that two runs of a group have in common.
-
-    ``teacher``: digest of a teacher that several runs share; then it does not matter which of them trained it.
-    """
+    """Return as text what runs of a group have in common; ``teacher``: digest of one that they share."""
     recipe = _read_recipe(run)
     if isinstance(recipe, dict):
         ignored = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())
@@ -259,7 +253,6 @@ def _run_row(run: Run) -> dict[str, Any]:
 
 
 def _seed_range(first: float | None, comparison: dict[str, Any]) -> str:
-    """Return ``0``, or ``0 to 4``."""
     if first is None:
         return MISSING
     several = format_number(comparison.get("seeds_count"))

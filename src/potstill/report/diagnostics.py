@@ -149,9 +149,7 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
-    """Return a note if the network has the temperature in its logits, or if it is at an end of its range, where the
-    scaled metrics mean little.
-    """
+    """Return a note if the temperature is in the network's logits, or at an end of its range."""
     temperature = facts["temperature"]
     if facts.get("applied"):
         return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."
@@ -166,7 +164,6 @@ def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
 
 
 def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
-    """Return ``calibration`` of results.json if it is valid."""
     facts = stage.facts.get("calibration")
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
@@ -212,13 +209,7 @@ _CASCADE_SIZE = (5.2, 3.2)  # inches
 
 
 def draw_cascade(figure: "Figure", curve: Sequence[Sequence[float]], marks: Sequence[Sequence[float]]) -> None:
-    """Draw top-1 against the share of images that the teacher answers.
-
-    Args:
-        figure: to draw on.
-        curve: pairs of that share and top-1, from the student alone to the teacher alone.
-        marks: risk, share and top-1 of each promised risk.
-    """
+    """Draw top-1 against the share of images that the teacher answers; ``marks``: (risk, share, top-1) each."""
     from matplotlib.ticker import PercentFormatter
 
     axes: Axes = figure.subplots()
@@ -327,7 +318,6 @@ def fidelity_context(run: Run) -> dict[str, Any] | None:
 
 
 def _cka_svg(cka: dict[str, Any], name: str) -> str | None:
-    """Return the heat map of CKA between a student's and the teacher's stages; None if it was not measured."""
     layers, values = cka.get("layers") or {}, (cka.get("values") or {}).get(name)
     down, across = layers.get("teacher"), layers.get(name)
     if not values or not down or not across or [len(row) for row in values] != [len(across)] * len(down):
@@ -498,13 +488,7 @@ _HEAT_ALPHA = 0.84  # of the maximum
 
 
 def heatmap_uri(rows: Sequence[bytes]) -> str:
-    """Return a PNG with a pixel per value as a ``data:`` URI; the browser enlarges and smooths it.
-
-    Colours go from transparent over orange to light yellow: lighter is more, also for colour-blind readers.
-
-    Args:
-        rows: h of w bytes, 0 to 255.
-    """
+    """Return a PNG of bytes as a ``data:`` URI, transparent over orange to light yellow; the browser enlarges it."""
     from PIL import Image
 
     pixels = b"".join(bytes(_heat_color(value / 255)) for row in rows for value in row)
@@ -590,7 +574,6 @@ def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[
 
 
 def _thumbnail(found: Any) -> dict[str, Any] | None:
-    """Return ``uri``, ``width``, ``height`` and whether to enlarge without blur; None if there is no image."""
     if not isinstance(found, dict) or found.get("type") not in _IMAGE_TYPES:
         return None
     width, height = (format_number(found.get(side)) for side in ("width", "height"))

@@ -121,10 +121,7 @@ def _default_font_letters() -> frozenset[str]:
 
 @cache
 def _installed_fonts() -> tuple[tuple[str, frozenset[str]], ...]:
-    """Return family and letters of every installed outline font, those with a regular style first.
-
-    Searches anew, as matplotlib's own list is cached from its first start on.
-    """
+    """Return family and letters of every installed outline font, regular ones first; matplotlib's list is cached."""
     from matplotlib.font_manager import findSystemFonts, fontManager
     from matplotlib.ft2font import FT2Font
 

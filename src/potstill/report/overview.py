@@ -84,7 +84,6 @@ def verdict_context(run: Run) -> dict[str, Any] | None:
 
 
 def _networks_table(run: Run) -> dict[str, Any]:
-    """Return the short table of the networks: accuracy on test, and cost."""
     metrics = (
         ("top1", "top-1 on test", format_percent, format_points),
         ("nll", "NLL", format_decimal, format_difference),
@@ -140,7 +139,6 @@ def _interval_text(means: dict[str, Any], low: float, high: float) -> str:
 
 
 def _verdict_facts(means: dict[str, Any], effect: str) -> list[tuple[str, str, str]]:
-    """Return (value, name, details) for each fact."""
     facts = []
     gain, low, high = (format_number(means.get(f"top1_gain{end}")) for end in ("", "_low", "_high"))
     seeds = format_number(means.get("seeds_count"))
@@ -278,7 +276,6 @@ def _seeds_summary(run: Run) -> dict[str, Any]:
 
 
 def _fold_rows(run: Run) -> list[dict[str, Any]]:
-    """Return a row for each fold of a cross-validation: its page, images, top-1 of each stage, and the mean gain."""
     gains = {each.get("fold"): format_number(each.get("top1_gain")) for each in _seeds_summary(run).get("each") or []}
     rows = []
     for each in run.folds:
@@ -296,7 +293,6 @@ def _fold_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _seed_rows(run: Run) -> list[list[str]]:
-    """Return a row for each seed: top-1 of baseline and distilled, the gain, and the number of changed images."""
     rows = []
     for at, each in enumerate(_seeds_summary(run).get("each") or [], start=1):
         stages = [(run.stages | run.repeats).get(stage_name(role, at)) for role in ("baseline", "distilled")]
@@ -316,7 +312,6 @@ def _seed_rows(run: Run) -> list[list[str]]:
 
 
 def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
-    """Return a row for each stage between teacher and student, and for each ensemble."""
     gains = (run.comparison or {}).get("others") or {}
     tests = {
         name: stage.metrics.get("test", {}) for name, stage in run.stages.items() if stage.role in _INTERMEDIATE_ROLES
@@ -341,7 +336,6 @@ def _intermediate_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _test_rows(run: Run) -> list[dict[str, Any]]:
-    """Return the rows on test with the difference distilled - baseline."""
     rows = [
         ("top1", "Top-1", format_percent, format_points),
         ("top3", f"Top-{run.best_k}", format_percent, format_points),

@@ -57,6 +57,7 @@ def data_context(run: Run) -> dict[str, Any] | None:
         ),
         ("Size", f"{format_count(size)} × {format_count(size)} pixels" if size else None),
         ("Without labels", (data.get("unlabeled") or {}).get("sentence")),
+        ("Training images", data.get("training_images") and f"kept as {data['training_images']}"),
         ("Not square", f"{data.get('resize_mode')}: {data['unseen'][0]}" if data.get("unseen") else None),
         (
             "Left out",
@@ -185,7 +186,6 @@ def _seed_facts(first: float | None, several: Any) -> list[tuple[str, str]]:
 
 
 def _machine_facts(environment: str | None) -> list[tuple[str, str]]:
-    """Return package versions and machine, on which results may depend besides the recipe."""
     try:
         found = json.loads(environment or "{}")
     except (ValueError, RecursionError):

@@ -246,7 +246,6 @@ def _read_stage(folder: Path, facts: dict[str, Any], files: dict[str, Any]) -> S
 
 
 def _parse_epochs(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Parse one record per line."""
     records = [_parse_object(path, line) for line in content.splitlines()]
     if not all(isinstance(record.get("epoch"), int) for record in records):
         raise ArtifactError(f"{path} is damaged: each line should be an object with a whole 'epoch'")

@@ -147,7 +147,7 @@ def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], tit
 
 def pair_figure_size(classes: int) -> tuple[float, float]:
     """Return the figure size in inches for ``draw_pair``."""
-    side = _side_inches(classes)
+    side = 4.4 if classes <= 4 else 5.0 if classes <= 10 else 6.4 if classes <= 40 else 8.0
     return 2 * side + 0.6, side + 0.1
 
 
@@ -172,7 +172,6 @@ def _normalized_counts(matrix: Matrix, shown: CellContent) -> tuple[Any, Any, An
 
 
 def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
-    """Draw title, class names and, for few classes, a grid."""
     classes = len(class_names)
     axes.set_title(title)
     axes.set_xlabel("predicted")
@@ -187,7 +186,6 @@ def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
 
 
 def _cell_colors(strength: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Return RGBA [K, K, 4] with the diagonal as right, all else as wrong."""
     return _paint_cells(strength, np.eye(len(strength), dtype=bool))
 
 
@@ -215,7 +213,6 @@ def _set_tick_names(axes: "Axes", class_names: Sequence[str], longest: int) -> N
 
 
 def _tick_names(class_names: Sequence[str], longest: int) -> tuple[list[int], list[str], float]:
-    """Return positions and names of the labelled classes, and the font size in points."""
     classes = len(class_names)
     steps = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
     step = next(step for step in steps if math.ceil(classes / step) <= _MAX_LABELLED)
@@ -263,10 +260,6 @@ def _fit_font_size(text: str, size: float, classes: int) -> float:
     longest = max(map(len, text.split("\n")))
     room = max(3, round(50 / classes))
     return size if longest <= room else max(4.0, size * room / longest)
-
-
-def _side_inches(classes: int) -> float:
-    return 4.4 if classes <= 4 else 5.0 if classes <= 10 else 6.4 if classes <= 40 else 8.0
 
 
 _DASHES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.6)), (0, (6, 1.5, 1, 1.5)), (0, (2, 2)))
@@ -489,7 +482,6 @@ _CURVE_KINDS: dict[str, tuple[Callable[["Figure", StageResult, int], None], str,
 
 
 def _confusion_png(run: Run, stage: StageResult, split: str, matrix: Array) -> bytes:
-    """Draw counts and row shares side by side."""
     title, shown = f"{stage.name}, {split}", picture_labels(run.class_names)
 
     def draw(figure: "Figure") -> None:

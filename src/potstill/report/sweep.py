@@ -111,10 +111,7 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
 
 
 def rank_trials(trials: Sequence[Mapping[str, Any]], measure: str) -> list[Mapping[str, Any]]:
-    """Sort trials by their metric on val, best first; those without come last, by number.
-
-    Trials of a later rung, which were trained longer, come before those of earlier ones.
-    """
+    """Sort trials by rung, trained longest first, and by their metric on val; those without it come last."""
     sign = 1 if measure in _MINIMIZED else -1
 
     def key(trial: Mapping[str, Any]) -> tuple[bool, int, float, int]:
@@ -249,9 +246,7 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
 
 
 def render_shrink(folder: Path) -> tuple[Path, list[str]]:
-    """Write the page of ``potstill shrink``, and the run's report, which links it; return the page's path and the lines
-    for a terminal.
-    """
+    """Write the page of ``potstill shrink`` and the run's report, which links it; return its path and a text."""
     if not (folder / "shrink.json").is_file():
         raise ArtifactError(f"{folder} holds no result of `potstill shrink`: shrink.json is missing")
     found = read_checksummed_json(folder / "shrink.json")
@@ -355,5 +350,4 @@ def _confidence(row: Mapping[str, Any]) -> str:
 
 
 def _interval_text(interval: Mapping[str, float]) -> str:
-    """Return ``84.1 % (81.0 to 86.8)``."""
     return f"{format_percent(interval['value'])} ({100 * interval['low']:.1f} to {100 * interval['high']:.1f})"

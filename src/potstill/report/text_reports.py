@@ -176,9 +176,7 @@ def _adapted_text(training: Mapping[str, Any]) -> str:
 
 
 def head_text(stage: StageResult) -> str:
-    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, cross-validated top-1 69.1 %, 13 s)``, or "" if
-    there is no fitted head.
-    """
+    """Return ``a linear probe on embeddings of 1,000 images (C 0.01, ...)``, or "" without a fitted head."""
     head = stage.facts.get("head")
     if not isinstance(head, dict):
         return ""
@@ -280,7 +278,6 @@ def _metric_table(run: Run, stage: StageResult) -> str:
 
 
 def _class_table(stage: StageResult) -> str:
-    """Return a row for each class; columns are metrics by split."""
     per_split = {
         split: {row["class"]: row for row in stage.metrics[split]["per_class"]}
         for split in SPLITS
@@ -320,10 +317,7 @@ _CARD_METRICS = (
 
 
 def model_card(run: Run) -> str | None:
-    """Return the model card: front matter and Markdown; None if no student was trained.
-
-    The licence is left to the user.
-    """
+    """Return the model card: front matter and Markdown, without licence; None if no student was trained."""
     from huggingface_hub import ModelCard, ModelCardData
 
     student = run.stages.get("distilled") or run.stages.get("baseline")
@@ -385,7 +379,6 @@ def _card_text(run: Run, student: StageResult) -> str:
 
 
 def _card_purpose(run: Run, network: str) -> str:
-    """Return what the student is."""
     names = run.class_names
     if not names:
         return f"A network ({network}) that was trained on embeddings and predicts no classes."
@@ -430,7 +423,6 @@ def _training_sentence(run: Run, student: StageResult) -> str:
 
 
 def _markdown(value: Any) -> str:
-    """Escape Markdown and HTML, on one line."""
     text = " ".join(escape_invisible(str(MISSING if value is None else value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#!])", r"\\\1", text)

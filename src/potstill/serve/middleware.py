@@ -53,14 +53,7 @@ def error_body(message: str) -> bytes:
 
 
 async def send_error(send: Send, status: int, message: str, *, more: bool = False) -> None:
-    """Send an error response, and close the connection without reading the rest of the request.
-
-    Args:
-        send: of the ASGI server.
-        status: HTTP status.
-        message: one sentence.
-        more: leave the response open, so that the caller can go on reading.
-    """
+    """Send an error response, and close the connection (unless ``more``) without reading the rest of the request."""
     body = error_body(message)
     headers = [*SECURITY_HEADERS, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers.append((b"connection", b"close"))
@@ -75,20 +68,13 @@ _DRAIN_SECONDS = 1.0  # for reading the rest of a refused body, so that a client
 
 
 class RequestGuardMiddleware:
-    """ASGI middleware that enforces the limits.
-
-    Args:
-        app: the application.
-        hosts: allowed values of the Host header, against DNS rebinding.
-        limits: to enforce.
-    """
+    """ASGI middleware that enforces the limits; ``hosts``: allowed Host headers, against DNS rebinding."""
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], limits: ServerLimits) -> None:
         self.app, self.hosts, self.limits = app, frozenset(hosts), limits
         self.busy = 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Handle a request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -109,7 +95,6 @@ class RequestGuardMiddleware:
                 self.busy -= 1
 
     def _rejection(self, scope: Any) -> tuple[int, str] | None:
-        """Return status and message for a request that is not allowed."""
         hosts, origins = _header_values(scope, b"host"), _header_values(scope, b"origin")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return 421, "this server does not answer to that Host; open it by the address that it printed"
@@ -202,12 +187,9 @@ def limited_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
     """Return the protocol class for ``uvicorn.Config(http=...)``."""
 
     class LimitedProtocol(H11Protocol):
-        """A connection with a time-out for the head of a request."""
-
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            """Refuse the connection if there are too many."""
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.write(
@@ -218,17 +200,14 @@ def limited_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
                 self._update_timer()
 
         def data_received(self, data: bytes) -> None:
-            """Handle received bytes."""
             super().data_received(data)
             self._update_timer()
 
         def on_response_complete(self) -> None:
-            """Wait for the connection's next request."""
             super().on_response_complete()
             self._update_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Stop the timer."""
             self._stop_timer()
             super().connection_lost(exc)
 

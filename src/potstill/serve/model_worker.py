@@ -33,30 +33,18 @@ _PREVIEW_PIXELS = 480  # longer side
 
 @dataclass(frozen=True)
 class CascadeRule:
-    """Who answers: the student where its largest probability is above ``threshold``, else its teachers together.
+    """Who answers: the student where its largest probability is above ``threshold``, else its teachers together."""
 
-    Attributes:
-        student, teachers: stages, which are among the worker's models.
-        combine, weights: how several teachers are averaged, as in ``Cascade``.
-        risk: the promised one.
-    """
-
-    student: str
+    student: str  # its stage, among the worker's models
     teachers: tuple[str, ...]
-    combine: str
+    combine: str  # how several teachers are averaged, as in ``Cascade``
     weights: tuple[float, ...] | None
-    risk: float
+    risk: float  # the promised one
     threshold: float
 
 
 def run_worker(pipe: Connection, folders: dict[str, str], cascade: CascadeRule | None = None) -> None:
-    """Serve requests until the other end is closed.
-
-    Args:
-        pipe: receives JSON options and then an image's bytes; sends a JSON response.
-        folders: model folders by stage.
-        cascade: one of these models answers; None: all do.
-    """
+    """Serve requests, JSON options and then an image's bytes, until the other end is closed; respond in JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     from potstill.console import silence_native_stderr
 
@@ -145,14 +133,12 @@ def _predict_all(
 def _predict_one(
     stage: str, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the model of a stage predicts."""
     return _answer(stage, [stage], models, seen, head, lambda shares: shares[0])
 
 
 def _predict_together(
     cascade: CascadeRule, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the teachers of a cascade predict together."""
     import torch
 
     from potstill.config.recipe import TeachersSettings
@@ -235,13 +221,7 @@ class WorkerUnavailable(Exception):
 
 
 class WorkerClient:
-    """A worker process with the models, for one image at a time.
-
-    Args:
-        folders: model folders by stage, or the name of a model of the hub.
-        limits: time-outs.
-        cascade: one of these models answers; None: all do.
-    """
+    """A worker process with the models, for one image at a time."""
 
     def __init__(self, folders: dict[str, Path], limits: ServerLimits, cascade: CascadeRule | None = None) -> None:
         self.folders = {stage: str(folder) for stage, folder in folders.items()}
@@ -253,21 +233,12 @@ class WorkerClient:
         self._closed = False
 
     def start(self) -> None:
-        """Start the worker and wait until it has loaded the models.
-
-        Raises:
-            ArtifactError: a model is damaged.
-            WorkerError: the worker died, or took too long.
-        """
+        """Start the worker and wait until it has loaded the models; WorkerError: it died, or took too long."""
         with self._lock:
             self._spawn()
 
     def predict(self, image: bytes, **head: Any) -> dict[str, Any]:
-        """Return the worker's response, or its ``error`` and ``status``.
-
-        Raises:
-            WorkerUnavailable: other images are in the queue, or the worker died or took too long.
-        """
+        """Return the worker's response, or its ``error`` and ``status``; WorkerUnavailable: busy, dead or too slow."""
         end = time.monotonic() + self.limits.answer_seconds
         # Half of the time for waiting, so that a late request does not get a healthy worker killed.
         if not self._lock.acquire(timeout=self.limits.answer_seconds / 2):

@@ -26,10 +26,7 @@ _IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as
 
 
 def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
-    """Return the runs below ``output_dir`` and the one that was named, by id, the newest first.
-
-    Requests are looked up here: none of their text becomes part of a path.
-    """
+    """Return the runs below ``output_dir`` and the one named, newest first, by id: all that requests look up."""
     found: dict[str, Path] = {}
     try:
         found = (
@@ -47,7 +44,6 @@ def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
 
 
 def _folds(folder: Path) -> list[Path]:
-    """Return the run folders of a cross-validation; empty for what is none, or cannot be read."""
     try:
         found = (each.path for each in RunFolder(folder).folds)
         return [each for each in found if not each.is_symlink()]
@@ -86,7 +82,10 @@ def _summary(run: str, folder: Path) -> dict[str, Any]:
         "created": _text(results.get("created")),
         "method": _text(_mapping(results.get("method")).get("name")),
         "report": _regular(folder / "report.html"),
-        "stages": [{"stage": each, "test_top1": _top1(figures.get(each))} for each in stages],
+        "stages": [
+            {"stage": each, "test_top1": _finite(_mapping(_mapping(figures.get(each)).get("test")).get("top1"))}
+            for each in stages
+        ],
     }
 
 
@@ -158,10 +157,6 @@ def _results(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _top1(figures: Any) -> float | None:
-    return _finite(_mapping(_mapping(figures).get("test")).get("top1"))
-
-
 def _state(folder: Path, stages: list[str]) -> str:
     if any(_state(fold, _stages(fold)) == "training" for fold in _folds(folder)):
         return "training"
@@ -174,7 +169,6 @@ def _state(folder: Path, stages: list[str]) -> str:
 
 
 def _planned(folder: Path) -> dict[str, int]:
-    """Epochs of the teacher and of the student, by the recipe."""
     if not _regular(folder / "recipe.yaml"):
         return {}
     try:

@@ -300,17 +300,9 @@ def serve(
     limits: ServerLimits | None = None,
     risk: float | None = None,
 ) -> None:
-    """Serve the page until SIGINT or SIGTERM.
+    """Serve the page until SIGINT or SIGTERM; ``port`` 0: any free one; ``on_start`` gets its address.
 
-    Args:
-        run: a run folder, or a model's folder; ``hf-hub:USER/NAME`` or ``local-dir:PATH``.
-        risk: the student answers where it is confident, the teacher elsewhere, with this promised risk, in (0, 1); see
-            ``potstill.evaluation.cascade``.  None: all models answer.
-        host: address or name to listen at.
-        port: 0: any free one.
-        output_dir: folder of runs to browse.
-        on_start: called with the address of the page.
-        limits: of requests.
+    ``risk``: the student answers where it is confident, the teacher elsewhere, with this promised risk, in (0, 1).
     """
     limits = limits or ServerLimits()
     folders, cascade = (_model_folders(run), None) if risk is None else _cascade_folders(run, risk)

@@ -48,23 +48,14 @@ _DISTILLATION_ONLY = (
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key with its ``choices`` (YAML texts) or range.
+    """A key with its ``choices`` (YAML texts) or range."""
 
-    Attributes:
-        key: as after ``--set``.
-        choices: empty for a range.
-        low: of a range; included.
-        high: of a range; included.
-        log: whether the range is searched on a logarithmic scale.
-        whole: whether only integers are tried.
-    """
-
-    key: str
-    choices: tuple[str, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-    whole: bool = False
+    key: str  # as after ``--set``
+    choices: tuple[str, ...] = ()  # empty for a range
+    low: float = 0.0  # of a range; included
+    high: float = 0.0  # of a range; included
+    log: bool = False  # whether the range is searched on a logarithmic scale
+    whole: bool = False  # whether only integers are tried
 
     def __str__(self) -> str:
         if self.choices:
@@ -106,14 +97,7 @@ class Space:
 
 
 def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: Mapping[str, Any]) -> Space:
-    """Parse ``--search`` texts; each value is validated in the recipe by itself.
-
-    Args:
-        texts: as after ``--search``.
-        source: of the recipe, as ``load_recipe`` takes it.
-        sets: overrides, as ``load_recipe`` takes them.
-        flags: values of command-line options, as ``load_recipe`` takes them.
-    """
+    """Parse ``--search`` texts; each value is validated in the recipe by itself."""
     if not texts:
         raise UsageError(
             "a sweep needs something to vary: --search method.temperature=1,2,4 or --search method.alpha=0..1"
@@ -171,9 +155,8 @@ def read_dimension(text: str) -> Dimension:
 def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
     """Return the search space of the baseline for a search of ``trials`` trials over ``space``.
 
-    It has the dimensions that apply to training on labels alone: all but those of methods and teachers.  If these have
-    fewer combinations than there are trials, its learning rate is searched too (a quarter to four times that
-    of the recipe), or its weight decay if the learning rate is varied already, so that it gets as many trials.
+    It has the dimensions that apply to training on labels alone.  If these have fewer combinations than there are
+    trials, its learning rate is searched too (a quarter to four times the recipe's), or else its weight decay.
     """
     own = [each for each in space.dimensions if each.key.partition(".")[0] not in _DISTILLATION_ONLY]
     if all(each.choices for each in own) and math.prod(len(each.choices) for each in own) < trials:

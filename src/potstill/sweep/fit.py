@@ -50,17 +50,7 @@ if TYPE_CHECKING:
 
 
 class RecipeTrainings:
-    """Trainings by a recipe: with other students, settings of kd and numbers of epochs.
-
-    Args:
-        source: of the recipe, as for ``load_recipe``.
-        sets: overrides, as for ``load_recipe``.
-        flags: values of command-line options, as for ``load_recipe``.
-        folder: of the search.
-        int8: whether exported files are quantized.
-        observer: receives progress.
-        stopping: handles signals.
-    """
+    """Trainings by a recipe: with other students, settings of kd and numbers of epochs."""
 
     def __init__(
         self,
@@ -266,8 +256,6 @@ class RecipeTrainings:
 
 
 class _EpochTimes(ForwardingObserver):
-    """Collects the seconds of a stage's epochs."""
-
     def __init__(self, stage: str, observer: Observer) -> None:
         super().__init__(observer)
         self._stage, self.seconds = stage, list[float]()
@@ -293,17 +281,9 @@ def find_families(
 ) -> list[list[tuple[Student, float | None]]]:
     """Return the students that may be within the limits, by family and from large to small, from the model table.
 
-    Args:
-        size: height and width of the images in pixels.
-        classes: number of classes.
-        limits: of the exported file; without any, of a network: the multiply-adds of the table's reference network.
-        int8: whether the file is quantized.
-        reference: measures the milliseconds of the table's reference network.
-        pretrained: returns "pretrained" for a network whose weights are at hand, else None.
-        names: the students to consider; empty: those of ``STUDENTS`` or ``SMALL_IMAGE_STUDENTS``.
-
-    Returns:
-        For each family its students with their estimated milliseconds (None: unknown).
+    Without ``limits``, those of the table's reference network, whose milliseconds ``reference`` measures.
+    ``pretrained`` returns "pretrained" for a network whose weights are at hand.  Each student comes with its estimated
+    milliseconds.
     """
     table = {row.name: row for row in read_table()}
     milliseconds = reference() if limits.milliseconds is not None else None
@@ -312,7 +292,10 @@ def find_families(
         return None if row is None or milliseconds is None else row.milliseconds(milliseconds, size)
 
     if names:
-        return [[(Student(name, pretrained(name)), estimate(find_row(table, name)))] for name in names]
+        return [
+            [(Student(name, pretrained(name)), estimate(table.get(name) or table.get(f"timm/{name}")))]
+            for name in names
+        ]
 
     def excess(row: ModelRow) -> float:
         if limits == Limits():
@@ -346,23 +329,13 @@ def find_families(
 def find_in_either_precision(
     find: Callable[..., list[list[tuple[Student, float | None]]]], *, int8: bool
 ) -> tuple[list[list[tuple[Student, float | None]]], bool]:
-    """Return the students within the limits and whether to export to int8: as wanted, or where float32 has none.
-
-    Args:
-        find: ``find_families`` with all arguments but int8.
-        int8: whether only int8 is wanted.
-    """
+    """Return the students within the limits and whether to export to int8: as wanted, or where float32 has none."""
     try:
         return find(int8=int8), int8
     except UsageError:
         if int8:
             raise
     return find(int8=True), True
-
-
-def find_row(table: Mapping[str, ModelRow], name: str) -> ModelRow | None:
-    """Return the row of a network, whose name may be without the prefix of timm."""
-    return table.get(name) or table.get(f"timm/{name}")
 
 
 def fit(
@@ -383,20 +356,9 @@ def fit(
 ) -> tuple[Path, dict[str, Any]]:
     """Search, write the report's files, and return the folder of the search and the content of its fit.json.
 
-    Args:
-        source: of the recipe, as for ``load_recipe``.
-        sets: overrides, as for ``load_recipe``.
-        flags: values of command-line options, as for ``load_recipe``.
-        output_dir: folder in which that of the search is created.
-        name: of the search; None: the recipe's name and "-fit".
-        under: limits of the exported student, as for ``parse_limits``; None: none.
-        within: budget, as for ``parse_duration``; None: as long as all candidates take.
-        students: names of the networks to consider; empty: of the model table.
-        seeds: fresh seeds of winner and baseline, as many as there is time for.
-        int8: export to int8; without it, too, where no file in float32 is within the limits.
-        resume: continue a search that was interrupted.
-        observer: receives progress.
-        stopping: handles signals.
+    ``under`` limits the exported student (``parse_limits``), ``within`` the time (``parse_duration``).  Winner and
+    baseline get as many fresh ``seeds`` as there is time for.  Without ``int8`` too, files are in int8 where no float32
+    is within.
     """
     from potstill.evaluation.cost import measure_reference
     from potstill.export.options import find_format

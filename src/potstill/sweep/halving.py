@@ -40,15 +40,10 @@ _PLANNED_SHARE = 0.97  # of the budget; the rest is for what estimates get wrong
 
 
 class Student(NamedTuple):
-    """A network that is trained.
+    """A network that is trained."""
 
-    Attributes:
-        name: as for ``create_model``.
-        weights: "pretrained", or None: from scratch.
-    """
-
-    name: str
-    weights: str | None = None
+    name: str  # as for ``create_model``
+    weights: str | None = None  # "pretrained", or None: from scratch
 
 
 @dataclass(frozen=True)
@@ -78,10 +73,7 @@ class Costs:
     A training takes an overhead and its epochs; a distilled one also the teacher's time for each view that the cache
     does not have yet.
 
-    Args:
-        epoch: estimated seconds of one epoch of each student.
-        view: estimated seconds of the teacher for one view of all images.
-        views: number of views; epochs beyond them repeat these.
+    ``epoch`` is the seconds of one epoch of each student, ``view`` of the teacher for one view of all images.
     """
 
     def __init__(self, epoch: Mapping[str, float], view: float, views: int) -> None:
@@ -111,15 +103,7 @@ class Costs:
         return self._cached + self.new_views(epochs)
 
     def record(self, student: str, epochs: int, seconds: float, inside: float, *, distilled: bool) -> None:
-        """Correct the predictions by a training.
-
-        Args:
-            student: its name.
-            epochs: of the training.
-            seconds: of the whole training.
-            inside: of these, the seconds of the epochs.
-            distilled: whether the teacher took part.
-        """
+        """Correct the predictions by a training that took ``seconds``, ``inside`` of them in its epochs."""
         if not epochs:
             return
         views = self.new_views(epochs) if distilled else 0
@@ -168,12 +152,7 @@ def seconds_of(
 ) -> float:
     """Return the seconds of what is left of a plan, at most: as if the slowest candidates won every rung.
 
-    Args:
-        costs: of the trainings.
-        pool: the candidates that are left.
-        plan: of all.
-        done: epochs of the rungs that are finished, whose baselines are still to be trained.
-        sizes: of all rungs; None: those of ``plan.candidates``.
+    ``done``: epochs of finished rungs, whose baselines are still to be trained; ``sizes`` of all rungs.
     """
     sizes = rung_sizes(plan.candidates) if sizes is None else sizes
     slowest = sorted(pool, key=lambda each: -costs.epoch(each.student.name))
@@ -212,16 +191,8 @@ def longest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
 class HalvingSearch:
     """The search in a folder: chooses students, races candidates, searches the baseline, trains both again.
 
-    Args:
-        trainings: does the work.
-        folder: of the search.
-        description: settings that a resumed search must have too, besides recipe and data.
-        limits: of the exported student.
-        within: seconds of the budget; None: all candidates, with the recipe's number of epochs.
-        seeds: fresh seeds of winner and baseline, as many as there is time for.
-        observer: receives progress.
-        clock: returns seconds.
-        began: when the time of the budget began, by the clock; None: now.
+    A resumed search must have the same ``description``.  ``within``: seconds of the budget, from ``began`` on; None:
+    all candidates, with the recipe's epochs.
     """
 
     def __init__(
@@ -244,12 +215,7 @@ class HalvingSearch:
         self._began, self._spent = clock() if began is None else began, 0.0
 
     def work(self, families: Sequence[Sequence[tuple[Student, float | None]]]) -> dict[str, Any]:
-        """Do all that is left, and return what was found: the content of fit.json.
-
-        Args:
-            families: groups of students, each with its estimated milliseconds (None: unknown); of each group the first
-                one whose exported file is within the limits takes part.
-        """
+        """Do all that is left, and return fit.json; of each family the first one within the limits takes part."""
         self._open()
         if "seconds" in self.state:  # it is finished
             return self.state
@@ -306,7 +272,6 @@ class HalvingSearch:
         return self._spent + self.clock() - self._began
 
     def _left(self) -> float:
-        """Return the seconds of the budget that trainings can still take."""
         if self.within is None:
             return math.inf
         return _PLANNED_SHARE * self.within - self._elapsed() - self._end_seconds()
@@ -320,7 +285,6 @@ class HalvingSearch:
         write_checksummed_json(self.folder / FIT_FILE, self.state)
 
     def _students(self, families: Sequence[Sequence[tuple[Student, float | None]]]) -> list[Student]:
-        """Return the students within the limits, measured as exported files; drop the others by name."""
         found = self.state["students"]
         if found is None:
             found, ratios = [], list[float]()
@@ -366,13 +330,7 @@ class HalvingSearch:
         return [Student(row["name"], row["weights"]) for row in found if not row["dropped"]]
 
     def _plan(self, costs: Costs, pool: Sequence[Candidate], *, before: float = 0.0) -> Plan:
-        """Return the largest plan that fits into the time that is left.
-
-        Args:
-            costs: of the trainings.
-            pool: all candidates, the most promising first.
-            before: seconds of what comes before the race.
-        """
+        """Return the largest plan that fits into the time left; ``before``: seconds of what precedes the race."""
         base = min(self.trainings.base_epochs(each.student) for each in pool)
         if self.within is None:
             return Plan(len(pool), self.seeds, base)
@@ -400,7 +358,6 @@ class HalvingSearch:
         )
 
     def _race(self, costs: Costs, pool: list[Candidate], plan: Plan) -> Candidate:
-        """Return the candidate that is best on val in the last rung."""
         sizes, done = rung_sizes(plan.candidates), list[int]()
         for rung, size in enumerate(sizes):
             if rung == len(self.state["rungs"]):
@@ -447,7 +404,6 @@ class HalvingSearch:
     def _trial(
         self, costs: Costs, role: str, candidate: Candidate, rung: int, epochs: int, *, optional: bool
     ) -> dict[str, Any] | None:
-        """Train a candidate, unless it is done already; None: ``optional``, and there is no time for it."""
         key = {"role": role, "rung": rung, "chosen": candidate.chosen}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
@@ -520,7 +476,6 @@ class HalvingSearch:
         return pool[0]
 
     def _train_again(self, costs: Costs, winner: Candidate, baseline: Candidate) -> None:
-        """Train winner and baseline with fresh seeds, as long as there is time for."""
         name = winner.student.name
         both = {"distilled": (winner.student, winner.settings), "baseline": (baseline.student, baseline.settings)}
         if "final_epochs" not in self.state:

@@ -49,12 +49,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Parse the value of ``--prune``.
-
-    Example:
-        >>> parse_target("0.5").share, parse_target("5ms,2MB").limits
-        (0.5, Limits(milliseconds=5.0, file_size=2000000))
-    """
+    """Parse the value of ``--prune``: a share, or limits."""
     try:
         share = float(text)
     except ValueError:
@@ -75,31 +70,16 @@ def parse_target(text: str) -> Target:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a pruned network is fine-tuned.
+    """How a pruned network is fine-tuned."""
 
-    Attributes:
-        epochs: of fine-tuning; None: a quarter of the student's.
-        sets: settings, as after ``--set``.
-        data: path of the run's data, if it has moved.
-        int8: whether the last half of the epochs is quantization-aware.
-    """
-
-    epochs: int | None = None
-    sets: tuple[str, ...] = ()
-    data: str | None = None
-    int8: bool = False
+    epochs: int | None = None  # None: a quarter of the student's
+    sets: tuple[str, ...] = ()  # settings, as after ``--set``
+    data: str | None = None  # path of the run's data, if it has moved
+    int8: bool = False  # whether the last half of the epochs is quantization-aware
 
 
 class PrunedStudent:
-    """A run's student, and how smaller ones are made of it.
-
-    Args:
-        run: a run folder.
-        stage: "distilled" or "baseline", also of a further seed; None: distilled, else baseline.
-        finetuning: how pruned networks are trained.
-        observer: receives progress.
-        stopping: handles signals.
-    """
+    """A run's student, and how smaller ones are made of it; ``stage``: by default distilled, else baseline."""
 
     def __init__(
         self,
@@ -150,7 +130,6 @@ class PrunedStudent:
         return stage_role(self.stage)
 
     def _recipe(self) -> Recipe:
-        """Return the recipe of the fine-tuning, but for the student's weights."""
         sets = [f"data.source={json.dumps(self.finetuning.data)}"] if self.finetuning.data else []
         own = load_recipe(self.run.recipe, data_needed=False, recorded=True)
         recipe = load_recipe(self.run.recipe, [*sets, *self.finetuning.sets], data_needed=True, recorded=True)
@@ -309,7 +288,6 @@ class PrunedStudent:
 
 
 def _check_same_settings(home: RunFolder, recipe: Recipe, role: str) -> None:
-    """Raise UsageError if a run folder of fine-tuning has other settings, or another number of epochs."""
     changes = []
     try:
         check_same_recipe(home, recipe)
@@ -334,16 +312,7 @@ def prune_run(
     observer: Observer | None = None,
     stopping: "SignalHandler | None" = None,
 ) -> Path:
-    """Prune a run's student to a target and fine-tune it; return the model folder.
-
-    Args:
-        run: a run folder.
-        stage: as for ``PrunedStudent``.
-        target: of the pruning.
-        finetuning: how the pruned network is trained.
-        observer: receives progress.
-        stopping: handles signals.
-    """
+    """Prune a run's student to a target and fine-tune it; return the model folder."""
     from potstill.models.pruning import count_weights, require_torch_pruning
 
     if target.share != 0:
@@ -397,8 +366,6 @@ class LossTest:
 
 @dataclass
 class _Candidate:
-    """A smaller file, and what was measured of it."""
-
     folder: Path  # of the model
     content: bytes
     row: dict[str, Any]  # as in shrink.json
@@ -419,16 +386,7 @@ def shrink(
 ) -> tuple[Path, dict[str, Any]]:
     """Find the smallest file that loses at most ``max_loss`` points on val with 95 % confidence.
 
-    Args:
-        run: a run folder.
-        stage: as for ``PrunedStudent``.
-        max_loss: points of accuracy in (0, 100], against the student in float32.
-        finetuning: how candidates are trained; its ``int8`` says of which kind they are.
-        observer: receives progress.
-        stopping: handles signals.
-
-    Returns:
-        The folder of the search, and the content of its shrink.json.
+    Points are in (0, 100], against the student in float32.  Return the folder of the search, and its shrink.json.
     """
     from potstill.export.options import find_format
     from potstill.models.pruning import require_torch_pruning
@@ -443,8 +401,6 @@ def shrink(
 
 
 class _Search:
-    """The candidates of one search, from large to small."""
-
     def __init__(self, work: PrunedStudent, max_loss: float) -> None:
         from potstill.models.pruning import check_prunable
 
@@ -505,7 +461,6 @@ class _Search:
         return self.work.finetune(start, self.folder / "candidates" / name) / self.work.role
 
     def _try(self, folder: Path, how: str) -> _Candidate:
-        """Export a model, and measure size, latency, and accuracy on val."""
         from potstill.export.exporter import convert_network, single_thread_latency
         from potstill.models.exported_files import create_onnx_predictor
         from potstill.models.model_file import load_model
@@ -532,7 +487,6 @@ class _Search:
         return _Candidate(folder, content, row)
 
     def _finish(self, chosen: _Candidate) -> dict[str, Any]:
-        """Export the chosen file, and evaluate it and the student on test."""
         from potstill.export.exporter import export
         from potstill.export.options import ExportOptions
         from potstill.models.exported_files import create_onnx_predictor

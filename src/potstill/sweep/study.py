@@ -108,12 +108,8 @@ def require_optuna() -> None:
 def open_study(folder: Path, *, minimize: bool, seed: int, grid: bool, epochs: int) -> "optuna.Study":
     """Open the study in ``folder``; create it if it does not exist.
 
-    Args:
-        folder: of the sweep.
-        minimize: whether a smaller value is better.
-        seed: of the draws; a process that joins draws from another one, or all would draw the same.
-        grid: whether to try all combinations; none is pruned then.
-        epochs: of a trial; its first quarter is never pruned.
+    ``seed`` of the draws: a process that joins draws from another one.  A ``grid`` tries all combinations, and prunes
+    none; else the first quarter of a trial's ``epochs`` is never pruned.
     """
     import optuna
     from optuna.storages import JournalStorage

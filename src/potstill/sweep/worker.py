@@ -39,11 +39,7 @@ class PruningObserver(ForwardingObserver):
         super().epoch_start(epoch, epochs, steps, images)
 
     def epoch_end(self, record: dict[str, Any]) -> None:
-        """Forward, and report the student's epochs to the study.
-
-        Raises:
-            Pruned: the study prunes this trial.
-        """
+        """Forward, and report the student's epochs to the study, which may prune the trial."""
         super().epoch_end(record)
         value = record.get("val", {}).get(self._measure)
         if self.current_stage != self._student or value is None:
@@ -64,24 +60,9 @@ def run_trial(
     observer: Observer,
     stopping: "SignalHandler | None",
 ) -> float:
-    """Train a trial's student, or resume the training of a killed process.
+    """Train a trial's student, or resume the training of a killed process; return ``measure`` on val of its best epoch.
 
-    Args:
-        recipe: of this trial, with a trained teacher.
-        trials: folder of the trials' run folders.
-        name: of its run folder.
-        trial: receives the metric of each epoch.
-        measure: ``training.selection_metric``.
-        student: "distilled" or "baseline".
-        observer: receives progress.
-        stopping: handles signals.
-
-    Returns:
-        The metric on val of its best epoch.
-
-    Raises:
-        Pruned: the study pruned the trial.
-        PotstillError: as ``pipeline.run``.
+    ``recipe`` has a trained teacher; ``student`` is "distilled" or "baseline".  Pruned: the study pruned the trial.
     """
     from potstill.experiment.pipeline import run
 
@@ -106,14 +87,7 @@ def best_on_val(folder: Path, student: str, measure: str) -> float:
 def train_teachers(
     recipe: Recipe, folder: Path, observer: Observer, stopping: "SignalHandler | None"
 ) -> tuple[str, ...]:
-    """Train the teachers of a search once, also if several processes search; return the settings that use them.
-
-    Args:
-        recipe: of the search, whose method has a teacher.
-        folder: of the search; the run folder is ``teacher`` in it.
-        observer: receives progress.
-        stopping: handles signals.
-    """
+    """Train the teachers of a search once, in ``teacher`` of its folder, and return the settings that use them."""
     from potstill.experiment.pipeline import run
 
     home, several = RunFolder(folder / "teacher"), isinstance(recipe.teacher, list)
@@ -159,15 +133,7 @@ def train_again(
     *,
     evaluate: bool = True,
 ) -> None:
-    """Train the winner and the best baseline of a search with fresh seeds; finished trainings stay as they are.
-
-    Args:
-        recipes: of "distilled" and "baseline".
-        folder: of the search; the run folders are in its ``study.CONFIRMATION_FOLDER``.
-        observer: receives progress.
-        stopping: handles signals.
-        evaluate: also evaluate them, on test too.
-    """
+    """Train winner and best baseline of a search with fresh seeds, in ``CONFIRMATION_FOLDER``, if not done yet."""
     from potstill.experiment.pipeline import run
 
     for student, recipe in recipes.items():
@@ -236,9 +202,6 @@ class Sweep:
         """Run trials; return whether the sweep is finished: the best trial chosen and, if requested, confirmed.
 
         ``timeout``: seconds after which no further trial begins here.
-
-        Raises:
-            PotstillError: the folder holds another sweep, or as ``pipeline.run``.
         """
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         self._open_study()
@@ -260,7 +223,6 @@ class Sweep:
             return self._confirm_best(teachers, deadline) if self.confirm_seeds else True
 
     def _locked(self) -> RunLock:
-        """Return the sweep's lock, which processes hold in turn."""
         return RunLock(self.folder, wait=True)
 
     def _open_study(self) -> None:
@@ -293,7 +255,6 @@ class Sweep:
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
-        """Train the teacher once for all trials; return the settings with which a recipe uses it."""
         if self.student == "baseline" or not self.recipe.teacher_list:
             return ()
         recipe = self._recipe_with_teacher()
@@ -313,7 +274,6 @@ class Sweep:
         return None
 
     def _next_trial(self) -> Any:
-        """Return the next trial; _WAIT while other processes run the last ones; None at the end."""
         from optuna.trial import TrialState
 
         with self._locked():

@@ -76,17 +76,7 @@ def select_fastest(
     """Time ``step`` under each candidate in turn, round by round, and apply the fastest.
 
     The first candidate is kept unless another is clearly faster, by the median over rounds of the ratio within the
-    round, so that a slow moment affects both.  A single candidate is not timed.
-
-    Args:
-        step: one training step without side effects.
-        candidates: the preferred one first.
-        apply: puts a candidate into effect.
-        clock: in seconds.
-        max_rounds: at most so many.
-
-    Returns:
-        The candidate in effect, and the median seconds of a step by candidate (empty if nothing was timed).
+    round, so that a slow moment affects both.  Return the one in effect, and the median seconds of a step by candidate.
     """
     preferred, kept = candidates[0], candidates[0]
     rounds: list[dict[Candidate, float]] = []
@@ -123,15 +113,7 @@ def create_timed_step(
     *,
     autocast: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> Callable[[], None]:
-    """Return a forward and backward pass of a copy of ``student`` on noise, without side effects.
-
-    Args:
-        student: maps images [B, 3, size, size] to logits [B, K]; it and the random state stay unchanged.
-        size: height and width in pixels.
-        images: batch size; fewer if they are large (``timed_batch_size``).
-        compute: device, precision and memory layout.
-        autocast: overrides the precision of ``compute``.
-    """
+    """Return a forward and backward pass of a copy of ``student`` on noise, without side effects."""
     network = copy.deepcopy(student).train().to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
     count = timed_batch_size(images, size)
     generator = torch.Generator().manual_seed(0)
@@ -163,13 +145,8 @@ def timed_batch_size(images: int, size: int) -> int:
 class ThreadSelector:
     """Chooses the number of threads at a run's first training; a context manager around the run that restores it.
 
-    All trainings of a run use the same number, so that baseline and distilled differ in nothing else.  A resumed run
-    uses the recorded number: another would round sums differently.
-
-    Args:
-        recorded: environment.json of an earlier process of this run.
-        on_choice: called with the facts for environment.json once they are known.
-        processes: those on one machine share its cores; all use the number that the first one chooses.
+    All trainings of a run use the same number, so that baseline and distilled differ in nothing else, a resumed run the
+    ``recorded`` one (another would round sums differently), processes on one machine that of the first.
     """
 
     def __init__(
@@ -196,16 +173,7 @@ class ThreadSelector:
         workers: int = 0,
         observer: Observer | None = None,
     ) -> None:
-        """Set the number of threads before a training; time a step if it is the run's first one.
-
-        Args:
-            student: the network to train; a copy of it is timed.
-            size: height and width of its images in pixels.
-            settings: an explicit ``threads`` is used without timing.
-            compute: timing takes place on a CPU only.
-            workers: decoding processes, which need cores too.
-            observer: receives a note of the choice.
-        """
+        """Set the number of threads before a training; time a step, on a CPU, if it is the run's first one."""
         if settings.threads != "auto":
             torch.set_num_threads(settings.threads)
             return
@@ -251,15 +219,9 @@ class PrecisionChoice:
 class PrecisionSelector:
     """Chooses the precision at the first training of each network.
 
-    Baseline, distilled and the students of further seeds are one network and share its precision.  A resumed or
-    reproduced run uses the recorded one.  If timing would cost more than 2 % of the training, the architecture
-    decides: float32 with depthwise convolutions, else bf16.
-
-    Args:
-        recorded: environment.json of an earlier process of this run, or of the run to reproduce.
-        on_choice: called with the facts for environment.json once they are known.
-        processes: all use the precision that the first one chooses.
-        clock: in seconds.
+    Baseline, distilled and the students of further seeds are one network and share its precision; a resumed or
+    reproduced run uses the ``recorded`` one, processes that of the first.  If timing would cost more than 2 % of the
+    training, the architecture decides: float32 with depthwise convolutions, else bf16.
     """
 
     def __init__(
@@ -284,17 +246,7 @@ class PrecisionSelector:
         images: int,
         observer: Observer | None = None,
     ) -> Compute:
-        """Return ``compute`` with the precision for a training of ``network``.
-
-        Args:
-            network: the network to train; a copy of it is timed.
-            name: its architecture.
-            size: height and width of its images in pixels.
-            settings: an explicit ``precision`` is used without timing.
-            compute: from ``create_compute``; returned unchanged if the hardware has no fast bf16.
-            images: training images of an epoch.
-            observer: receives a note of the choice.
-        """
+        """Return ``compute`` with the precision for a training of ``network``; as it is without fast bf16."""
         half = compute.precision
         if settings.precision != "auto" or half == "float32":
             return compute
@@ -356,11 +308,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def largest_fitting_batch(attempt: Callable[[int], None], batch: int) -> int:
     """Return the largest batch that an attempt does not run out of memory with, in eighths of ``batch``; 0: none.
-
-    Args:
-        attempt: a training step with so many images; leaves no memory allocated.
-        batch: the wanted number of images, which has failed.
-
     Example:
         >>> def attempt(images):
         ...     if images > 100:
@@ -381,16 +328,7 @@ def largest_fitting_batch(attempt: Callable[[int], None], batch: int) -> int:
 
 
 class BatchTrial:
-    """Training steps on batches of zeros, whose outcome changes nothing.
-
-    Args:
-        distiller: on its device, with its teachers; state and random numbers are restored.
-        batch: a batch as the loader returns it, of the true size.
-        compute: device and precision.
-        stage: name in the message.
-        state_bytes: of the optimizer's state, which is allocated at the first update only.
-        epochs: of the training.
-    """
+    """Training steps on zeros like ``batch``, whose outcome changes nothing."""
 
     def __init__(
         self, distiller: Distiller, batch: Batch, compute: Compute, *, stage: str, state_bytes: int, epochs: int = 1
@@ -399,11 +337,7 @@ class BatchTrial:
         self.stage, self.state_bytes, self.epochs, self.part = stage, state_bytes, epochs, ""
 
     def run(self) -> None:
-        """Try the true size.
-
-        Raises:
-            StorageError: it does not fit; names the part of the step, the memory, and the largest batch that fits.
-        """
+        """Try the true size; StorageError names the part of the step, the memory, and the largest batch that fits."""
         wanted = len(self.batch)
         try:
             self.attempt(wanted)

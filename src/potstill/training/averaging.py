@@ -33,12 +33,7 @@ def warmed_up_decay(decay: float, updates: int) -> float:
 class ModelEma(AveragedModel):
     """Exponential moving average of a student's parameters and BatchNorm statistics; counters are copied.
 
-    The first update copies all weights.  The number of updates is part of the state dict, so a resumed training
-    continues with the same decay.
-
-    Args:
-        student: the network to copy.
-        decay: share of the average that an update keeps, once warmed up.
+    The first update copies all weights.  The number of updates is in the state dict, so a resumed training continues.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
@@ -47,10 +42,7 @@ class ModelEma(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Add the current weights to the average.
-
-        torch's own copies the number of updates to the device twice in each step, which waits for the device.
-        """
+        """Add the current weights; torch's own copies the number of updates to the device twice, which waits for it."""
         updates = self.updates
         pairs = zip(_tensors(self.module), _tensors(model), strict=True)
         averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -103,15 +95,8 @@ def adapt_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
     matter and the variance between batches counts; for a first layer they are exactly those over all images.  Batches
     should mix classes: a batch of one class would be normalised by what is special to it.
 
-    Args:
-        network: on the device of the batches, in float32.
-        batches: images [B, 3, H, W], normalised for the network.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        UsageError: a layer gets one value per channel.
+    Return the number of images [B, 3, H, W], normalised for the network; UsageError: a layer gets one value per
+    channel.
     """
     layers, count = batch_norm_layers(network), 0
     sums = [_LayerSums() for _ in layers]
@@ -138,13 +123,10 @@ def adapt_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
 
 
 class _LayerSums:
-    """Sums over all inputs of one layer, in float64 if the device has it."""
-
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Add the inputs [B, C, ...]; a forward pre-hook."""
         values: Tensor = inputs[0]
         channels = values.detach().to(widest_float(values.device)).transpose(0, 1).flatten(1)  # [C, B * H * W]
         if self.count == 0:

@@ -69,11 +69,7 @@ class SilentObserver:
 
 
 class ForwardingObserver:
-    """Forwards all calls to another observer; base of observers that do more.
-
-    Attributes:
-        current_stage: name of the stage that runs; "" before the first.
-    """
+    """Forwards all calls to another observer; base of observers that do more."""
 
     def __init__(self, observer: Observer) -> None:
         self.observer, self.current_stage = observer, ""
@@ -111,11 +107,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasat
 
 
 class SignalHandler:
-    """Context manager that turns SIGINT and SIGTERM into ``Stopped``; outside of the main thread it does nothing.
-
-    Attributes:
-        requested: number of the signal received; None: none.
-    """
+    """Context manager that turns SIGINT and SIGTERM into ``Stopped``; outside of the main thread it does nothing."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -142,11 +134,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block, only set ``requested``, so that the caller can save before it stops.
-
-        Raises:
-            Stopped: at the end of the block, if a signal was received.
-        """
+        """Within the block, only set ``requested``, so that the caller can save; raise ``Stopped`` at its end."""
         self._is_deferred = True
         try:
             yield

@@ -49,18 +49,12 @@ class History:
 
 @dataclass
 class EpochState:
-    """The progress of an epoch.
+    """The progress of an epoch."""
 
-    Attributes:
-        metrics, averages: over the finished steps.
-        lr: learning rate at the beginning of the epoch.
-        step: number of finished batches.
-    """
-
-    metrics: StreamingMetrics
-    averages: TermAverages
-    lr: float
-    step: int = 0
+    metrics: StreamingMetrics  # over the finished steps
+    averages: TermAverages  # over the finished steps
+    lr: float  # learning rate at the beginning of the epoch
+    step: int = 0  # number of finished batches
     _earlier_seconds: float = 0.0  # before the training was resumed
     _started: float = field(default_factory=time.perf_counter)
 
@@ -95,15 +89,8 @@ def save_checkpoint(
 ) -> None:
     """Write named tensors and JSON facts atomically.
 
-    Args:
-        path: NAME.checkpoint.
-        tensors: on any device.
-        facts: JSON values.
-        duplicates: name of a tensor -> name of another; if both are equal to the bit, they are stored once.
-        keep_previous: keep the older file as NAME-previous.checkpoint, in case this one is damaged later.
-
-    Raises:
-        StorageError: the file could not be written; the older one is untouched.
+    ``duplicates``: name of a tensor -> name of another; if both are equal to the bit, they are stored once.
+    ``keep_previous``: keep the older file as NAME-previous.checkpoint, in case this one is damaged later.
     """
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     same = {name: other for name, other in (duplicates or {}).items() if _same_bits(flat[name], flat[other])}
@@ -119,11 +106,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``save_checkpoint`` wrote.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or changed; names the newest intact older one.
-    """
+    """Read what ``save_checkpoint`` wrote; ArtifactError names the newest intact older file."""
     payload = read_checksummed(path)
     try:
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
@@ -215,15 +198,12 @@ LAST = "last.checkpoint"
 FIGURES = "figures.checkpoint"  # of a finished stage: the metrics of its epochs, no weights
 _MIN_SECONDS = 60.0  # between two checkpoints with checkpoint_seconds "auto"
 _MAX_TIME_FRACTION = 0.02  # of the training time that checkpoints may take then
+_ASSUMED_RATE = 3e8  # bytes a second of the first checkpoint, before one has been timed
 
 
 @dataclass
 class Checkpointer:
-    """Writes and loads one stage's checkpoints.
-
-    ``last.checkpoint`` holds all of the state, including the best weights; ``last-previous.checkpoint`` is the one
-    before it.  Either is enough to resume.
-    """
+    """Writes and loads a stage's ``last.checkpoint``, and the one before it; either is enough to resume."""
 
     folder: Path
     settings: TrainingSettings
@@ -242,36 +222,28 @@ class Checkpointer:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for another checkpoint.
-
-        Raises:
-            StorageError: the last one could not be written.
-        """
+        """Whether it is time for another checkpoint; StorageError: the last one could not be written."""
         setting = self.settings.checkpoint_seconds
         if self._writer is not None:
             if not self._writer.is_alive():
                 self.wait()
             elif setting == "auto":
                 return False
+        if setting == "auto" and not self._save_seconds:  # a method's memory may take gigabytes
+            state = self.distiller.state_dict().values()
+            self._save_seconds = sum(each.numel() * each.element_size() for each in state) / _ASSUMED_RATE
         interval = max(_MIN_SECONDS, self._save_seconds / _MAX_TIME_FRACTION) if setting == "auto" else setting
         return time.monotonic() - self._last_save >= interval
 
     @property
     def is_due_at_end(self) -> bool:
-        """Whether the end of the training is worth a checkpoint, which goes as soon as the model is written.
-
-        With "auto" a short training has none, nor one that was saved a moment before: a process that dies until then
-        repeats no more than one that dies at another time, and the large state of a network that trains for seconds
-        would take more than the 2 % of its time.
+        """Whether the end of the training is worth a checkpoint, which goes as soon as the model is written: with
+        "auto" not after a short training, nor a moment after the last one.
         """
         return self.settings.checkpoint_seconds != "auto" or self.settings.keep_checkpoint or self.is_due
 
     def wait(self) -> None:
-        """Wait for the background write, if there is one.
-
-        Raises:
-            StorageError: the last checkpoint could not be written.
-        """
+        """Wait for the background write, if there is one."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -286,15 +258,8 @@ class Checkpointer:
     def save(self, epoch: int, state: EpochState | None = None, *, background: bool = False) -> None:
         """Write the state after ``epoch`` whole epochs, and of an unfinished one.
 
-        Args:
-            epoch: number of finished epochs.
-            state: progress of the next epoch, if it has begun.
-            background: copy the state and return; a thread writes it while training continues.  An error is raised by
-                the next call of ``is_due``, ``save`` or ``wait``.
-
-        Raises:
-            StorageError: this checkpoint, or the one before it, could not be written.
-            NonFiniteError: a weight is NaN or infinite; older checkpoints stay.
+        In the ``background`` a thread writes a copy while training continues; an error is raised by the next call of
+        ``is_due``, ``save`` or ``wait``.  NonFiniteError: a weight is NaN or infinite; older checkpoints stay.
         """
         self.wait()
         self.check_finite(epoch)
@@ -351,14 +316,7 @@ class Checkpointer:
         self._save_seconds = self._last_save - started
 
     def resume(self, state: EpochState) -> int:
-        """Load the last checkpoint and return the number of finished epochs, 0 if there is no checkpoint.
-
-        Args:
-            state: receives the progress of the next epoch; its step stays 0 if that has not begun.
-
-        Raises:
-            ArtifactError: a checkpoint is damaged, or does not fit this training.
-        """
+        """Load the last checkpoint, with ``state`` of an unfinished epoch; return the number of finished epochs."""
         last = self.folder / LAST
         if not last.exists():
             return 0
@@ -398,7 +356,6 @@ class Checkpointer:
         return int(facts["epoch"])
 
     def _random_states(self) -> dict[str, Tensor]:
-        """Return the random states of all processes; none in all processes but the first, which writes them."""
         states = self.compute.processes.collect(pack_random_state(self.compute.device)) or []
         return {
             name: value
@@ -407,11 +364,7 @@ class Checkpointer:
         }
 
     def check_finite(self, epoch: int) -> None:
-        """Check the trained weights after ``epoch`` whole epochs.
-
-        Raises:
-            NonFiniteError: one is NaN or infinite.
-        """
+        """Raise NonFiniteError if a trained weight is NaN or infinite after ``epoch`` whole epochs."""
         named = self.distiller.trained_parameters()
         if not named:
             return
@@ -425,11 +378,7 @@ class Checkpointer:
 
 
 def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
-    """Remove the checkpoints of a stage whose model has been written, but keep the metrics of its epochs.
-
-    Raises:
-        StorageError: the metrics could not be written.
-    """
+    """Remove the checkpoints of a stage whose model has been written, but keep the metrics of its epochs."""
     folder = folder / "checkpoints"
     (folder / "last-previous.checkpoint").unlink(missing_ok=True)
     if keep:
@@ -440,12 +389,7 @@ def finish_checkpoints(folder: Path, history: History, *, keep: bool) -> None:
 
 
 def restore_metrics_file(folder: Path) -> None:
-    """Write the missing metrics.jsonl of a finished stage from the metrics in its checkpoints.
-
-    Raises:
-        ArtifactError: the checkpoint is damaged.
-        StorageError: metrics.jsonl could not be written.
-    """
+    """Write the missing metrics.jsonl of a finished stage from the metrics in its checkpoints."""
     lines = folder / "metrics.jsonl"
     found = [path for name in (LAST, FIGURES) if (path := folder / "checkpoints" / name).exists()]
     if found and not lines.exists():

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import UsageError
+from potstill.errors import StorageError, UsageError, storage_error
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
+from potstill.formatting import format_scaled
 from potstill.methods.base import Method
 from potstill.training.averaging import batch_norm_layers
 from potstill.training.settings import TrainingSettings
@@ -34,10 +35,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = (
 
 
 def check_distributed_support(method: Method, optimizer: str, processes: ProcessGroup) -> None:
-    """Raise UsageError if several processes train a method or optimizer that needs a single one.
-
-    These are methods that remember training samples, and the optimizer that runs backward twice.
-    """
+    """Raise UsageError if several processes train a method with a memory, or an optimizer that runs backward twice."""
     if not processes.several:
         return
     if method.needs.index:
@@ -53,11 +51,7 @@ def check_distributed_support(method: Method, optimizer: str, processes: Process
 
 
 def has_static_graph(distiller: Distiller, settings: TrainingSettings) -> bool:
-    """Return whether every step of a training uses the same parameters.
-
-    A method with adapters may not use all of them on a last batch, a staged one or ``freeze`` trains some parameters
-    in some epochs only, and torch's static graph does not support batches whose gradients are not exchanged.
-    """
+    """Return whether every step uses the same parameters: without adapters, stages, ``freeze`` and accumulation."""
     adapters = any(parameter.requires_grad for parameter in distiller.method.parameters())
     return not (adapters or distiller.method.staged or settings.freeze or settings.gradient_accumulation_steps > 1)
 
@@ -80,11 +74,6 @@ class DistributedDistiller:
     Student and adapters start from the first process's weights; gradients are averaged over the images of all
     processes.  Running statistics of BatchNorm, which training does not read, become the first process's at the end of
     each epoch.  Frozen teachers are not communicated.
-
-    Args:
-        distiller: on its device.
-        processes: the group; a single process changes nothing.
-        static_graph: every step uses the same parameters (``has_static_graph``); else torch looks for unused ones.
     """
 
     def __init__(self, distiller: Distiller, processes: ProcessGroup, *, static_graph: bool = False) -> None:
@@ -117,11 +106,8 @@ class DistributedDistiller:
         return Step(logits, terms, self.distiller.method.label_term_names)
 
     def batch_number(self, loader: "Loader", position: int) -> tuple[int, bool]:
-        """Number val or test batches across processes.
-
-        Returns:
-            The number of this process's batch at ``position`` among those of all processes, from 1, and whether every
-            process has a batch at this position.
+        """Return the number, from 1, of this process's batch at ``position`` of val or test among those of all
+        processes, and whether every process has one there.
         """
         if not self.processes.several:
             return position + 1, True
@@ -167,10 +153,7 @@ class DistributedDistiller:
 
 
 def gather_metrics(metrics: StreamingMetrics, processes: ProcessGroup) -> StreamingMetrics | None:
-    """Return the metrics over the images of all processes, equal to one process's but for the order of the images.
-
-    Only the first process gets them; the others get None.
-    """
+    """Return the metrics over the images of all processes, in the first one; they are those of a single process."""
     sizes = processes.gather((metrics.held, metrics.binned))
     merged = StreamingMetrics(metrics.num_classes, device=metrics.device) if processes.first else None
     if any(binned for _, binned in sizes) or sum(held for held, _ in sizes) > BUFFER_ROWS:
@@ -188,12 +171,8 @@ def gather_metrics(metrics: StreamingMetrics, processes: ProcessGroup) -> Stream
 def synced_batch_norm(network: nn.Module, processes: ProcessGroup, enabled: bool) -> Iterator[None]:
     """Within the block, BatchNorm layers use the statistics of the images of all processes, by torch's SyncBatchNorm.
 
-    Only the classes of the layers change, and are restored, so that parameters, paths and saved models stay the same.
-
-    Args:
-        network: torch's BatchNorm layers and timm's with an activation are changed; others keep their own images.
-        processes: a single one changes nothing.
-        enabled: ``training.sync_batch_norm``.
+    Only the classes of torch's layers, and timm's with an activation, change, and are restored, so that parameters,
+    paths and saved models stay the same.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     if enabled and processes.several:
@@ -264,6 +243,35 @@ class Compute:
         """Precision of convolutions and matrix products: "bf16", "fp16" or "float32"."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
 
+    def place(self, network: nn.Module, name: str) -> None:
+        """Move a network to the device.
+
+        Args:
+            network: on any device.
+            name: of its stage, for messages.
+
+        Raises:
+            StorageError: there is too little memory for its weights; says how much, and the ways out.
+        """
+        try:
+            network.to(self.device)
+        except (RuntimeError, MemoryError) as error:
+            if storage_error(error) is None:
+                raise
+            network.to("cpu")  # frees what was moved
+            need = sum(each.numel() * each.element_size() for each in network.state_dict().values())
+            there = ""
+            if self.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(self.device)
+                there = f", of which {format_scaled(free, 'B')} of {format_scaled(total, 'B')} are free"
+            others = "" if self.device.type == "cpu" else "train on the CPU (--device cpu), "
+            raise StorageError(
+                f"{name}: its weights take {format_scaled(need, 'B')}, too much for the memory of {self.device}{there}."
+                f"\nTo go on, end other programs that use it (nvidia-smi lists those of a GPU), {others}take a smaller "
+                "network, or, for a teacher, compute its answers once on a machine with room and give them as a table "
+                "(--teacher answers.parquet, see docs/teachers.md)"
+            ) from error
+
     def synchronize(self) -> None:
         """Wait for the device's queued work; call before reading a clock."""
         if self.device.type == "cuda":
@@ -283,11 +291,8 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
     """Resolve ``auto``: cuda, then mps, then cpu; bf16 if the hardware computes in it; channels last except on mps.
 
     Channels last makes a step 1.0 to 1.4 times as fast, on a CPU too.  GPUs with tensor cores but without bf16 (V100,
-    T4, RTX 20) get fp16.  A CPU never does: it is hundreds of times slower in it than in bf16.  On CUDA, matrix
-    products in float32 use TF32, as convolutions do by default, and cuDNN times its algorithms.
-
-    Raises:
-        UsageError: the device does not exist, or settings that it cannot compute.
+    T4, RTX 20) get fp16, in which a CPU is hundreds of times slower.  On CUDA, matrix products in float32 use TF32, as
+    convolutions do by default, and cuDNN times its algorithms.
     """
     if settings.threads != "auto":
         torch.set_num_threads(settings.threads)
@@ -320,11 +325,7 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep the memory of freed tensors for the next step, and return whether it does.
-
-    By default it returns large blocks to the kernel, and each step pays for their pages again: a fifth of the CPU time
-    of a small network's training, and up to half on a busy machine.  Other C libraries are left as they are.
-    """
+    """Let glibc keep freed tensors for the next step, a fifth of the CPU time; return whether it does."""
     if sys.platform != "linux":
         return False
     allocator = ctypes.CDLL(None)

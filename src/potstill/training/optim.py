@@ -38,15 +38,7 @@ class DOT(Optimizer):
 
     ``backward`` fills both gradients; without it, ``p.grad`` counts as the task's.
 
-    Args:
-        params: parameters or parameter groups.
-        lr: learning rate, eta.
-        momentum: mu.
-        delta: Delta; 0.075 for CIFAR, 0.09 for ImageNet in the paper.
-        weight_decay: lambda, added to the task's gradient.
-
-    Raises:
-        ValueError: mu - delta < 0, mu + delta >= 1, or a negative argument.
+    ``delta`` is 0.075 for CIFAR, 0.09 for ImageNet in the paper.  ValueError: mu - delta < 0, or mu + delta >= 1.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -150,9 +142,8 @@ class DOT(Optimizer):
 class ChannelsLastStep:
     """Make a fused CPU optimizer see channels-last weights [O, I, H, W] as contiguous [O, H, W, I] within its steps.
 
-    Torch's fused CPU kernels copy a channels-last weight, its gradient and its moments to contiguous memory and back at
-    every step, which takes three times as long (AdamW on ResNet18: 18 ms instead of 6).  As they are elementwise, a
-    view in memory order gives the same result to the bit.  Other optimizers and devices are left alone.
+    Its kernels would copy weight, gradient and moments at every step, in three times the time; they are elementwise, so
+    the result is the same to the bit.  Other optimizers and devices are left alone.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -209,12 +200,8 @@ _UNSUPPORTED_OF_TIMM = re.compile(r"adahessian|kron|bnb|fused|larc|nlarc|.*legac
 
 
 def get_optimizer_class(name: str) -> type[Optimizer]:
-    """Return ``DOT``, a class of ``torch.optim`` or an optimizer of timm by its name, ignoring case.
-
-    Where both have one of a name, it is torch's, but for muon: timm's also updates what is no matrix.
-
-    Raises:
-        UsageError: unknown name; names the nearest known one.
+    """Return ``DOT``, a class of ``torch.optim`` or an optimizer of timm by its name, ignoring case, torch's where both
+    have it, but timm's muon also updates what is no matrix.  UsageError names the nearest.
     """
     known: dict[str, type[Optimizer]] = {"dot": DOT} | {
         key.lower(): value
@@ -237,12 +224,8 @@ def get_optimizer_class(name: str) -> type[Optimizer]:
 
 
 def layer_lr_scales(network: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Learning rate of each parameter as a share of the head's: ``layer_decay`` to the power of the blocks above it.
-
-    Blocks are those of timm's ``group_matcher``: the stem first, the head last.
-
-    Raises:
-        UsageError: a network without it.
+    """Return the learning rate of each parameter as a share of the head's: ``layer_decay`` to the power of the blocks
+    of timm's ``group_matcher`` above it.
     """
     from timm.models import group_parameters
 
@@ -262,15 +245,8 @@ def create_optimizer(
     settings: TrainingSettings,
     lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over two groups: weights with decay; biases and normalisation layers without, unless ``decay_all``.
-
-    Args:
-        named: what is trained.
-        settings: of the optimizer.
-        lr_scales: share of the learning rate, by name, where it is not 1; each share has its two groups.
-
-    Raises:
-        UsageError: unknown optimizer or option.
+    """Return the optimizer over weights with decay, and biases and normalisation without, unless ``decay_all``;
+    ``lr_scales`` are shares of the learning rate, by name, where it is not 1.
     """
     named, scales = list(named), lr_scales or {}
     parameters = [parameter for _, parameter in named]
@@ -350,13 +326,7 @@ def lr_factor(settings: TrainingSettings, steps_per_epoch: int) -> Callable[[int
 
 
 class GradientAccumulator:
-    """Accumulates and clips the gradients of an optimizer's parameters, and updates them.
-
-    Args:
-        optimizer: of the parameters.
-        parameters: all that are trained.
-        scaler: of the loss, for fp16; None: it is not scaled.
-    """
+    """Accumulates, scales (fp16) and clips the gradients of an optimizer's parameters, and updates them."""
 
     def __init__(
         self, optimizer: Optimizer, parameters: list[nn.Parameter], scaler: torch.amp.GradScaler | None = None
@@ -366,13 +336,7 @@ class GradientAccumulator:
         self.split = optimizer if isinstance(optimizer, DOT) else None
 
     def add(self, step: Step, batches: int = 1, share: float = 1.0) -> None:
-        """Add the gradients of one batch's terms.
-
-        Args:
-            step: the batch's terms.
-            batches: number of batches averaged in an update.
-            share: the batch's weight among processes that average their gradients (``loss_weight``).
-        """
+        """Add the gradients of one of ``batches``; ``share``: its weight among processes (``loss_weight``)."""
         if self.split is not None:
             labels, distillation = (None if part is None else part / batches for part in step.parts)
             self.split.backward(labels, distillation)

@@ -51,17 +51,8 @@ def reads_only_logits(distiller: Distiller) -> bool:
 class StudentCompiler:
     """Compiles the student's forward pass; enter ``epoch`` around each epoch and call ``prepare`` at its first batch.
 
-    "auto" leaves the first epoch uncompiled and compiles the second if its duration shows that this pays.  If a
-    compiled epoch then turns out slower, the next ones are uncompiled again.
-
-    Args:
-        distiller: holds the student.
-        optimizer: one that runs backward twice in a step is not supported.
-        settings: ``compile`` and ``gradient_accumulation_steps``.
-        compute: "auto" compiles on CUDA only.
-        observer: receives a note when something is compiled or could not be.
-        compile: stands in for ``torch.compile``.
-        clock: in seconds.
+    "auto", on CUDA, leaves the first epoch uncompiled and compiles the second if its duration shows that this pays.  If
+    a compiled epoch then turns out slower, the next ones are uncompiled again.
     """
 
     def __init__(
@@ -120,7 +111,6 @@ class StudentCompiler:
             self._install(self.compiled_forward)
 
     def _install(self, call: ForwardCall) -> None:
-        """Use ``call`` for full batches until the end of the epoch."""
         uncompiled: ForwardCall = self.student.forward
         cuda_graphs = self._uses_cuda_graphs
 
@@ -161,7 +151,6 @@ class StudentCompiler:
         self.observer.note(f"the student's forward pass is compiled{how}: {self.clock() - started:.0f} s")
 
     def _warm_up(self, call: ForwardCall, images: Tensor) -> None:
-        """Run forward and backward so that compilation happens now; restore BatchNorm and random state."""
         images = images.contiguous(memory_format=self.compute.memory_format)
         saved_buffers = [(buffer, buffer.clone()) for buffer in self.student.buffers()]
         devices = [self.compute.device] if self.compute.device.type == "cuda" else []
@@ -201,12 +190,9 @@ def simulated_int8(network: nn.Module) -> Iterator[None]:
     """Within the block, round weights and inputs of convolutions and linear layers as int8 does.
 
     Weights are rounded to 255 levels, symmetric about 0, with a scale per output channel; inputs to 256 levels between
-    the batch's minimum and maximum, including 0, as in ``potstill export --int8``, which takes the range over its
-    calibration images.  A BatchNorm after a layer does not matter: folded into the layer, it multiplies each channel's
-    scale.  Gradients pass the rounding unchanged and are 0 outside of the range.  There is no state between batches.
-
-    Args:
-        network: any; parameters, buffers and state dict are unchanged.
+    the batch's minimum and maximum, including 0.  ``potstill export --int8`` takes the range over its calibration
+    images, and folds a BatchNorm into the layer, which multiplies each channel's scale.  Gradients pass the rounding
+    unchanged and are 0 outside of the range.  There is no state between batches.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)

@@ -54,9 +54,6 @@ class LabelLoss(nn.Module):
     ``nn.CrossEntropyLoss`` instead multiplies the smoothed (or mixed) mass of class k by the weight of class k, which
     favours rare classes of large weight on every image.  Without smoothing and mixing both are equal.
 
-    Args:
-        weight: [K], class weights; None: all 1.
-        label_smoothing: epsilon, the share of the label that is spread over all classes.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
@@ -101,14 +98,7 @@ def balanced_class_weights(counts: Tensor) -> Tensor:
 
 
 class LiveTeacher:
-    """Runs the teacher for each batch.
-
-    Args:
-        distiller: whose teacher it is.
-        views: the split's images for teachers of another size than the student's; None: there are none such, and the
-            Distiller runs the teacher itself.
-        autocast: in which the teacher runs.
-    """
+    """Runs the teacher for each batch."""
 
     def __init__(
         self,
@@ -138,14 +128,7 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Runs the teacher once and keeps its logits in memory, for val and test batches without augmentation.
-
-    Feature maps are too large to keep, and methods with ``training_only`` use no teacher here.
-
-    Args:
-        distiller: whose teacher it is.
-        views: the split's images for teachers of another size than the student's; None: there are none such.
-    """
+    """Runs the teacher once and keeps its logits in memory, for val and test batches without augmentation."""
 
     def __init__(self, distiller: Distiller, views: TeacherViews | None = None) -> None:
         needs = distiller.method.needs
@@ -179,21 +162,11 @@ TeacherOutputs = LiveTeacher | CachedTeacher | CachedTeacherOutputs
 
 
 class Trainer:
-    """Trains one stage; ``run`` leaves the student with the weights of its best epoch.
+    """Trains one stage; ``run`` leaves the student with the weights of its best epoch on val.
 
-    Args:
-        distiller: on the compute's device.
-        train, val: loaders; val picks the best epoch.
-        settings: of this stage.
-        compute: device, precision and layout.
-        folder: receives ``metrics.jsonl`` and ``checkpoints/``.
-        observer: receives progress.
-        classes: K.
-        test: evaluated each epoch for its curve only; None: not evaluated.
-        teacher_outputs: source of the teacher's outputs by split; by default the teacher runs on every training batch,
-            and once on val and test.
-        teacher_views: by split, the images for teachers of another size than the student's, where there are such.
-        signals: checked after each step.
+    ``folder`` receives ``metrics.jsonl`` and ``checkpoints/``.  ``test`` is evaluated each epoch for its curve only.
+    ``teacher_outputs`` are by split; by default the teacher runs on every training batch, and once on val and test;
+    ``teacher_views``: the images for teachers of another size.  ``signals`` are checked after each step.
     """
 
     def __init__(
@@ -255,10 +228,7 @@ class Trainer:
     def run(self, *, resume: bool = False) -> History:
         """Train to the last epoch, or until val has not improved for ``early_stopping_patience`` epochs.
 
-        Raises:
-            NonFiniteError: a loss term or a weight is NaN or infinite.
-            ArtifactError: ``resume`` with a damaged checkpoint.
-            Stopped: a signal was received; the step was finished and its state saved.
+        NonFiniteError: a loss term or a weight is NaN or infinite.  Stopped: a signal was received; the state is saved.
         """
         synced = synced_batch_norm(self.distiller, self.compute.processes, self.settings.sync_batch_norm)
         with self.signals.deferred(), synced:
@@ -311,11 +281,7 @@ class Trainer:
             self.checkpointer.check_finite(epoch)
 
     def _try_batch(self) -> None:
-        """Run a step on a batch of zeros of the true size, so that too little memory is found now.
-
-        Raises:
-            StorageError: it does not fit; says which batch does.
-        """
+        """Run a step on a batch of zeros of the true size, so that too little memory is found now."""
         count, size, device = len(self.train.ids_of(0)[0]), self.train.spec.size, self.compute.device
         method, mixes = self.distiller.method, self.train.collator.mixer is not None
         images = self._to_memory_format(torch.zeros(count, 3, size, size, device=device))
@@ -344,7 +310,6 @@ class Trainer:
     # one epoch
 
     def _new_epoch_state(self) -> EpochState:
-        """Return the state at the beginning of an epoch."""
         metrics = StreamingMetrics(self.classes, device=self.compute.device)
         return EpochState(metrics, TermAverages(), lr=float(self.optimizer.param_groups[0]["lr"]))
 
@@ -444,7 +409,6 @@ class Trainer:
             self.history.lines = write_json_lines(self.folder / "metrics.jsonl", self.history.records)
 
     def _save(self, number: int, state: EpochState, *, background: bool = False) -> None:
-        """Save a checkpoint within an epoch."""
         gathered = self.ddp.gather(state.metrics, state.averages)
         if gathered is not None:
             metrics, averages = gathered
@@ -533,16 +497,7 @@ _MAX_GROWTH = 4  # of the steps between them, from one to the next
 
 
 class _RequestExchange:
-    """Signals and due checkpoints, on which all processes act at the same step.
-
-    An exchange waits for every process, so it takes place about once a second instead of in each step.
-
-    Args:
-        signals: of this process.
-        checkpointer: of the stage.
-        processes: the group.
-        clock: in seconds.
-    """
+    """Signals and due checkpoints, on which all processes act at the same step, exchanged about once a second."""
 
     def __init__(
         self,
@@ -617,10 +572,7 @@ def _averaged_weights(student: nn.Module, average: ModelEma | None) -> Iterator[
 
 
 def selection_value(metric: str, record: EpochRecord) -> float:
-    """Return the selection metric with its sign such that more is better; undefined (AUC of one class) is worst.
-
-    Where no image has a class, it is the loss.
-    """
+    """Return the selection metric such that more is better (the loss without classes); undefined is worst."""
     if not record["count"]:
         return -float(record["loss"])
     value = record[metric]

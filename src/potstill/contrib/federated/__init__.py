@@ -39,10 +39,7 @@ BASELINES = {
 def parse_names(text: str, known: Mapping[str, Any], kind: str) -> list[str]:
     """Return the names in a comma-separated list; an empty list for an empty text.
 
-    Args:
-        text: such as ``fedavg,feddf``.
-        known: the names that exist.
-        kind: ``algorithm`` or ``baseline``, for messages.
+    ``kind`` ("algorithm" or "baseline") is for messages.
 
     Example:
         >>> parse_names("fedavg, feddf", ALGORITHMS, "algorithm"), parse_names("", BASELINES, "baseline")

@@ -62,15 +62,7 @@ ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a
 
 
 class PublicDataset:
-    """Unlabeled images that server and clients share.
-
-    Args:
-        images: P of them; their labels are not used.
-        spec: the networks' input.
-        settings: batch size and optimizer.
-        compute: device and precision.
-        seed: of the order in which a student sees them.
-    """
+    """P unlabeled images that server and clients share; ``seed``: of the order in which a student sees them."""
 
     def __init__(
         self, images: ImageSet, spec: InputSpec, settings: TrainingSettings, compute: Compute, seed: int
@@ -96,18 +88,8 @@ class PublicDataset:
     ) -> float:
         """Train ``student`` in place towards ``logits`` by KL divergence alone, without labels.
 
-        Args:
-            student: with K classes.
-            logits: targets ``[P, K]``.
-            temperature: of both sides, > 0.
-            epochs: passes over the images.
-            first: number of the first pass; decides the order.
-
-        Returns:
-            The mean loss of the last pass.
-
-        Raises:
-            NonFiniteError: the loss is NaN or infinite.
+        ``logits`` are [P, K], ``temperature`` of both sides is > 0; ``first`` is the number of the first pass.  Return
+        the mean loss of the last pass; NonFiniteError: it is NaN or infinite.
         """
         module = student.module.to(self.compute.device).train()
         targets = torch.from_numpy(logits).to(self.compute.device)
@@ -138,11 +120,7 @@ class PublicDataset:
 def create_local_distiller(
     student: Classifier, teacher: Classifier | None, recipe: Recipe, compute: Compute, smoothing: float
 ) -> Distiller:
-    """Return the student on labels alone, or guided by ``teacher`` with the recipe's method.
-
-    Raises:
-        UsageError: the method trains or keeps more than the student, which would be lost after each round.
-    """
+    """Return the student on labels alone, or guided by ``teacher`` with the recipe's method, if that trains no more."""
     method = create_stage_method(recipe) if teacher is not None else create_method("supervised")
     for network in (student, *([teacher] if teacher is not None else [])):
         network.module.to(compute.device).to(memory_format=compute.memory_format)
@@ -166,11 +144,7 @@ def create_local_distiller(
 
 
 def check_method(recipe: Recipe, student: Classifier, teacher: Classifier, compute: Compute) -> None:
-    """Check that the recipe's method can be used on clients; the networks are not changed.
-
-    Raises:
-        UsageError: it cannot; gives the reason.
-    """
+    """Check that the recipe's method can be used on clients; the networks are not changed."""
     create_local_distiller(copy.deepcopy(student), copy.deepcopy(teacher), recipe, compute, 0.0)
 
 
@@ -186,20 +160,8 @@ def train_locally(
 ) -> float:
     """Train the distiller's student in place, with a new optimizer as in every round of FedAvg.
 
-    Args:
-        distiller: on the compute's device.
-        loader: of the client's images.
-        settings: its ``epochs`` are those of all rounds together, the length of the learning-rate schedule.
-        compute: device and precision.
-        first: the epoch, from 0, at which this round begins; decides order, augmentation and learning rate.
-        epochs: of this round.
-        views: the images for a teacher of another size than the student's.
-
-    Returns:
-        The mean loss of the last epoch.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite.
+    ``settings.epochs`` are those of all rounds, the length of the schedule; ``epochs`` those of this round, which
+    begins at epoch ``first``, from 0.  Return the mean loss of the last epoch; NonFiniteError: it is NaN or infinite.
     """
     named = distiller.trained_parameters()
     optimizer = create_optimizer(named, settings)
@@ -251,8 +213,6 @@ _OWN_PREFIX = "own/"  # in a client's memory: the network that it keeps
 
 @dataclass
 class _Work:
-    """A client's objects, built from the server's recipe."""
-
     recipe: Recipe
     settings: TrainingSettings
     compute: Compute
@@ -267,27 +227,14 @@ class _Work:
 
 
 class Client:
-    """Replies to requests; between two of them only ``memory`` must be kept, so each may run in a process of its own.
-
-    Args:
-        images: the server's classes -> this client's training images.
-        public: the public unlabeled images; None: this client has none.
-    """
+    """Replies to requests; between two of them only ``memory`` must be kept, so each may run in its own process."""
 
     def __init__(self, images: ImageSource, public: Callable[[], ImageSet] | None = None) -> None:
         self.images, self.public = images, public
         self._work: tuple[dict[str, str], float, _Work] | None = None
 
     def reply(self, request: Message, memory: Arrays) -> Message:
-        """Process a request and return the reply.
-
-        Args:
-            request: of the server.
-            memory: arrays that this client keeps between requests; changed in place, never sent.
-
-        Raises:
-            PotstillError: an error that the client's user can correct; the server receives only the name of its class.
-        """
+        """Return the reply to a request; ``memory`` is kept between requests, changed in place, and never sent."""
         if request.task == "teacher":
             memory |= {name: each for name, each in request.arrays.items() if name.startswith(TEACHER_PREFIX)}
             return Message("teacher")
@@ -306,7 +253,6 @@ class Client:
         return Message(request.task, numbers=work.counts)
 
     def _train(self, request: Message, memory: Arrays, work: _Work) -> Message:
-        """Train the server's student and return its weights."""
         student = decode_network(request, "student")
         student.module.load_state_dict(arrays_to_state_dict(request.arrays))
         loss = self._train_student(student, request, memory, work)
@@ -363,12 +309,7 @@ class Client:
 
 
 def _checked(reply: Message, specs: ArraySpecs) -> Message:
-    """Return the reply if it holds nothing but what a client may send.
-
-    Raises:
-        NonFiniteError: weights or logits are NaN or infinite.
-        UsageError: it holds anything else.
-    """
+    """Return the reply if it holds nothing but what a client may send, all of it finite."""
     problem = find_reply_problem(reply, specs)
     if problem == NonFiniteError.__name__:
         raise NonFiniteError("weights or logits became NaN or infinite; lower training.lr")
@@ -388,10 +329,7 @@ def client_loader(
     spec: InputSpec | None = None,
     drawn_for: InputSpec | None = None,
 ) -> Loader:
-    """Return a client's augmented training images; order and augmentation differ from client to client.
-
-    ``spec`` and ``drawn_for``: those of a loader of the same views for a teacher, see ``Loader``.
-    """
+    """Return a client's augmented training images; order and augmentation differ from client to client."""
     return Loader(
         images,
         spec or student.input,

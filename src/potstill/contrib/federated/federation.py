@@ -165,16 +165,8 @@ def federate(
 ) -> Path:
     """Train with every algorithm of ``options`` on the same clients; return the run folder.
 
-    Args:
-        recipe: its epochs are not used.
-        options: clients, algorithms and rounds.
-        output_dir: folder of the run folders.
-        name: name of the run folder; None: the recipe's with ``-federated``.
-        resume: continue after the last finished round.
-        overwrite: delete an existing folder of this name first.
-        data: in place of ``recipe.data.source``.
-        observer: receives progress, notes and warnings.
-        clients: remote clients with images of their own; None: simulate them in this process.
+    ``recipe``: its epochs are not used.  ``name`` is by default the recipe's with ``-federated``.  ``clients``: remote
+    ones with images of their own; None: simulate them in this process.
     """
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
@@ -205,8 +197,6 @@ def federate(
 
 
 class _FederatedRun:
-    """The server, and the clients if they are in this process."""
-
     def __init__(
         self,
         recipe: Recipe,
@@ -230,7 +220,6 @@ class _FederatedRun:
             self.local = {each: Client(own, public) for each, own in enumerate(sources)}
 
     def describe(self) -> dict[str, Any]:
-        """Return each client's number of images; of clients in this process, also by class."""
         clients = self.remote or InProcessClients(self.local)
         # All servers are built first, so that a missing requirement of the last algorithm is an error before training.
         servers = {name: self._server(ALGORITHMS[name], clients) for name in self.options.algorithms}
@@ -249,7 +238,6 @@ class _FederatedRun:
         return {"recipe": self.recipe.name, "clients": found, "public": public, "test": len(self.data.test)}
 
     def train(self, folder: Path, results: FederatedResults) -> None:
-        """Train with every algorithm, then every baseline."""
         for name in self.options.algorithms:
             # Clients in this process keep nothing from one algorithm to the next.
             self._train(name, ALGORITHMS[name], self.remote or InProcessClients(self.local), folder, results)

@@ -55,11 +55,7 @@ def message_to_records(message: Message) -> "RecordDict":
 
 
 def records_to_message(content: "RecordDict") -> Message:
-    """Return the message in Flower's records.
-
-    Raises:
-        Exception: of any kind, if these are no records of a message; they may come from a hostile client.
-    """
+    """Return the message in Flower's records; a hostile client's raise any kind of Exception."""
     texts = {str(name): str(value) for name, value in content["texts"].items()}
     numbers = {str(name): float(value) for name, value in content["numbers"].items()}
     return Message(texts.pop("task"), _record_to_arrays(content["arrays"]), numbers, texts)
@@ -69,9 +65,6 @@ def decode_array(array: "Array") -> NDArray[Any]:
     """Return the values of a Flower array: numbers, in NumPy's format, exactly as many as its bytes hold.
 
     NumPy's own reader first allocates what the header claims, which a hostile client may set to terabytes.
-
-    Raises:
-        ValueError: anything else.
     """
     stream = io.BytesIO(array.data)
     if np.lib.format.read_magic(stream) != (1, 0):
@@ -96,11 +89,8 @@ class GridClients:
     """All SuperNodes that are connected, through the grid of a running ServerApp.
 
     Requests are sent, and replies fetched, one by one: Flower's ``send_and_receive`` raises at the first reply that it
-    cannot read, so that one client could end the run.
-
-    Args:
-        grid: Flower's.
-        timeout: seconds to wait for the replies to a request; a client that needs longer is left out of the round.
+    cannot read, so that one client could end the run.  A client that needs over ``timeout`` seconds is left out of the
+    round.
     """
 
     def __init__(self, grid: "Grid", timeout: float) -> None:
@@ -165,11 +155,7 @@ class GridClients:
 
 
 def wait_for_clients(clients: Clients, count: int, seconds: float) -> None:
-    """Return once ``count`` clients are connected.
-
-    Raises:
-        WorkerError: they are not after so many seconds.
-    """
+    """Return once ``count`` clients are connected; WorkerError: they are not after so many seconds."""
     end = time.monotonic() + seconds
     while (connected := len(clients.connected())) < count:
         if time.monotonic() > end:
@@ -180,13 +166,7 @@ def wait_for_clients(clients: Clients, count: int, seconds: float) -> None:
 def handle_message(
     envelope: "FlowerMessage", context: "Context", find_client: Callable[[Message], Client]
 ) -> "FlowerMessage":
-    """Reply to a request; errors go to the client's own log, and only their class name to the server.
-
-    Args:
-        envelope: holds the server's request.
-        context: Flower's; holds what the client keeps between requests.
-        find_client: returns the client that is to reply.
-    """
+    """Reply to a request; errors go to the client's own log, and only their class name to the server."""
     from flwr.app import Message as FlowerMessage
 
     task = ""
@@ -262,9 +242,7 @@ def create_client_app() -> "ClientApp":
 
 
 def _create_client(node: Mapping[str, Any], run: Mapping[str, Any]) -> Client:
-    """Return a client with the images of the node's configuration; in a simulation, which the server's user runs
-    alone, with those of the run's.  Elsewhere the server does not choose which folder a client reads.
-    """
+    """Return a client with the images of the node's configuration, or in a simulation of the run's."""
     folder, public = node.get("folder"), node.get("public")
     if not folder and "partition-id" in node and run.get("simulated-clients"):
         folders = client_folders(Path(str(run["simulated-clients"])).expanduser())
@@ -285,15 +263,7 @@ def _create_client(node: Mapping[str, Any], run: Mapping[str, Any]) -> Client:
 
 
 def run_server(clients: Clients, config: Mapping[str, Any]) -> Path:
-    """Wait for the clients, train all rounds, and print the table.
-
-    Args:
-        clients: on other machines.
-        config: any of the keys of ``DEFAULT_CONFIG``.
-
-    Raises:
-        SystemExit: with the exit code of a mistake that a user can correct; its message is printed.
-    """
+    """Wait for the clients, train all rounds, and print the table; ``config`` has keys of ``DEFAULT_CONFIG``."""
     try:
         folder = _federate(clients, DEFAULT_CONFIG | dict(config))
     except PotstillError as error:
@@ -348,15 +318,7 @@ client = create_client_app()
 
 
 def write_app(folder: Path, recipe: str) -> list[Path]:
-    """Write ``pyproject.toml`` and ``potstill_app.py`` for ``flwr run``; return their paths.
-
-    Args:
-        folder: new, or empty.
-        recipe: default of the app's configuration.
-
-    Raises:
-        UsageError: the folder is not empty.
-    """
+    """Write ``pyproject.toml`` and ``potstill_app.py`` for ``flwr run`` to an empty folder; return their paths."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already; name a new folder")
     config = "\n".join(f"{key} = {json.dumps(value)}" for key, value in (DEFAULT_CONFIG | {"recipe": recipe}).items())

@@ -70,16 +70,10 @@ def logits_specs(images: int, classes: int) -> ArraySpecs:
 
 
 def find_reply_problem(reply: Message, specs: ArraySpecs, *, need_loss: bool = True) -> str | None:
-    """Return what is wrong with a reply in a few words, or None.
+    """Return what is wrong with a reply, of which nothing is trusted, not even types, in a few words; None: nothing.
 
-    Args:
-        reply: of a client; nothing in it is trusted, not even its types.
-        specs: the arrays that it must hold, and no others.
-        need_loss: whether ``loss`` must be among its numbers.
-
-    Returns:
-        None for a reply with exactly these arrays, all values finite, variances and whole numbers (batch counts) not
-        negative, a whole number of images of at least 1, a loss below 1e9, and no texts.
+    Right is a reply with exactly the arrays of ``specs``, all values finite, variances and whole numbers (batch counts)
+    not negative, a whole number of images of at least 1, a loss below 1e9, and no texts.
     """
     if not isinstance(reply, Message) or not all(isinstance(each, np.ndarray) for each in reply.arrays.values()):
         return "not a reply"
@@ -103,14 +97,7 @@ def find_reply_problem(reply: Message, specs: ArraySpecs, *, need_loss: bool = T
 
 
 def encode_texts(recipe: Recipe, student: Classifier, teacher: Classifier | None, epochs: int) -> dict[str, str]:
-    """Return recipe, classes and networks as texts, without the paths of the server's files.
-
-    Args:
-        recipe: with ``data.augment`` filled in, since its default depends on the server's data.
-        student: the server's.
-        teacher: the server's, if it has one.
-        epochs: of all rounds together, the length of the learning-rate schedule.
-    """
+    """Return recipe (its ``data.augment`` filled in), classes and networks as texts, without paths."""
     data = recipe.data.model_copy(update={"source": "python", "unlabeled": None, "options": {}})
     training = recipe.student.training | {"epochs": epochs}
     bare = recipe.student.model_copy(update={"weights": None, "training": training})
@@ -123,12 +110,7 @@ def encode_texts(recipe: Recipe, student: Classifier, teacher: Classifier | None
 
 
 def decode_recipe(message: Message) -> Recipe:
-    """Return the server's recipe.
-
-    Raises:
-        ArtifactError: it cannot be read, for example because the server runs another version of potstill.
-        UsageError: it names code that would run here.
-    """
+    """Return the server's recipe; ArtifactError: of another version; UsageError: it names code that would run here."""
     try:
         recipe = Recipe.model_validate_json(message.texts["recipe"])
     except (KeyError, ValueError) as error:

@@ -49,12 +49,7 @@ class Partition:
 
 
 def parse_partition(text: str) -> Partition:
-    """Return the partition that ``iid``, ``dirichlet:ALPHA`` or ``folders:DIR`` describes.
-
-    Example:
-        >>> parse_partition("dirichlet:0.3").alpha
-        0.3
-    """
+    """Return the partition that ``iid``, ``dirichlet:ALPHA`` or ``folders:DIR`` describes."""
     kind, _, value = text.partition(":")
     if kind == "iid" and not value:
         return Partition()
@@ -72,19 +67,10 @@ def parse_partition(text: str) -> Partition:
 
 
 def partition_indices(labels: IndexArray, clients: int, partition: Partition, seed: int) -> list[IndexArray]:
-    """Return the positions of each client's images: every image belongs to one client, each client has at least two.
+    """Return the sorted positions of each client's images: every image belongs to one client, each has at least two.
 
     A Dirichlet draw that leaves a client with fewer is repeated, so very uneven divisions are a little more even than
     the distribution.
-
-    Args:
-        labels: class ids ``[N]``.
-        clients: number of clients.
-        partition: by label distribution; not of folders.
-        seed: of the draw.
-
-    Returns:
-        Sorted positions for each client, ``[n_i]`` with the sum N.
     """
     if clients < 1:
         raise UsageError(f"--clients must be at least 1, got {clients}")
@@ -107,7 +93,6 @@ def partition_indices(labels: IndexArray, clients: int, partition: Partition, se
 
 
 def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.random.Generator) -> list[IndexArray]:
-    """Divide each class in shares drawn from the Dirichlet distribution."""
     parts: list[list[IndexArray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
@@ -121,14 +106,7 @@ def _draw_dirichlet(labels: IndexArray, clients: int, alpha: float, random: np.r
 def load_client_images(
     root: Path, class_names: tuple[str, ...], *, follow_links: bool = False, skip_bad: bool = False
 ) -> FileSet:
-    """Return a client's training images; from a folder with train, val and test, those of train.
-
-    Args:
-        root: of class folders; classes may be missing.
-        class_names: the server's, class id -> name.
-        follow_links: also read links to files and folders elsewhere.
-        skip_bad: leave out files that cannot be read.
-    """
+    """Return a client's training images, of some classes; from a folder with train, val and test, those of train."""
     if not root.is_dir():
         raise DataError(f"a client's images: no folder {root}; name one with a folder for each class")
     settings = DataSettings(source=str(root), follow_links=follow_links, skip_bad=skip_bad)
@@ -157,13 +135,7 @@ def load_client_images(
 
 
 def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[DataSplits, ImageSet | None]:
-    """Return the data without the images that become public, and the public images.
-
-    Args:
-        data: if it has unlabeled images, these are the public ones.
-        share: of the training images, if there are no unlabeled ones; 0: none become public.
-        seed: of the recipe; selects the images.
-    """
+    """Return the data without the images that become public (unlabeled ones, or a share of train), and these."""
     if data.unlabeled is not None:
         return replace(data, unlabeled=None), data.unlabeled
     if share == 0:
@@ -179,14 +151,7 @@ def split_public_images(data: DataSplits, share: float, seed: int) -> tuple[Data
 
 
 def client_image_sources(train: ImageSet, partition: Partition, clients: int | None, seed: int) -> list[ImageSource]:
-    """Return for each client the function that loads its images.
-
-    Args:
-        train: the images to divide, unless the clients have folders.
-        partition: of the images.
-        clients: number of clients; None: 5, or the number of folders.
-        seed: of the recipe.
-    """
+    """Return for each client the function that loads its images; 5 clients by default, or those with folders."""
     if partition.folders is None:
         parts = partition_indices(
             train.labels, 5 if clients is None else clients, partition, derive_seed(seed, "partition") % 2**32

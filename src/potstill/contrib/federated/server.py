@@ -62,12 +62,7 @@ MAX_UPDATE_RATIO = 10.0  # norm of a client's update, in units of the clients' m
 def average_states(states: Sequence[Arrays], images: Sequence[float]) -> Arrays:
     """Return the average of several clients' arrays, computed in float64, in each array's own dtype.
 
-    Args:
-        states: with the same names and shapes.
-        images: the weight of each, such as its number of images; their sum is above 0.
-
-    Returns:
-        The weighted mean of floats (pooled for running variances), and the largest of whole numbers.
+    Floats are weighted by ``images`` (pooled for running variances); of whole numbers it is the largest.
 
     Example:
         >>> one, two = ({"w": np.array([value], np.float32)} for value in (1.0, 5.0))
@@ -95,9 +90,7 @@ def average_states(states: Sequence[Arrays], images: Sequence[float]) -> Arrays:
 def limit_counts(images: Sequence[float], max_share: float) -> list[float]:
     """Return the weights of clients in an average: their images, the largest reduced to ``max_share`` of the sum.
 
-    Args:
-        images: of each client, above 0.
-        max_share: from 0.5 to 1.  A single client keeps its weight.
+    ``max_share`` is from 0.5 to 1; a single client keeps its weight.
 
     Example:
         >>> limit_counts([10, 20, 1_000_000], 0.5), limit_counts([10, 20, 25], 0.5)
@@ -114,13 +107,8 @@ def limit_counts(images: Sequence[float], max_share: float) -> list[float]:
 def limit_updates(states: Sequence[Arrays], reference: Arrays) -> tuple[list[Arrays], list[int]]:
     """Scale down updates whose norm is above ``MAX_UPDATE_RATIO`` times the median (of an even number: the lower one).
 
-    Args:
-        states: of the clients, with the same names and shapes.
-        reference: what updates are measured from, such as the weights that the clients started with.
-
-    Returns:
-        The states, those within the limit unchanged, and the positions of the others.  The norms of weights and of
-        BatchNorm's statistics are compared each by themselves.  A single state has no others to compare with.
+    ``reference``: what updates are measured from.  Return the states, those within the limit unchanged, and the
+    positions of the others.  Norms of weights and of BatchNorm's statistics are compared each by themselves.
     """
     limited, positions = [dict(state) for state in states], set()
     names = [name for name, each in reference.items() if each.dtype.kind == "f"]
@@ -221,20 +209,7 @@ class ServerState:
 
 
 class Server:
-    """Holds the student, and the teacher of algorithms that have one.
-
-    Args:
-        algorithm: the algorithm of each round.
-        student: with its initial weights; trained in place.
-        recipe: with ``data.augment`` filled in.
-        schedule: of the rounds.
-        clients: receive the requests.
-        val: selects the best round.
-        compute: of the server.
-        public: unlabeled images, for algorithms that need them.
-        teacher: for algorithms that need one.
-        declared: client -> number of images, as of an earlier ``describe_clients``; no client may send more.
-    """
+    """Holds the student, trained in place, and the teacher of algorithms that have one; ``val`` selects a round."""
 
     def __init__(
         self,

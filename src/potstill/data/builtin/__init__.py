@@ -16,16 +16,7 @@ def split_published(
     limit: int | None,
     augment: AugmentSettings,
 ) -> DataSplits:
-    """Return train and val from the published training images, and the published test images.
-
-    Args:
-        settings: share of val, and the split seed.
-        class_names: [K].
-        pool: the published training images.
-        test: the published test images.
-        limit: how many of ``pool`` are used, stratified; None: all.
-        augment: augmentation that suits these images.
-    """
+    """Return train and val from ``limit`` published training images, stratified, and the published test images."""
     if limit is not None:
         chosen = stratified_subset(pool.names, pool.labels, limit, settings.split_seed)
         pool = ArraySet(pool.images[chosen], pool.labels[chosen], [pool.names[i] for i in chosen])

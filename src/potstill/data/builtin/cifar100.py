@@ -1,8 +1,7 @@
 """CIFAR-100: 50,000 + 10,000 colour photographs of 32x32 pixels, a hundred classes (Krizhevsky, 2009).
 
-Both published forms are read, https://www.cs.toronto.edu/~kriz/cifar.html: the folders ``cifar-100-binary`` and
-``cifar-100-python``.  The second is made of pickles; nothing but arrays, lists and text is taken from them, so that a
-forged one cannot run code.
+The folders ``cifar-100-binary`` and ``cifar-100-python`` of https://www.cs.toronto.edu/~kriz/cifar.html are read;
+nothing but arrays, lists and text is taken from the pickles of the second, so that a forged one cannot run code.
 """
 
 import hashlib
@@ -45,12 +44,7 @@ class CifarOptions(Options):
 
 
 def cifar100(settings: DataSettings) -> DataSplits:
-    """Return train and val from the 50,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
-
-    Raises:
-        UsageError: unknown options; the files are not found and cannot be downloaded.
-        DataError: damaged files.
-    """
+    """Return train and val from the 50,000 (``limit`` of them: stratified, by split_seed), test the 10,000."""
     options = read_options(settings, CifarOptions)
     folder = _find(options) or _download(_cache())
     class_names, sets = _read(folder)
@@ -58,16 +52,11 @@ def cifar100(settings: DataSettings) -> DataSplits:
 
 
 def check(settings: DataSettings) -> None:
-    """Check options and folder, without reading images.
-
-    Raises:
-        UsageError: unknown options, or a root without the files.
-    """
+    """Check options and folder, without reading images."""
     _find(read_options(settings, CifarOptions))
 
 
 def _find(options: CifarOptions) -> Path | None:
-    """Return the folder of the files; None if they must be downloaded."""
     if options.root is None:
         return _within(_cache())
     found = _within(Path(options.root).expanduser())
@@ -114,7 +103,6 @@ def _download(root: Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[tuple[str, ...], dict[str, ArraySet]]:
-    """Return class names, and the images of train and test."""
     if (folder / "train.bin").is_file():
         train, test, meta = FILES["cifar-100-binary"]
         names = _bytes(folder / meta).decode("utf-8", "replace").split()

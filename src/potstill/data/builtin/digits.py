@@ -29,7 +29,10 @@ def digits(settings: DataSettings) -> DataSplits:
     images = ArraySet(pixels, labels, [f"digits/{i:05d}" for i in range(len(pixels))])
     class_names = tuple(str(digit) for digit in range(10))
     parts, origin = split_by_settings(settings, images, class_names)
-    contents = {split: [_digest(part.pixels(i)) for i in range(len(part))] for split, part in parts.items()}
+    contents = {
+        split: [hashlib.sha256(part.pixels(i).tobytes()).hexdigest() for i in range(len(part))]
+        for split, part in parts.items()
+    }
     return DataSplits(
         class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint(parts, class_names, contents), augment=AUGMENT,
@@ -42,10 +45,7 @@ def check(settings: DataSettings) -> None:
 
 
 def read_counts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the number of set bits in each 4x4 block, 0 to 16, [N, 8, 8], and labels [N].
-
-    Reads scikit-learn's file directly, since importing scikit-learn is slow.
-    """
+    """Return the number of set bits in each 4x4 block, [N, 8, 8], and labels [N], without importing scikit-learn."""
     found = importlib.util.find_spec("sklearn")
     file = Path(found.origin).parent / _FILE if found is not None and found.origin is not None else None
     if file is None or not file.is_file():
@@ -56,7 +56,3 @@ def read_counts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     with gzip.open(file, "rt", encoding="ascii") as lines:
         rows = np.array([line.split(",") for line in lines], dtype=np.int64)
     return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
-
-
-def _digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(pixels.tobytes()).hexdigest()

@@ -40,12 +40,7 @@ class FashionOptions(Options):
 
 
 def fashion_mnist(settings: DataSettings) -> DataSplits:
-    """Return train and val from the 60,000 (``limit`` of them: stratified, by split_seed), test the 10,000.
-
-    Raises:
-        UsageError: unknown options; the files are not found and cannot be downloaded.
-        DataError: damaged files.
-    """
+    """Return train and val from the 60,000 (``limit`` of them: stratified, by split_seed), test the 10,000."""
     options = read_options(settings, FashionOptions)
     root = _root(options)
     train, test = _read_split(root, "train"), _read_split(root, "test")
@@ -53,11 +48,7 @@ def fashion_mnist(settings: DataSettings) -> DataSplits:
 
 
 def check(settings: DataSettings) -> None:
-    """Check options and folder, without reading images.
-
-    Raises:
-        UsageError: unknown options, or a root without the files.
-    """
+    """Check options and folder, without reading images."""
     options = read_options(settings, FashionOptions)
     if options.root is not None and not _complete(Path(options.root)):
         raise UsageError(_missing(Path(options.root)))

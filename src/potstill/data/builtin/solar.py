@@ -33,12 +33,7 @@ class SolarOptions(Options):
 
 
 def solar(settings: DataSettings) -> DataSplits:
-    """Return solar cells in four or two classes of damage, split by the settings.
-
-    Raises:
-        UsageError: the package is not installed, or unknown options.
-        DataError: the installed package is damaged.
-    """
+    """Return solar cells in four or two classes of damage, split by the settings."""
     options = read_options(settings, SolarOptions)
     folder = _folder()
     names, labels = [], []

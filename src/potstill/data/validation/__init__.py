@@ -314,11 +314,7 @@ def find_duplicates(images: HashedImages) -> Duplicates:
 
 
 def group_equal_rows(digests: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
-    """Yield the positions of each group of equal rows, sorted; groups are sorted by their first.
-
-    Args:
-        digests: [N, D], D a multiple of 8.
-    """
+    """Yield the sorted positions of equal rows of ``digests`` [N, D], D a multiple of 8."""
     if not len(digests):
         return
     columns = np.ascontiguousarray(digests).view(np.uint64)
@@ -420,14 +416,7 @@ _FULL: ValueRange = (0.0, 65535.0)  # of 16-bit colours, of which the high byte 
 def check_ranges(
     names: list[str], division: SplitAssignment, table: ScanTable, setting: ValueRange | Literal["auto"]
 ) -> tuple[ValueRange | None, list[Finding]]:
-    """Return the value range of a data set, and findings on it.
-
-    Args:
-        names: [N], of the images.
-        division: their labels and splits.
-        table: their scans.
-        setting: ``data.range``.
-    """
+    """Return the value range of a data set by the setting ``data.range``, and findings on it."""
     good = table.good
     wide = good[table.rows["span"][good] > 0]
     if not len(wide):

@@ -65,12 +65,7 @@ class FindingSummary:
 
 
 def summarize_findings(findings: Sequence[Finding]) -> tuple[FindingSummary, ...]:
-    """Summarise findings by kind, in the order of FINDING_KINDS.
-
-    Example:
-        >>> summarize_findings([Finding("tiny", "a.png", "2 x 2 pixels"), Finding("tiny", "b.png", "3 x 3 pixels")])
-        (FindingSummary(kind='tiny', count=2, example='a.png: 2 x 2 pixels'),)
-    """
+    """Summarise findings by kind, in the order of FINDING_KINDS."""
     first: dict[str, Finding] = {}
     for each in findings:
         first.setdefault(each.kind, each)
@@ -107,13 +102,7 @@ UNUSED_KINDS = ("beside-classes", "hidden")  # kinds of images that a run does n
 
 
 def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
-    """Return the findings of ``potstill check`` on this data, else those found without reading a file again.
-
-    The result is cached by the data's fingerprint.
-
-    Returns:
-        A summary by kind; errors first, unused images last.
-    """
+    """Return summaries of what ``potstill check`` found on this data, else of what is known without reading."""
     found = load_summary(data.fingerprint)
     if found is None:
         found = summarize_findings(find_repeated_files(data))
@@ -123,10 +112,7 @@ def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
 
 
 def find_repeated_files(data: DataSplits) -> list[Finding]:
-    """Return findings on images of equal content within and across splits and labels, of files and of arrays.
-
-    None for other images, since reading them may be slow.
-    """
+    """Return findings on images of equal content within and across splits and labels, of files and arrays alone."""
     sets = [data.split(split) for split in SPLITS]
     digests = [_digests(images) for images in sets]
     whole = [each for each in digests if each is not None]
@@ -147,12 +133,7 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
 
 
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
-    """Return messages: one warning for each kind of error, and at most one note for all other findings.
-
-    Args:
-        found: of ``quick_findings``.
-        source: as `potstill check` takes it.
-    """
+    """Return messages: one warning for each kind of error, and at most one note for all other findings."""
     command = f"`potstill check {shlex.quote(source)}`"
     warnings = [
         f"{source}: {each.count:,} x {FINDING_KINDS[each.kind].what} ({FINDING_KINDS[each.kind].why}), such as "
@@ -216,15 +197,7 @@ def cache_findings(
     findings: list[Finding],
     range_setting: ValueRange | Literal["auto"],
 ) -> None:
-    """Cache the findings on data that a run accepts, by the fingerprint that the run will compute.
-
-    Args:
-        listing: of the data.
-        division: labels and splits of its entries.
-        table: scans of its entries.
-        findings: errors first.
-        range_setting: ``data.range``.
-    """
+    """Cache the findings on data that a run accepts, by the fingerprint that the run will compute."""
     if any(FINDING_KINDS[each.kind].refused for each in findings):
         return
     fingerprint = listing.fingerprint
@@ -236,7 +209,6 @@ def cache_findings(
 
 
 def _contents(listing: Listing, table: ScanTable) -> dict[str, str]:
-    """Return name -> content description of the decoded files, as ``scan.check_files`` does."""
     rows = table.rows
     found = {}
     for i in table.good.tolist():

@@ -1,6 +1,4 @@
-"""The teacher cache: teacher outputs on disk by (sample, view), so that the teacher runs once for each; its
-settings.
-"""
+"""The teacher cache: teacher outputs on disk by (sample, view); its settings."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,10 +1,9 @@
-"""A cache of one teacher's outputs for the views of one split's images, on disk; list, find and remove caches.  No
-torch here.
+"""A cache of one teacher's outputs for the views of one split's images, on disk; list, find and remove caches.
 
 ``<root>/<key>/`` holds ``manifest.json`` (what the records are outputs of; its time is that of the last use),
-``logits.bin`` ([view][sample] records) and ``done.bin`` (a checksum for each record that exists).  Any number of
-processes read a cache at once, and one writes it.  The locks are on these files, which the system releases when a
-process ends: each open cache holds ``logits.bin`` shared, and the one that writes holds ``done.bin``.
+``logits.bin`` ([view][sample] records) and ``done.bin`` (a checksum for each).  Any number of processes read a cache,
+and one writes it: each holds ``logits.bin`` shared, the one that writes ``done.bin``, in locks that end with the
+process.
 """
 
 import contextlib
@@ -60,15 +59,7 @@ class _View:
 
 
 class TeacherCache:
-    """An open cache, returned by ``open`` or ``open_existing``.
-
-    Attributes:
-        path: its folder.
-        identity: everything that determines the outputs.
-        facts: further information, for listings.
-        record: encoding of the outputs.
-        samples: N.
-    """
+    """An open cache of ``samples`` N, returned by ``open`` or ``open_existing``."""
 
     def __init__(self, path: Path, manifest: CacheManifest, file: RecordFile) -> None:
         self.path, self._file = path, file
@@ -84,31 +75,17 @@ class TeacherCache:
     def open(
         cls, root: Path, identity: Mapping[str, Any], record: RecordFormat, samples: int, facts: Mapping[str, Any]
     ) -> "TeacherCache":
-        """Return the cache of this identity; create it if there is none.
+        """Return the cache of this identity, JSON values that determine the outputs; create it, with ``facts``, if
+        there is none.
 
-        Args:
-            root: the folder of all caches.
-            identity: everything that determines the outputs, as JSON values; with ``record`` and ``samples`` it gives
-                the key.  Other teacher weights, data or views: another cache.
-            record: encoding of the outputs.
-            samples: N >= 1.
-            facts: information for listings; used only if the cache is created.
-
-        Raises:
-            StorageError: it cannot be created or opened.
-            ArtifactError: it is damaged, or of another version's format.
+        StorageError: it cannot be created or opened.  ArtifactError: it is damaged, or of another version's format.
         """
         manifest = CacheManifest(json.loads(canonical_json(identity)), record, samples, facts)
         return cls._open(root / manifest.key, manifest)
 
     @classmethod
     def open_existing(cls, path: Path) -> "TeacherCache":
-        """Return the cache in this folder.
-
-        Raises:
-            StorageError: it cannot be opened.
-            ArtifactError: there is none, it is damaged, or of another version's format.
-        """
+        """Return the cache in this folder; ArtifactError: there is none, it is damaged, or of another version."""
         return cls._open(path, None)
 
     @classmethod
@@ -142,15 +119,8 @@ class TeacherCache:
         return -(-self._file.count() // self.samples)
 
     def read(self, view: int, ids: Ids) -> tuple[Bytes, NDArray[np.bool_]]:
-        """Read records of one view.
-
-        Args:
-            view: from 0; any number.
-            ids: of samples, shape [B], in [0, N).
-
-        Returns:
-            Records [B, nbytes], zeros if missing; and which of them exist, [B].  A view's checksums are compared when
-            it is first read: damaged records count as missing.
+        """Return records [B, nbytes] of samples [B] in one view, zeros if missing, and which exist, [B].  A view's
+        checksums are compared when it is first read: damaged records count as missing.
         """
         try:
             state = self._view(view, ids)
@@ -168,18 +138,10 @@ class TeacherCache:
             raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def write(self, view: int, ids: Ids, records: Bytes) -> None:
-        """Write records; they can be read at once, and are safe on disk after ``flush``.
+        """Write records [B, nbytes] of samples [B]; they can be read at once, and are safe on disk after ``flush``.
 
         Existing records are not replaced, and records with NaN or infinity are skipped.  While another process writes
-        this cache, nothing is written.
-
-        Args:
-            view: from 0.
-            ids: of samples, shape [B], in [0, N).
-            records: shape [B, nbytes].
-
-        Raises:
-            StorageError: a full disk, an I/O error, or a read-only cache; raised once, later calls do nothing.
+        this cache, nothing is written.  A StorageError (full disk, read-only) is raised once; later calls do nothing.
         """
         if self._failed:
             return
@@ -191,11 +153,7 @@ class TeacherCache:
             self._fail(RECORDS_FILE, error)
 
     def flush(self) -> None:
-        """Write records and checksums to disk.  However the process ends, no incomplete record is ever read.
-
-        Raises:
-            StorageError: a full disk or an I/O error; raised once, later calls do nothing.
-        """
+        """Write records and checksums to disk.  However the process ends, no incomplete record is ever read."""
         added = [
             (view * self.samples + ids, checksums)
             for view, state in self._views.items()
@@ -229,11 +187,7 @@ class TeacherCache:
             self._file.close()
 
     def coverage(self, views: int | None = None) -> list[int]:
-        """Return the number of records by view.
-
-        Args:
-            views: number of views; None: all of the cache.
-        """
+        """Return the number of records by view, of ``views`` or of all."""
         no_ids = np.empty(0, np.int64)
         try:
             count = self.views if views is None else views
@@ -338,13 +292,7 @@ def _is_current(records: int, path: Path) -> bool:
 
 
 def copy_from_wider(cache: TeacherCache) -> int:
-    """Copy missing records from caches of the same outputs that have embeddings beside them; return how many.
-
-    A method that reads logits alone thus uses what another has recorded.
-
-    Args:
-        cache: of logits alone; with embeddings nothing is copied.
-    """
+    """Copy missing records of logits alone from caches that have embeddings beside them; return how many."""
     record, copied = cache.record, 0
     if record.embedding:
         return 0
@@ -385,23 +333,14 @@ _DELETE_ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A cache in a listing; only its manifest is checked.
-
-    Attributes:
-        path: its folder.
-        size: bytes on the disk.
-        last_used: when it was last opened, in seconds since 1970.
-        manifest: identity and format; None if it cannot be read.
-        recorded: number of records by view.
-        error: why the cache cannot be used; empty if it can.
-    """
+    """A cache in a listing; only its manifest is checked."""
 
     path: Path
-    size: int
-    last_used: float
-    manifest: CacheManifest | None
-    recorded: tuple[int, ...] = ()
-    error: str = ""
+    size: int  # bytes on the disk
+    last_used: float  # when it was last opened, in seconds since 1970
+    manifest: CacheManifest | None  # identity and format; None if it cannot be read
+    recorded: tuple[int, ...] = ()  # number of records by view
+    error: str = ""  # why the cache cannot be used; empty if it can
 
     @property
     def key(self) -> str:
@@ -446,25 +385,12 @@ class CacheEntry:
 
 
 def list_caches(root: Path) -> list[CacheEntry]:
-    """Return the caches of a folder, the last used first.
-
-    Raises:
-        StorageError: the folder cannot be read.
-    """
+    """Return the caches of a folder, the last used first."""
     return sorted(map(_read_entry, _cache_folders(root)), key=lambda each: (-each.last_used, each.key))
 
 
 def find_cache(root: Path, key: str) -> Path:
-    """Return the folder of a cache.
-
-    Args:
-        root: the folder of all caches.
-        key: of the cache, or its unique beginning of at least 4 characters.
-
-    Raises:
-        UsageError: there is no such cache; the message names the nearest.
-        StorageError: the folder cannot be read.
-    """
+    """Return the folder of a cache by the first 4 or more characters of its key; UsageError names the nearest."""
     keys = [folder.name for folder in _cache_folders(root)]
     matches = [name for name in keys if name == key or (len(key) >= _MIN_KEY_PREFIX and name.startswith(key))]
     if len(matches) == 1:
@@ -478,14 +404,7 @@ def find_cache(root: Path, key: str) -> Path:
 
 
 def remove_cache(path: Path) -> int:
-    """Delete a cache, damaged or not.
-
-    Returns:
-        Freed bytes.
-
-    Raises:
-        StorageError: it is in use, or cannot be deleted.
-    """
+    """Delete a cache, damaged or not; return the freed bytes.  StorageError: it is in use, or cannot be deleted."""
     handle = -1
     try:
         handle = os.open(path / RECORDS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # a missing file, too

@@ -52,11 +52,7 @@ def top16_fields(classes: int) -> list[tuple[str, str, int]]:
 
 
 def encode_top16(differences: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Encode differences ``z - max z``, shape [B, K].
-
-    Returns:
-        The classes of the 16 largest, largest first; their differences; log m(T) at each of ``TAIL_TEMPERATURES``.
-    """
+    """Encode ``z - max z`` [B, K]: the classes of the 16 largest, in order, their values, and the tail's log m(T)."""
     top = np.argpartition(-differences, TOP_CLASSES - 1, axis=1)[:, :TOP_CLASSES]
     order = np.lexsort(
         (top, -np.take_along_axis(differences, top, axis=1)), axis=1
@@ -79,15 +75,7 @@ def decode_top16(
 ) -> Floats:
     """Return logits [B, K] whose softmax at T has the probabilities of the 16 largest, and the tail's as a whole.
 
-    Args:
-        index: classes of the 16 largest, shape [B, 16].
-        largest: their differences, shape [B, 16].
-        tail: log m(T) at ``TAIL_TEMPERATURES``, shape [B, 4].
-        classes: K.
-        temperature: T > 0.
-
-    Returns:
-        The logits of the tail are all equal, and not above the smallest of the 16.
+    ``index`` and ``largest`` are [B, 16], ``tail`` [B, 4].  The logits of the tail are equal, and not above the 16.
     """
     others = classes - TOP_CLASSES
     level = temperature * (tail_log_mass(tail, others, temperature) - np.log(others))
@@ -103,11 +91,6 @@ def tail_log_mass(tail: Floats, others: int, temperature: float) -> NDArray[np.f
     At one of ``TAIL_TEMPERATURES``, the stored value.  Between them, the polynomial through the five points, clipped to
     the bounds of convexity.  Below T = 1, the line through T = 2 and 1, or the polynomial's slope if steeper, but not
     above the bound ``log m(T) <= log m(1) / T``.
-
-    Args:
-        tail: log m at ``TAIL_TEMPERATURES``, shape [B, 4].
-        others: number of classes in the tail.
-        temperature: T > 0.
     """
     points = np.concatenate([np.full((len(tail), 1), np.log(others)), tail[:, ::-1]], axis=1).astype(np.float64)
     beta = 1 / temperature
@@ -162,13 +145,7 @@ Bytes = NDArray[np.uint8]
 class RecordFormat:
     """Encoding of teacher outputs as bytes.
 
-    Args:
-        kind: one of ``RECORD_KINDS``.
-        classes: K; 0: no logits; more than 64 for top16.
-        embedding: D of the embedding; 0: none.  Not both are 0.
-
-    Raises:
-        UsageError: an unknown kind, or an invalid size.
+    ``classes`` K, 0: no logits; ``embedding`` D, 0: none.
 
     Example:
         >>> record = RecordFormat("float16", classes=4)
@@ -210,15 +187,7 @@ class RecordFormat:
         return self.dtype.itemsize
 
     def encode(self, logits: Floats, embedding: Floats | None = None) -> Bytes:
-        """Encode outputs as records.
-
-        Args:
-            logits: shape [B, K].  In float16, differences are clipped to 65504.
-            embedding: shape [B, D]; None if the record has none.
-
-        Returns:
-            Shape [B, nbytes].
-        """
+        """Encode logits [B, K], in float16 clipped to 65504, and embedding [B, D] as records [B, nbytes]."""
         records = np.zeros(len(logits), self.dtype)
         with np.errstate(invalid="ignore", over="ignore"):  # the caller checks for NaN and infinity
             if self.kind == "float32":
@@ -236,15 +205,7 @@ class RecordFormat:
         return records.view(np.uint8).reshape(len(logits), self.nbytes)
 
     def decode(self, records: Bytes, temperature: float | None = None) -> tuple[Floats, Floats | None]:
-        """Decode records to outputs.
-
-        Args:
-            records: shape [B, nbytes].
-            temperature: T of the softmax that the logits are for; only used by top16.  None: 1.
-
-        Returns:
-            Logits [B, K], exact for float32, else up to a constant for each image; and the embedding [B, D], or None.
-        """
+        """Return logits [B, K], exact for float32, else up to a constant for each image; and embedding [B, D]."""
         fields = self._fields(records)
         if self.kind == "top16":
             logits = decode_top16(
@@ -282,19 +243,12 @@ _REPAIR_HINT = "Remove it with `potstill cache rm {key}`; the next run fills it 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """Identity and format of a cache.
+    """Identity and format of a cache."""
 
-    Args:
-        identity: everything that determines the outputs, as JSON values.  Not the number of views, which may grow.
-        record: the format of an output.
-        samples: N, images of the split.
-        facts: information for listings and ``verify``; not part of the key.
-    """
-
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any]  # JSON values that determine the outputs, but not the number of views, which may grow
     record: RecordFormat
-    samples: int
-    facts: Mapping[str, Any]
+    samples: int  # N, images of the split
+    facts: Mapping[str, Any]  # for listings and ``verify``; not part of the key
 
     @property
     def key(self) -> str:
@@ -302,11 +256,7 @@ class CacheManifest:
         return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Create the cache's folder with the manifest in it.
-
-        The folder is renamed into place with its manifest, so that no other process sees it without one.  An existing
-        folder only gets the manifest.
-        """
+        """Create the cache's folder, renamed into place with its manifest; an existing one gets the manifest."""
         content = {**self._content(), "key": self.key, "facts": dict(self.facts)}
         if folder.exists():
             write_checksummed_json(folder / MANIFEST_FILE, content)
@@ -324,11 +274,7 @@ class CacheManifest:
 
     @classmethod
     def read(cls, folder: Path) -> "CacheManifest":
-        """Read the manifest; its SHA-256 is compared before it is parsed.
-
-        Raises:
-            ArtifactError: missing, damaged, of another format, or in a folder of another name than its key.
-        """
+        """Read the manifest; its SHA-256 is compared before it is parsed."""
         path, hint = folder / MANIFEST_FILE, _REPAIR_HINT.format(key=folder.name)
         try:
             value = read_checksummed_json(path)
@@ -367,10 +313,6 @@ class CacheManifest:
 
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys, without spaces, in ASCII: equal for equal values.
-
-    Raises:
-        UsageError: values that JSON cannot represent.
-
     Example:
         >>> canonical_json({"b": (1, 2.0), "a": None})
         '{"a":null,"b":[1,2.0]}'

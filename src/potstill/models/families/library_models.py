@@ -156,7 +156,6 @@ def _options(name: str, size: int) -> dict[str, Any]:
 
 
 def _replace_first_convolution(module: nn.Module, in_chans: int) -> None:
-    """Replace the first convolution, with which all classifiers of torchvision begin."""
     for path, old in module.named_modules():
         if isinstance(old, nn.Conv2d):
             parent, _, child = path.rpartition(".")

@@ -45,31 +45,17 @@ _ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16
 
 
 class OpaqueNetwork(nn.Module, ABC):
-    """A network that maps images [B, 3, S, S] to logits [B, K] and hides its layers.
-
-    Outputs that are probabilities become their logarithms.
-
-    Attributes:
-        label: what it is, for messages.
-        gives_probabilities: whether its outputs are probabilities, as ``examine`` found.
-        head: a linear layer of zeros, if the outputs are embeddings.
-    """
+    """A network that maps images [B, 3, S, S] to logits, probabilities or embeddings, and hides its layers."""
 
     label = "a network with hidden layers"
 
     def __init__(self) -> None:
         super().__init__()
         self.gives_probabilities = False
-        self.head: nn.Linear | None = None
+        self.head: nn.Linear | None = None  # zeros, if the outputs are embeddings
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K], float32, on the images' device.
-
-        With a ``head`` its outputs are embeddings, which only the input of this layer shows; the logits are 0.
-
-        Raises:
-            UsageError: it fails, or does not return one row of numbers for each image.
-        """
+        """Return logits [B, K], float32, on the images' device; 0 with a ``head``, whose input are embeddings."""
         outputs = self._outputs(images)
         if self.head is not None:
             logits: Tensor = self.head(outputs)
@@ -125,25 +111,14 @@ def _describe(value: Any) -> str:
 
 
 class FunctionNetwork(OpaqueNetwork):
-    """A plain function as a network.
-
-    Args:
-        function: maps images [B, 3, S, S], float32 and normalised, to logits or probabilities [B, K]; a tensor or an
-            array.  It gets a copy of the images.
-        name: of the function, for messages.
-        size: S.
-    """
+    """A plain function as a network: it maps a copy of normalised images to logits or probabilities [B, K]."""
 
     def __init__(self, function: Callable[[Tensor], Any], name: str, size: int) -> None:
         super().__init__()
         self.function, self.label, self.size = function, name, size
 
     def run(self, images: Tensor) -> Any:
-        """Return what the function returns.
-
-        Raises:
-            UsageError: it raises.
-        """
+        """Return what the function returns; UsageError if it raises."""
         try:
             return self.function(images.clone())
         except PotstillError:
@@ -157,10 +132,7 @@ class FunctionNetwork(OpaqueNetwork):
             ) from error
 
     def fingerprint(self) -> bytes:
-        """Return bytes that differ for functions that differ: the outputs of four fixed images.
-
-        They are rounded, since the last digits may differ from process to process.
-        """
+        """Return bytes that differ for functions that differ: the rounded outputs of four fixed images."""
         images = torch.rand(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             outputs = self(images) if self.head is None else self._outputs(images)
@@ -169,15 +141,7 @@ class FunctionNetwork(OpaqueNetwork):
 
 
 class FileNetwork(OpaqueNetwork):
-    """A network in a file of another program.
-
-    Args:
-        kind: one of ``LABELS``.
-
-    Attributes:
-        metadata: what ``potstill export`` wrote into the file; None if another program wrote it.
-        fixed_size: the only size of images that the file takes; None: any, or unknown.
-    """
+    """A network in a file of another program, with the ``metadata`` of ``potstill export``, if it wrote it."""
 
     content: Tensor
     settings: Tensor
@@ -195,12 +159,7 @@ class FileNetwork(OpaqueNetwork):
 
     @classmethod
     def read(cls, kind: str, path: Path) -> "FileNetwork":
-        """Read a file; ``examine`` runs it.
-
-        Raises:
-            ArtifactError: missing, damaged, or a network with other inputs than images or several outputs.
-            UsageError: TorchScript or torch.export without permission to run code; onnxruntime is not installed.
-        """
+        """Read a file, which ``examine`` runs; UsageError without permission to run its code."""
         network, permitted = cls(kind), str(path.resolve())
         check_permission(kind, str(path), permitted)
         network.label, content = str(path), read_bytes(path)
@@ -216,10 +175,7 @@ class FileNetwork(OpaqueNetwork):
         return network
 
     def examine(self, size: int) -> int:
-        """Run two images of noise; return K, and note whether the outputs are probabilities.
-
-        A file that takes a single image only is run image by image.
-        """
+        """Run two images of noise, one by one if need be; return K, and note whether the outputs are probabilities."""
         try:
             classes = super().examine(size)
         except UsageError as error:
@@ -240,11 +196,7 @@ class FileNetwork(OpaqueNetwork):
         return None if self.metadata is None else (self.metadata.input.mean, self.metadata.input.std)
 
     def run(self, images: Tensor) -> Any:
-        """Return the outputs.
-
-        Raises:
-            UsageError: the program fails on these images.
-        """
+        """Return the outputs; UsageError if the program fails on these images."""
         if self._program is None:
             self._open()
         assert self._program is not None
@@ -338,11 +290,7 @@ _OPENERS: Mapping[str, Callable[[FileNetwork, bytes], tuple[Callable[[Tensor], A
 class TableNetwork(OpaqueNetwork):
     """Logits or embeddings from a table, by the path of an image.
 
-    A loader that ``answers`` were given to has rows of the table in the place of images; this network returns them.
-
-    Args:
-        paths: of the images, [N].
-        logits: [N, K]; embeddings [N, D] if ``add_head`` is called.
+    A loader with these ``answers`` has rows of the table in the place of images; this network returns them.
     """
 
     label = "a table of answers"
@@ -362,23 +310,11 @@ class TableNetwork(OpaqueNetwork):
         return self.encoded_paths.cpu().numpy().tobytes().decode("utf-8", "surrogateescape").split("\0")
 
     def answers(self, names: Sequence[str], folder: str = "") -> Tensor:
-        """Return logits [M, K, 1, 1] in the place of images.
-
-        Args:
-            names: of M images; see ``find_rows``.
-            folder: name of the folder of these images.
-
-        Raises:
-            DataError: an image without a row.
-        """
+        """Return logits [M, K, 1, 1] in the place of images; see ``find_rows``."""
         return self.values.cpu()[find_rows(self.paths, names, self.label, folder)][..., None, None]
 
     def run(self, images: Tensor) -> Tensor:
-        """Return the logits [B, K] that stand in the place of images, [B, K, 1, 1].
-
-        Raises:
-            UsageError: these are images.
-        """
+        """Return the logits [B, K] that stand in the place of images, [B, K, 1, 1]; UsageError for images."""
         if images.shape[1:] == (self.values.shape[1], 1, 1):
             return images.flatten(1)
         if self._is_example:

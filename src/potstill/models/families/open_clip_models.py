@@ -57,11 +57,7 @@ def names() -> list[str]:
 
 
 def is_model(name: str) -> bool:
-    """Return whether open_clip has a network of this name, with or without a tag.
-
-    Raises:
-        UsageError: open_clip is not installed, or the network has no weights of this tag.
-    """
+    """Return whether open_clip has a network of this name, with or without a tag."""
     if importlib.util.find_spec("open_clip") is None:
         raise UsageError(f"open_clip/{name} needs open_clip, not installed here\nInstall: pip install 'potstill[clip]'")
     bare, _, tag = name.partition(".")
@@ -122,12 +118,7 @@ def default_tag(name: str) -> str | None:
 
 
 def published_weights(name: str) -> Path:
-    """Return the file with the weights of a name's tag, downloaded if it is not in the cache.
-
-    Raises:
-        UsageError: none are published, they belong to the same network with another activation, or they are not in the
-            cache and cannot be fetched.
-    """
+    """Return the file with the weights of a name's tag, downloaded if it is not in the cache."""
     bare, _, tag = name.partition(".")
     tag = tag or default_tag(bare) or ""
     settings = _tags(bare).get(tag)
@@ -147,15 +138,7 @@ def published_weights(name: str) -> Path:
 
 
 def load(name: str, path: Path, num_classes: int, size: int) -> tuple[nn.Module, bool]:
-    """Return a network with the image tower of a CLIP checkpoint, or with all weights of an ``ImageTower``.
-
-    Returns:
-        The network, and whether its head is new.
-
-    Raises:
-        ArtifactError: the file is damaged, or of another network.
-        UsageError: its text tower needs something that is not installed or cannot be fetched.
-    """
+    """Return a network with the image tower of a CLIP checkpoint, or an ``ImageTower``; and whether its head is new."""
     module = cast(ImageTower, build(name, num_classes, size, 3))
     state = state_dict.read_state_dict(path)
     if not _has_text_tower(state):
@@ -174,20 +157,7 @@ def load_zero_shot(
         m_k = \frac{1}{\lvert T_k \rvert} \sum_{t \in T_k} \frac{t}{\lVert t \rVert}
 
     with the embedding e of an image, the embeddings T_k of a class's texts, and the model's own logit scale s and bias
-    b; the same as ``open_clip.build_zero_shot_classifier``.
-
-    Args:
-        name: of open_clip.
-        path: a checkpoint with both towers.
-        texts: of each class, in the order of the outputs.
-        size: height and width of the images in pixels.
-
-    Returns:
-        The network, and ``logit_scale`` and ``logit_bias``.
-
-    Raises:
-        ArtifactError: the file is damaged, of another network, or without text tower.
-        UsageError: its text tower or tokenizer needs something that is not installed or cannot be fetched.
+    b, which are returned too; the same as ``open_clip.build_zero_shot_classifier``.
     """
     module = cast(ImageTower, load(name, path, len(texts), size)[0])
     written = path.stat().st_mtime_ns
@@ -202,10 +172,7 @@ def load_zero_shot(
 def _class_embeddings(
     name: str, path: str, written: int, texts: tuple[tuple[str, ...], ...]
 ) -> tuple[Tensor, float, float | None]:
-    """Return the normalised mean embeddings [K, D] of the texts of each class, and the model's logit scale and bias.
-
-    ``written``: when the file was modified last, so that a new file is read again.
-    """
+    """Return mean embeddings [K, D] of each class's texts, scale and bias; ``written``: when the file changed."""
     import open_clip
 
     state = state_dict.read_state_dict(Path(path))
@@ -232,7 +199,6 @@ def _class_embeddings(
 
 
 def _load_clip(name: str, state: dict[str, Tensor], size: int, origin: str) -> Any:
-    """Return open_clip's model with both towers and the weights ``state``, converted as open_clip does."""
     import open_clip
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
@@ -274,7 +240,6 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _tags(bare: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of the published weights by tag, in open_clip's order."""
     import open_clip
 
     return {tag: open_clip.get_pretrained_cfg(bare, tag) for tag in open_clip.list_pretrained_tags_by_model(bare)}

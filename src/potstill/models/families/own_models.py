@@ -56,11 +56,7 @@ def is_model(name: str) -> bool:
 
 
 def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
-    """Return a new network; a module is copied, with its weights.
-
-    Raises:
-        UsageError: the code cannot be loaded or called, or what it returns is no ``nn.Module``.
-    """
+    """Return a new network; a module is copied, with its weights."""
     with torch.random.fork_rng(devices=[]):  # what an import draws must not decide initial weights
         found = _find(name)
     if isinstance(found, nn.Module):
@@ -108,11 +104,7 @@ def is_function_of_images(value: Any) -> bool:
 
 
 def names_function(name: str) -> bool:
-    """Return whether a network's name stands for a function of images; this loads the code.
-
-    Raises:
-        UsageError: the code cannot be loaded.
-    """
+    """Return whether a network's name stands for a function of images; this loads the code."""
     with torch.random.fork_rng(devices=[]):
         return is_function_of_images(_find(name))
 

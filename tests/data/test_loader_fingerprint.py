@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from potstill.data import collate
+from potstill.data import loader as loading
 from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
@@ -110,15 +110,15 @@ def test_versions_count_where_they_matter(monkeypatch):
     monkeypatch.undo()
     for change in ({"VERSION": -1}, {"decoder_version": lambda: "another"}):
         for name, value in change.items():
-            monkeypatch.setattr(collate, name, value)
+            monkeypatch.setattr(loading, name, value)
         assert not {words(loader()), words(policy), words(mixed)} & set(before)
         monkeypatch.undo()
 
 
 def test_what_a_description_holds_is_spelled_out():
     assert loader(view_seed=7, augment=AugmentSettings(hflip=True)).describe_views() == {
-        "version": collate.VERSION,
-        "decoder": collate.decoder_version(),
+        "version": loading.VERSION,
+        "decoder": loading.decoder_version(),
         "input": {"size": 16, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize_mode": "crop",
                   "crop_share": 1.0, "range": None},
         "side": 16,
