@@ -150,13 +150,17 @@ def check_exists(path: Path, wanted: str = "a run folder or a folder with model.
     Raises:
         UsageError: it does not; names what is ``wanted``, and the nearest name beside it.
     """
-    if path.exists():
-        return
+    if not path.exists():
+        raise UsageError(f"{path} does not exist{nearest_name(path)}; give {wanted}")
+
+
+def nearest_name(path: Path) -> str:
+    """Return ``"; did you mean 'photos'?"`` for a path that does not exist, by the names beside it; "" if none is."""
     try:
         beside = [each.name for each in itertools.islice(path.parent.iterdir(), _MAX_SIBLINGS)]
     except OSError:
-        beside = []
-    raise UsageError(f"{path} does not exist{did_you_mean(path.name, beside)}; give {wanted}")
+        return ""
+    return did_you_mean(path.name, beside)
 
 
 _MAX_SIBLINGS = 1000  # names beside a path that does not exist, among which the nearest is looked for

@@ -102,6 +102,9 @@ def test_what_is_not_there_or_broken_is_said(model: Path, tmp_path: Path) -> Non
     exported.write_bytes(b"x")
     with pytest.raises(UsageError, match=r"m\.onnx is an ONNX file, not a run or weights: give the run"):
         evaluate(exported, "digits")
+    exported.rename(tmp_path / "m.xml")
+    with pytest.raises(UsageError, match=r"m\.xml is a file for OpenVINO, .*potstill predict takes \.onnx files"):
+        evaluate(tmp_path / "m.xml", "digits")
 
 
 def test_the_verb_prints_people_or_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

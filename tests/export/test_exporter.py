@@ -440,3 +440,24 @@ def test_files_from_elsewhere_are_refused(plain: Path, tmp_path: Path) -> None:
         foreign.write_bytes(model.SerializeToString())
         with pytest.raises(ArtifactError, match=r"foreign\.onnx"):
             load_onnx(foreign)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ["0", "1", "2"]}, "its metadata names 3 classes, and its network has 10 outputs"),
+        ({"class_names": [*map(str, range(10)), "ten"]}, "its metadata names 11 classes, and its network has 10"),
+        ({"class_names": ["0", "0", *map(str, range(2, 10))]}, "values that potstill never writes"),
+        ({"class_names": list(range(10))}, "values that potstill never writes"),
+        ({"inside": "resize"}, "does not take the images of its metadata"),
+        ({"inside": "normalise"}, "does not take the images of its metadata"),
+    ],
+    ids=["fewer classes", "more classes", "a class twice", "numbers", "resize", "normalise"],
+)
+def test_metadata_of_another_network_are_refused(plain: Path, tmp_path: Path, changes, message) -> None:
+    model, path = onnx.load(plain), tmp_path / "edited.onnx"
+    written = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "potstill"))
+    onnx.helper.set_model_props(model, {"potstill": json.dumps(written | changes)})
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=rf"edited\.onnx.*{message}"):
+        load_onnx(path)

@@ -14,7 +14,7 @@ from potstill.data.image_io import decode
 from potstill.data.image_sets import FileSet
 from potstill.data.loader import Loader
 from potstill.data.transforms import preprocess
-from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.errors import DataError, UsageError
 from potstill.export.predict import (
     Prediction,
     create_predictor,
@@ -158,9 +158,12 @@ def test_the_verb_names_what_it_leaves_out(run: Path, tmp_path: Path, capsys, fl
 def test_missing_paths_are_named_before_any_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such image or folder: .*gone\.png, .*also"):
         predict(tmp_path / "no-model", [tmp_path / "gone.png", tmp_path / "also"])
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UsageError, match=r"no such image or folder: .*; did you mean 'photos'\?"):
+        predict(tmp_path / "no-model", [tmp_path / "photso"])
     with pytest.raises(DataError, match="no images in"):
         predict(tmp_path / "no-model", [tmp_path])
-    with pytest.raises(ArtifactError, match="no-model"):
+    with pytest.raises(UsageError, match="no-model does not exist"):
         predict(tmp_path / "no-model", [picture(tmp_path / "a.png", (0, 0, 0))])
 
 

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
 
 
+# Exported files that no network is made of here, by suffix.
+_ENGINE_FILES = {
+    ".xml": "OpenVINO",
+    ".tflite": "LiteRT",
+    ".ncnn.param": "ncnn",
+    ".ncnn.bin": "ncnn",
+    ".pte": "ExecuTorch",
+    ".mlpackage.zip": "Core ML",
+    ".html": "browsers",
+}
+
+
 def find_model_folder(model: Path | str) -> Path | None:
     """The folder of a run's or a model's files; None where ``model`` means bare weights."""
     path = model_path(model)
@@ -56,11 +68,15 @@ def load_classifier(
         return load_class_model(folder), pinned if is_hub_model(pinned) else str(folder)
     architecture, weights = split_model(os.fspath(model))
     assert weights is not None
-    if architecture is None and (kind := SUFFIXES.get(Path(weights).suffix)) is not None:
-        raise UsageError(
-            f"{weights} is {LABELS[kind]}, not a run or weights: give the run that it was exported from (export "
-            "compares the two); potstill predict and benchmark take exported files"
-        )
+    if architecture is None:
+        kind = SUFFIXES.get(Path(weights).suffix)
+        engine = next((name for suffix, name in _ENGINE_FILES.items() if weights.endswith(suffix)), None)
+        if kind is not None or engine is not None:
+            raise UsageError(
+                f"{weights} is {f'a file for {engine}' if kind is None else LABELS[kind]}, not a run or weights: give "
+                "the run that it was exported from (export compares the two); potstill predict takes .onnx files, and "
+                "potstill benchmark .onnx, .xml, .tflite and .ncnn.param"
+            )
     weights = pinned_name(weights)
     return _load_bare(architecture, weights, classes, likely, note), weights
 

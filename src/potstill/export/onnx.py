@@ -88,8 +88,27 @@ def load_onnx(path: Path) -> OnnxModel:
             f"{path} was not exported by potstill: it has no metadata with its classes and preprocessing; "
             "export a run with potstill export RUN"
         )
-    metadata = parse_metadata(found[METADATA_KEY], str(path))
-    return OnnxModel(metadata, create_onnx_predictor(content))
+    model = OnnxModel(parse_metadata(found[METADATA_KEY], str(path)), create_onnx_predictor(content))
+    _check_metadata(model, path)
+    return model
+
+
+def _check_metadata(model: OnnxModel, path: Path) -> None:
+    """Raise ArtifactError if the network takes or gives something else than its metadata says."""
+    size, classes = model.metadata.input.size, len(model.metadata.class_names)
+    blank = prepare_batch([np.zeros((size, size, 3), np.uint8)], model.metadata)
+    try:
+        shape = model.predictor(blank).shape
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(
+            f"{path}: its network does not take the images of its metadata, {list(blank.shape)} {blank.dtype}; export "
+            f"it anew ({line[:200]})"
+        ) from error
+    if shape != (1, classes):
+        raise ArtifactError(
+            f"{path}: its metadata names {classes} classes, and its network has {shape[-1]} outputs; export it anew"
+        )
 
 
 def facts_path(path: Path) -> Path:

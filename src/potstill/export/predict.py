@@ -24,7 +24,7 @@ from potstill.evaluation.cascade import CONFIDENCE, Cascade
 from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
 from potstill.input_spec import InputSpec
-from potstill.io import PART, csv_texts, encode_text, replace_file, write_chunks
+from potstill.io import PART, csv_texts, encode_text, nearest_name, replace_file, write_chunks
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
@@ -408,7 +408,8 @@ def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> 
     given = [Path(each).expanduser() for each in inputs]
     missing = [str(path) for path in given if not path.exists()]
     if missing:
-        raise UsageError(f"no such image or folder: {format_names(missing, 3)}")
+        near = nearest_name(Path(missing[0])) if len(missing) == 1 else ""
+        raise UsageError(f"no such image or folder: {format_names(missing, 3)}{near}")
     found = FoundImages([], [], Counter())
     for path in given:
         if path.is_dir():

@@ -99,7 +99,7 @@ def parse_metadata(text: str, origin: str) -> ExportMetadata:
                 f"{origin} was exported by another version of potstill; update potstill, or export anew"
             )
         spec = InputSpec.from_dict(found.pop("input"))
-        names = tuple(map(str, found.pop("class_names")))
+        names = tuple(found.pop("class_names"))
         metadata = ExportMetadata(class_names=names, input=spec, **found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{origin}: its metadata cannot be used ({type(error).__name__}: {error})") from error
@@ -118,7 +118,8 @@ def _is_valid(metadata: ExportMetadata) -> bool:
         and all(0 < each < 1e6 for each in spec.std)
         and all(abs(each) < 1e6 for each in spec.mean)
         and metadata.inside in PREPROCESSING_MODES
-        and len(metadata.class_names) >= 2
+        and all(isinstance(name, str) for name in metadata.class_names)
+        and len(set(metadata.class_names)) == len(metadata.class_names) >= 2
     )
 
 
