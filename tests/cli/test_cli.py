@@ -106,9 +106,17 @@ def test_the_parsers_own_errors_exit_with_2(
             ["train", "quickstart", "--stage", "techer"],
             "--stage must be one of teacher, baseline, distilled, got 'techer'; did you mean 'teacher'?",
         ),
+        (
+            ["sweep", "quickstart", "--search", "seed=1,2", "--epochs", "3"],
+            "potstill sweep has no --epochs: give --set training.epochs=VALUE",
+        ),
+        (
+            ["federated", "run", "quickstart", "--image-size", "32"],
+            "potstill federated run has no --image-size: give --set data.size=VALUE",
+        ),
     ],
 )
-def test_a_value_of_the_wrong_type_is_repeated(
+def test_what_an_option_does_not_take_is_repeated_with_what_to_do(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

@@ -74,7 +74,7 @@ def test_a_mistake_is_one_message(
 
 
 def test_folders_of_clients(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--partition", "folders:nowhere"]) == 3
+    assert main([*SMALL, "--partition", "folders:nowhere"]) == 2
     assert "nowhere: no such folder; it must hold one folder for each client" in capsys.readouterr().err
     (here / "clients" / "one" / "0").mkdir(parents=True)
     assert main([*SMALL, "--partition", "folders:clients", "--overwrite"]) == 3

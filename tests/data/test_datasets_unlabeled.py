@@ -103,6 +103,7 @@ def test_copies_of_val_and_test_are_left_out(photos: Path, more: Path) -> None:
     assert len(data.unlabeled) == 4
     copied = f"copy-of-val.png, a copy of {plain.val.names[0]}"
     assert f"4 unlabeled from {more} without 2 copies of images of val or test" in data.origin
+    assert "4 unlabeled images are used without 2 copies of images of val or test, for example " in data.notes[-1]
     assert copied in data.origin or "copy-of-test.png" in data.origin
     for name in ("copy-of-val.png", "copy-of-test.png"):
         (more / name).unlink()

@@ -76,6 +76,16 @@ def test_checkpoints_take_at_most_a_fiftieth_of_the_time(tmp_path, clock, monkey
     assert found.is_due
 
 
+def test_the_first_checkpoint_of_a_large_memory_waits_as_long_as_its_bytes_suggest(tmp_path, clock):
+    found = saver(tmp_path)
+    bank = torch.empty(1, device="meta").expand(9, 10**8)  # 3.6 GB: 12 s, 2 % of 600
+    found.distiller.register_buffer("bank", bank)
+    clock.now += 599
+    assert not found.is_due
+    clock.now += 2
+    assert found.is_due
+
+
 def test_an_interval_that_is_given_is_kept_whatever_it_costs(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(checkpointing, "save_checkpoint", lambda *_, **__: setattr(clock, "now", clock.now + 100))
     found = saver(tmp_path, checkpoint_seconds=5)

@@ -7,7 +7,7 @@ from torch import nn
 
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import ProcessGroup
-from potstill.errors import UsageError
+from potstill.errors import StorageError, UsageError
 from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
@@ -21,6 +21,37 @@ FOUR = ProcessGroup(rank=1, count=4, local_rank=1, local_count=4)
 def test_unknown_devices_are_refused():
     with pytest.raises(UsageError, match="'abacus' cannot be used"):
         create_compute(TrainingSettings(device="abacus"))
+
+
+class _TooLarge(nn.Linear):
+    """A network for which a device has no room."""
+
+    def __init__(self, error):
+        super().__init__(999, 1000, bias=True)  # 4 MB
+        self.error, self.moves = error, []
+
+    def to(self, device):
+        self.moves.append(str(device))
+        if device != "cpu":
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_a_network_without_room_on_its_device_is_named_with_its_bytes(error):
+    network = _TooLarge(error)
+    compute = Compute(torch.device("meta"), bf16=False, channels_last=False)
+    with pytest.raises(
+        StorageError, match=r"teacher: its weights take 4\.00 MB, too much for the memory of meta"
+    ) as found:
+        compute.place(network, "teacher")
+    assert "--device cpu" in str(found.value)
+    assert "--teacher answers.parquet" in str(found.value)
+    assert network.moves == ["meta", "cpu"]  # what was moved is freed
+
+
+def test_other_errors_of_moving_a_network_stay(monkeypatch):
+    with pytest.raises(RuntimeError, match="no kernel"):
+        Compute(torch.device("meta"), bf16=False, channels_last=False).place(_TooLarge(RuntimeError("no kernel")), "a")
 
 
 def test_memory_of_freed_tensors_is_used_again():

@@ -162,7 +162,7 @@ def _report_other_error(error: Exception) -> int:
     if hasattr(error, "format_message") and hasattr(error, "show"):
         if new := _RENAMED.get(str(getattr(error, "option_name", ""))):
             return _print_error(f"{error.option_name} has been renamed to {new}", USAGE_ERROR)  # type: ignore[attr-defined]
-        if message := _invalid_value_message(error):
+        if message := _invalid_value_message(error) or _setting_message(error):
             return _print_error(message, USAGE_ERROR)
         with contextlib.suppress(BrokenPipeError):
             error.show()
@@ -190,6 +190,19 @@ def _invalid_value_message(error: Exception) -> str | None:
     if choices := _CHOICE.findall(details["msg"].rpartition("is not one of")[2]):
         return f"{name} must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
     return f"{name} must be {expected_value(details)}, got {text!r}{_number_hint(text, parameter.metavar)}"
+
+
+def _setting_message(error: Exception) -> str | None:
+    """Return the message on a flag of ``run`` that another command has as a setting only; None for other errors."""
+    from potstill.config.overrides import SETTING_FLAGS
+    from potstill.config.settings_errors import dotted_key
+
+    path, context = SETTING_FLAGS.get(getattr(error, "option_name", None) or ""), getattr(error, "ctx", None)
+    if path is None or context is None or not hasattr(error, "possibilities"):
+        return None
+    if not any("--set" in parameter.opts for parameter in context.command.params):
+        return None
+    return f"{context.command_path} has no {error.option_name}: give --set {dotted_key(path)}=VALUE"  # type: ignore[attr-defined]
 
 
 def _number_hint(text: str, metavar: str | None) -> str:

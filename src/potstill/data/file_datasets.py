@@ -116,10 +116,12 @@ def add_unlabeled(
     found = UnlabeledFileSet(root, names)
     found.expect(contents, staged)
     found.range = data.range
+    left_out = _describe_copies(copies)
     return replace(
         data,
         unlabeled=found,
-        origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}{_describe_copies(copies)}",
+        notes=(*data.notes, *([f"{len(found):,} unlabeled images are used{left_out}"] if copies else [])),
+        origin=f"{data.origin}; {len(found):,} unlabeled from {settings.unlabeled}{left_out}",
         fingerprint=_fingerprint_with_unlabeled(data.fingerprint, {name: contents[name] for name in names}),
         skipped=(*data.skipped, *to_skipped([replace(each, path=str(root / each.path)) for each in skipped])),
     )

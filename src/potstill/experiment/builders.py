@@ -657,8 +657,9 @@ def build_distiller(
             "teacher; leave them out"
         )
     several = len(teachers) > 1
-    for network in (student, *teachers):
-        network.module.to(compute.device).to(memory_format=compute.memory_format)
+    for name, network in zip((planned.name, *planned.teachers), (student, *teachers), strict=True):
+        compute.place(network.module, name)
+        network.module.to(memory_format=compute.memory_format)
     with example_answers(teacher.module for teacher in teachers):
         distiller = Distiller(
             student.module,

@@ -504,7 +504,7 @@ class _Experiment:
             if self.compute.processes.first:
                 restore_metrics_file(self.folder.stage(stage.name))
                 self.folder.check_epochs(stage.name, model.facts.get("lines"))
-            model.module.to(self.compute.device)
+            self.compute.place(model.module, stage.name)
             self._estimate_seeds(stage, model, self.compute)
         elif self.reused is not None and stage.role == "baseline" and self.reused.trained(stage.name):
             model = self._reuse(stage, self.reused)
@@ -575,7 +575,7 @@ class _Experiment:
             write_bytes(folder / "metrics.jsonl", read_bytes(other.stage(stage.name) / "metrics.jsonl"))
             self.folder.check_epochs(stage.name, model.facts.get("lines"))
             save_model(model, folder)
-        model.module.to(self.compute.device)
+        self.compute.place(model.module, stage.name)
         self._estimate_seeds(stage, model, self.compute)
         return model
 
@@ -593,7 +593,7 @@ class _Experiment:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
                 self.observer.note(f"{stage.name}: {_unused_rows(table, self.data)}")
-            model.module.to(self.compute.device)
+            self.compute.place(model.module, stage.name)
             weights = recipe.network(stage.name).weights
             if "fold_heads" in model.facts.get("head", {}) and weights is not None:  # a probe of another run
                 source = find_model(model_path(weights))

@@ -335,7 +335,8 @@ def probe_teacher(
     """
     started = time.monotonic()
     settings = recipe.stage_training(stage.name)
-    model.module.to(compute.device).to(memory_format=compute.memory_format)
+    compute.place(model.module, stage.name)
+    model.module.to(memory_format=compute.memory_format)
     network, inference = _convert(stage, model, layer, recipe, data, compute)
     embeddings, labels, cached = dict[str, Tensor](), dict[str, Tensor](), True  # embeddings in the first process only
     # Of a cross-validation, all images are embedded at once, and every fold reads its own from the cache.

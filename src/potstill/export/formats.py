@@ -135,10 +135,10 @@ def open_executorch_files(files: ExportedFiles, *, threads: int = 0) -> Predicto
     """Load as a function that ExecuTorch's runtime runs on its own threads."""
     import torch
 
-    with quiet():
+    with silence_native_stderr(), quiet():  # its C++ writes about files of ARM processors
         from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(files[".pte"]).load_method("forward")
+        method = Runtime.get().load_program(files[".pte"]).load_method("forward")
 
     def answer(batch: Any) -> Any:
         return method.execute([torch.from_numpy(batch)])[0].numpy()

@@ -25,6 +25,7 @@ CALIBRATION_IMAGES, JUDGED_IMAGES = 256, 128  # of the training split, none of t
 MIN_JUDGED_IMAGES = 32  # with fewer images left, those of the calibration are judged
 RUN_BATCH_SIZE = 32
 RANGE_BATCH_SIZES = (64, 32, 16, 8)  # tried in this order, after all images at once
+MAX_RATIO = 0.9  # of a divergence to the one before, for smaller batches to be better than chance
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def quantize_network(network: Any, images: CalibrationImages, *, choose: bool = 
         network: the bare network, an ``onnx.ModelProto`` in float32; it stays as it is.
         images: for the range of each activation.
         choose: whether to try minimum and maximum of all images, then their means over batches, smaller and smaller
-            ones, until the outputs come no closer to those in float32; else minimum and maximum of all images.
+            ones, until the outputs come no closer, by a tenth, to those in float32; else only the first.
 
     Returns:
         An ``onnx.ModelProto`` in the QDQ form, which every engine reads; and what was found: ``method``; ``batch``,
@@ -103,7 +104,7 @@ def quantize_network(network: Any, images: CalibrationImages, *, choose: bool = 
                     continue
                 other = _quantize(prepared, target, images.calibration, size)
                 found = _divergence(reference, _log_probabilities(other, images.judged))
-                if not found < divergence:
+                if not found < MAX_RATIO * divergence:
                     break
                 best, batch, divergence = other, size, found
         except Exception as error:  # onnxruntime's tool raises whatever it meets

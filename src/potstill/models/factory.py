@@ -44,12 +44,13 @@ def load_for_classes(
     """
     names, notes = _output_names(architecture, source, theirs, size)
     count = len(names) if names is not None else count_outputs(architecture, source, size=size)
-    groups = output_groups(theirs, names, count, ours, key=key, source=source)
+    groups = output_groups(theirs, names, count, ours, key=key, source=_label(architecture, source))
     loaded = load_weights(architecture, source, count, size=size)
     if loaded.new_head:
         outputs = count_outputs(architecture, source, size=size)
         raise UsageError(
-            f"{key} has {count} classes, but {source} has {outputs} outputs: give the class of each output, in order"
+            f"{key} has {count} classes, but {_label(architecture, source)} has {outputs} outputs: give the class of "
+            "each output, in order"
         )
     loaded.notes += notes
     if all(len(group) == 1 for group in groups) and resolve(architecture)[0] is not own_models:
@@ -107,8 +108,13 @@ def _output_names(
     if (likely := LIKELY_LISTS.get(count)) is None:
         return None, []
     return class_list(likely), [
-        f"the {count} outputs of {source} are taken to be the classes of {likely}, in its order"
+        f"the {count} outputs of {_label(architecture, source)} are taken to be the classes of {likely}, in its order"
     ]
+
+
+def _label(architecture: str, source: str) -> str:
+    """Return weights as messages name them: a file by its path, others with their network."""
+    return f"{architecture}@{source}" if source in ("pretrained", OWN_WEIGHTS) else source
 
 
 def count_outputs(architecture: str, source: str, *, size: int) -> int:

@@ -131,7 +131,8 @@ def parse_limits(text: str) -> Limits:
             raise UsageError(f"--under {text}: {given}{did_you_mean(match[2], units.values())}\nUnits: {known}")
         kind = "milliseconds" if unit in _TIME_UNITS else "file_size"
         if kind in found:
-            raise UsageError(f"--under {text}: there are two limits of the {kind.replace('_', ' ')}; give one")
+            both = "times" if unit in _TIME_UNITS else "file sizes"
+            raise UsageError(f"--under {text}: two limits are {both}; give one time, one file size, or both")
         found[kind] = float(match[1]) * {**_TIME_UNITS, **_SIZE_UNITS}[unit]
     size = found.get("file_size")
     return Limits(found.get("milliseconds"), None if size is None else max(1, round(size)))

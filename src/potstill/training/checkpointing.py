@@ -198,6 +198,7 @@ LAST = "last.checkpoint"
 FIGURES = "figures.checkpoint"  # of a finished stage: the metrics of its epochs, no weights
 _MIN_SECONDS = 60.0  # between two checkpoints with checkpoint_seconds "auto"
 _MAX_TIME_FRACTION = 0.02  # of the training time that checkpoints may take then
+_ASSUMED_RATE = 3e8  # bytes a second of the first checkpoint, before one has been timed
 
 
 @dataclass
@@ -228,6 +229,9 @@ class Checkpointer:
                 self.wait()
             elif setting == "auto":
                 return False
+        if setting == "auto" and not self._save_seconds:  # a method's memory may take gigabytes
+            state = self.distiller.state_dict().values()
+            self._save_seconds = sum(each.numel() * each.element_size() for each in state) / _ASSUMED_RATE
         interval = max(_MIN_SECONDS, self._save_seconds / _MAX_TIME_FRACTION) if setting == "auto" else setting
         return time.monotonic() - self._last_save >= interval
 

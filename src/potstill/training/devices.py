@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import UsageError
+from potstill.errors import StorageError, UsageError, storage_error
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
+from potstill.formatting import format_scaled
 from potstill.methods.base import Method
 from potstill.training.averaging import batch_norm_layers
 from potstill.training.settings import TrainingSettings
@@ -241,6 +242,35 @@ class Compute:
     def precision(self) -> str:
         """Precision of convolutions and matrix products: "bf16", "fp16" or "float32"."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+
+    def place(self, network: nn.Module, name: str) -> None:
+        """Move a network to the device.
+
+        Args:
+            network: on any device.
+            name: of its stage, for messages.
+
+        Raises:
+            StorageError: there is too little memory for its weights; says how much, and the ways out.
+        """
+        try:
+            network.to(self.device)
+        except (RuntimeError, MemoryError) as error:
+            if storage_error(error) is None:
+                raise
+            network.to("cpu")  # frees what was moved
+            need = sum(each.numel() * each.element_size() for each in network.state_dict().values())
+            there = ""
+            if self.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(self.device)
+                there = f", of which {format_scaled(free, 'B')} of {format_scaled(total, 'B')} are free"
+            others = "" if self.device.type == "cpu" else "train on the CPU (--device cpu), "
+            raise StorageError(
+                f"{name}: its weights take {format_scaled(need, 'B')}, too much for the memory of {self.device}{there}."
+                f"\nTo go on, end other programs that use it (nvidia-smi lists those of a GPU), {others}take a smaller "
+                "network, or, for a teacher, compute its answers once on a machine with room and give them as a table "
+                "(--teacher answers.parquet, see docs/teachers.md)"
+            ) from error
 
     def synchronize(self) -> None:
         """Wait for the device's queued work; call before reading a clock."""

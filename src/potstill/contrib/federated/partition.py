@@ -170,7 +170,7 @@ def _client_subset(train: ImageSet, part: IndexArray, classes: tuple[str, ...]) 
 def client_folders(root: Path) -> list[Path]:
     """Return the clients' folders in ``root``, sorted by name."""
     if not root.is_dir():
-        raise DataError(f"--partition folders:{root}: no such folder; it must hold one folder for each client")
+        raise UsageError(f"--partition folders:{root}: no such folder; it must hold one folder for each client")
     found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise DataError(f"{root}: no folders; make one for each client, with a folder for each class inside")

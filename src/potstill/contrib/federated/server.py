@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from potstill.config.recipe import Recipe
-from potstill.contrib.federated import Algorithm
+from potstill.contrib.federated import ALGORITHMS, Algorithm
 from potstill.contrib.federated.client import Client, PublicDataset
 from potstill.contrib.federated.messages import (
     LOGITS,
@@ -230,11 +230,12 @@ class Server:
         self.teacher = teacher if algorithm.guide == "teacher" else None
         self.declared = dict(declared or {})
         if algorithm.public and public is None:
+            names = " and ".join(name for name, each in ALGORITHMS.items() if each.public)
             raise UsageError(
-                "this algorithm needs public images: data.unlabeled, or --public SHARE of the training images"
+                f"each of {names} needs public images: data.unlabeled, or --public SHARE of the training images"
             )
         if algorithm.guide == "teacher" and teacher is None:
-            raise UsageError("this algorithm needs a trained teacher: --teacher RUN")
+            raise UsageError("the algorithm guided needs a trained teacher: --teacher RUN")
         if schedule.min_replies < 1:
             raise UsageError(f"at least 1 reply is needed in a round, got min-replies {schedule.min_replies}")
         if not 0.5 <= schedule.max_share <= 1:
