@@ -340,6 +340,7 @@ def client_loader(
         workers=recipe.data.workers,
         device=compute.device,
         cache_fraction=recipe.data.cache_fraction,
+        jpeg=recipe.data.cache == "jpeg",
         classes=len(student.class_names),
         view_seed=derive_seed(recipe.augmentation_seed, f"client {number}/views"),
         drawn_for=drawn_for,
