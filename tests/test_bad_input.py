@@ -162,8 +162,8 @@ def test_a_run_that_exists_and_a_teacher_of_other_classes(good, tmp_path, capsys
 
 
 def test_predict_and_evaluate_name_what_is_not_there(tmp_path, good, capsys):
-    check(["predict", str(tmp_path / "none"), str(good)], 4, ["does not exist"], capsys)
-    check(["evaluate", str(tmp_path / "none"), "--data", str(good)], 4, ["does not exist"], capsys)
+    check(["predict", str(tmp_path / "none"), str(good)], 2, ["does not exist"], capsys)
+    check(["evaluate", str(tmp_path / "none"), "--data", str(good)], 2, ["does not exist"], capsys)
 
 
 def check(arguments, code, says, capsys):

@@ -121,7 +121,7 @@ def test_code_of_a_stranger_is_not_run(hub, tmp_path):
 
 def test_local_folders(model, tmp_path):
     assert potstill.load(f"local-dir:{tmp_path / 'model'}").class_names == ("a", "b", "c")
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         potstill.load("local-dir:nowhere")
     assert model_path("local-dir:~/x") == Path.home() / "x"
     assert json.loads(model["model.json"])["architecture"] == "cifar/resnet8"

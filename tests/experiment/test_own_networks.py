@@ -202,7 +202,7 @@ def test_bare_weights_are_evaluated_and_predict(photographs, code, tmp_path, cap
     unknown = cli(capsys, "evaluate", f"cifar/resnet9@{tmp_path / 'w.th'}", "--data", photographs)
     assert unknown[0] == 2
     assert "cifar/resnet8" in unknown[2]
-    assert cli(capsys, "evaluate", tmp_path / "gone.th", "--data", photographs)[0] == 4
+    assert cli(capsys, "evaluate", tmp_path / "gone.th", "--data", photographs)[0] == 2
 
 
 def test_class_names_beside_weights_of_a_hub_folder_are_used(plain, code, tmp_path):

@@ -352,7 +352,7 @@ def test_what_is_wrong_is_said(run: Path, tmp_path: Path) -> None:
     refused(ArtifactError, "no trained 'baseline'; .*it has teacher, distilled|no trained 'baseline'", "baseline")
     refused(ArtifactError, "no trained 'teachr'; did you mean 'teacher'", "teachr")
     refused(DataError, "is not in a run", data=None)
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         export(tmp_path / "none", note=quiet)
 
 

@@ -113,7 +113,7 @@ def test_the_terminal_shows_no_control_characters(run, invisible, tmp_path, capf
         ("evaluate", run, "--data", invisible): 3,
         ("report", run): 0,
         ("predict", run, absent): 2,
-        ("predict", absent, invisible): 4,
+        ("predict", absent, invisible): 2,
         ("run", "quickstart", "--data", absent): 2,
         ("run", absent): 2,
     }

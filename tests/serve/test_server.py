@@ -106,7 +106,7 @@ def test_names_as_timm_writes_them(runs_folder):
     assert _model_folders(Path(name)) == {"model": Path(name)}
     (found,) = _load_models({"model": name}).values()
     assert found.class_names == CLASSES
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         _model_folders(Path("local-dir:nowhere"))
 
 
