@@ -168,6 +168,10 @@ def test_a_metric_that_is_selected_by_already_is_not_advised() -> None:
 def test_cannot_follow() -> None:
     assert advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.9}}})) is None
     assert "89.0 %" in str(advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.89}}})))
+    for method, lower in (({"name": "kd", "alpha": 0.5}, True), ({"name": "kd", "alpha": 0.0}, False), ({}, False)):
+        found = advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.5}}}, method=method))
+        assert found is not None
+        assert ("a lower alpha" in found.action) == lower
 
 
 def test_wide_gap_and_harm() -> None:

@@ -479,11 +479,14 @@ def cannot_follow(run: Run) -> Advice | None:
     if agreement is None or agreement >= MIN_TRAIN_AGREEMENT:
         return None
     epochs = format_number(run.stages["distilled"].training.get("epochs"))
+    method = run.results.get("method") or {}
+    labels_count = method.get("name") == "kd" and method.get("alpha") != 0
     return Advice(
         "The student does not follow its teacher",
         f"It predicts the teacher's class on only {format_percent(agreement)} of the training images.",
-        "Train it longer or with a higher learning rate, give the teacher's term more weight (a lower alpha with kd), "
-        "or use a larger student.",
+        "Train it longer or with a higher learning rate, "
+        + ("give the teacher's term more weight (a lower alpha), " if labels_count else "")
+        + "or use a larger student.",
         settings=(f"training.epochs={2 * epochs:.0f}",) if epochs else (),
     )
 
@@ -523,8 +526,8 @@ def learn_embeddings(run: Run) -> Advice | None:
     return Advice(
         "The student could learn the teacher's embeddings",
         "It starts from scratch, and learned from the teacher's class probabilities alone, without a clear gain.",
-        "Let it learn the embeddings as well: on photographs of clothing and on CIFAR-10 students from scratch gained "
-        "3 and 5 points by that.",
+        "Let it learn the embeddings as well: by that a ResNet-8 from scratch gained 5 points on CIFAR-10, and on "
+        "photographs of clothing a MobileNetV3 3 points and a ResNet18 2, the last not beyond doubt.",
         flags=("--method", "srd"),
     )
 
