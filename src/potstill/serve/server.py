@@ -74,7 +74,7 @@ class Prediction(BaseModel):
     """Predictions for an image of all models; of a cascade, those of the student and, where it is not confident, of the
     teacher, and ``answered_by``, whose predictions are the answer.
 
-    ``agreement``: whether student and teacher predict the same class, where both were asked.
+    ``agreement``: whether student and teacher predict the same class, where both answered.
     """
 
     width: int

@@ -86,9 +86,9 @@ function box(model, answer) {
     return make("li", {}, make("div", { class: "row" }, name, make("span", { class: "number", text: percent(each.probability) })), make("div", { class: "track", "aria-hidden": "true" }, fill));
   });
   const title = make("h3", {}, make("span", {}, make("span", { class: "dot" }), named(model.stage)), make("span", { class: "faint number", text: `${model.milliseconds.toFixed(1)} ms` }));
-  const passed = answer.answered_by && model !== answer.models.at(-1); // of a cascade, the last one asked answers
+  const passed = answer.answered_by && model !== answer.models.at(-1); // of a cascade, the last one answers
   const found = make("div", { class: `model ${model.stage}${passed ? " passed" : ""}` }, title, make("ol", {}, ...rows));
-  if (passed) title.after(make("p", { class: "faint", text: "Not confident enough: the teacher was asked" }));
+  if (passed) title.after(make("p", { class: "faint", text: "Not confident enough: answered by the teacher" }));
   if (model.gradcam) {
     if (model.gradcam.error) found.append(make("p", { class: "faint look", text: model.gradcam.error }));
     else {
@@ -132,13 +132,13 @@ function summarise() {
   const failed = state.entries.filter((each) => each.error).length;
   const waiting = state.entries.length - done.length - failed;
   const agreed = judged.filter((each) => each.answer.agreement).length;
-  const said = [`${done.length} ${done.length === 1 ? "image" : "images"}`];
+  const parts = [`${done.length} ${done.length === 1 ? "image" : "images"}`];
   const deferred = done.filter((each) => each.answer.answered_by === "teacher").length;
-  if (done.some((each) => each.answer.answered_by)) said.push(`the teacher answered ${deferred} of ${done.length}`);
-  else if (judged.length) said.push(`student and teacher agree on ${agreed} of ${judged.length}`);
-  if (failed) said.push(`${failed} could not be used`);
-  if (waiting) said.push(`${waiting} to go`);
-  at("summary").textContent = said.join(" · ");
+  if (done.some((each) => each.answer.answered_by)) parts.push(`the teacher answered ${deferred} of ${done.length}`);
+  else if (judged.length) parts.push(`student and teacher agree on ${agreed} of ${judged.length}`);
+  if (failed) parts.push(`${failed} could not be used`);
+  if (waiting) parts.push(`${waiting} to go`);
+  at("summary").textContent = parts.join(" · ");
   at("bar").hidden = !state.entries.length;
   at("csv").disabled = !done.length;
   at("drop").classList.toggle("small", state.entries.length > 0);
@@ -235,12 +235,12 @@ function duration(seconds) {
 }
 
 function stageBox(stage) {
-  const last = stage.epochs.at(-1), said = [];
-  if (last) said.push(`epoch ${last.epoch}${stage.planned ? ` of ${stage.planned}` : ""}`);
-  if (stage.eta_seconds !== null) said.push(`about ${duration(stage.eta_seconds)} left`);
-  if (stage.test_top1 !== null) said.push(`test top-1 ${percent(stage.test_top1)}`);
+  const last = stage.epochs.at(-1), parts = [];
+  if (last) parts.push(`epoch ${last.epoch}${stage.planned ? ` of ${stage.planned}` : ""}`);
+  if (stage.eta_seconds !== null) parts.push(`about ${duration(stage.eta_seconds)} left`);
+  if (stage.test_top1 !== null) parts.push(`test top-1 ${percent(stage.test_top1)}`);
   const name = make("h3", { class: `key ${stage.stage}` }, make("span", { class: "dot" }), named(stage.stage));
-  const found = make("section", { class: "stage" }, make("div", { class: "head" }, name, make("span", { class: "faint", text: said.join(" · ") })));
+  const found = make("section", { class: "stage" }, make("div", { class: "head" }, name, make("span", { class: "faint", text: parts.join(" · ") })));
   if (!last) { found.append(make("p", { class: "faint", text: stage.done ? "Taken as it was, not trained in this run." : "No epoch is finished yet." })); return found; }
   if (!stage.done && stage.planned) found.append(make("progress", { max: stage.planned, value: last.epoch, "aria-label": `Epochs of ${named(stage.stage)}` }));
   const key = (kind, text) => make("span", { class: `key ${kind}` }, make("span", { class: "dot" }), text);
@@ -291,7 +291,7 @@ async function begin() {
       make("td", { class: "right", text: each.parameters.toLocaleString("en") }), make("td", { class: "right", text: each.classes.length }), make("td", { class: "right", text: `${each.size} × ${each.size}` })));
     const heads = [["Model"], ["Architecture"], ["Parameters", 1], ["Classes", 1], ["Sees pixels", 1]].map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) }));
     const rule = cascade ? [make("p", { class: "faint", text: `A cascade: the student answers where its confidence is above ${percent(cascade.threshold)}, the teacher elsewhere. Promised for images like those of val: at most ${percent(cascade.risk)} get a wrong answer although the teacher's would be right.` })] : [];
-    at("asked").append(make("h2", { text: "Who is asked" }), ...rule, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
+    at("cascade").append(make("h2", { text: "Who answers" }), ...rule, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
   } catch (error) { notice(error.message); }
 }
 
