@@ -7,6 +7,7 @@ labels and a set with unlabeled images wrap other sets.
 import hashlib
 import io
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -303,15 +304,15 @@ class RelabeledSet:
 UNLABELED = -100  # as ``potstill.types.UNLABELED``, whose module imports torch
 
 
-class SquareSet(RelabeledSet):
+class SquareSet(RelabeledSet, ABC):
     """Another set's images, whose squares are made by ``square`` in place of decoding each image."""
 
     def __init__(self, images: ImageSet) -> None:
         super().__init__(images, images.labels)
 
+    @abstractmethod
     def square(self, i: int) -> Pixels:
         """Return image i as a square of the side and mode that the set is for, as ``read_square`` does."""
-        raise NotImplementedError
 
 
 class UnlabeledFileSet(FileSet):
