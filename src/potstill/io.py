@@ -151,7 +151,8 @@ def check_exists(path: Path, wanted: str = "a run folder or a folder with model.
         UsageError: it does not; names what is ``wanted``, and the nearest name beside it.
     """
     if not path.exists():
-        raise UsageError(f"{path} does not exist{nearest_name(path)}; give {wanted}")
+        nearest = nearest_name(path)  # ends its sentence
+        raise UsageError(f"{path} does not exist{f'{nearest} Give' if nearest else '; give'} {wanted}")
 
 
 def nearest_name(path: Path) -> str:

@@ -152,7 +152,7 @@ def test_a_path_that_does_not_exist_is_a_usage_error(
     assert main([each.format("my-runn") for each in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: my-runn")
-    assert "does not exist; did you mean 'my-run'?; give " in captured.err
+    assert "does not exist; did you mean 'my-run'? Give " in captured.err
     assert captured.err.count("\n") == 1
 
 
