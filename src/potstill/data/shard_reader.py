@@ -42,6 +42,7 @@ def expand_shards(source: str) -> list[str]:
     """Return the URLs of all shards of a pattern with any number of ``{000..146}`` (digits as written) and ``{a,b}``.
 
     Compressed files, passwords, wrong ranges and more than 100,000 shards raise UsageError.
+
     Example:
         >>> expand_shards("s-{08..10}-{a,b}.tar")[:3]
         ['s-08-a.tar', 's-08-b.tar', 's-09-a.tar']

@@ -61,6 +61,7 @@ def describe_test_evaluations(
 
 def describe_view_difference(first: str, views: Any, second: str, others: Any) -> str:
     """Return a sentence if two stages were not trained on the same views (``describe_training_views``); else "".
+
     Example:
         >>> few = {"count": 8, "augmentation_seed": 0, "sha256": "a"}
         >>> describe_view_difference("a", few, "b", few)

@@ -101,6 +101,7 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
 
 def count_views(recipe: Recipe) -> Views:
     """Return how many views are drawn in turn; "auto": a quarter of the student's epochs, at least eight, at most all.
+
     Example:
         >>> [count_views(load_recipe("quickstart", [f"training.epochs={epochs}"])) for epochs in (5, 12, 32, 240)]
         [5, 8, 8, 60]

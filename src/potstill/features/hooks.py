@@ -17,6 +17,7 @@ def capture_outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str
     """Within the block, keep the output of each submodule named in ``paths``.
 
     The hooks end with the block.  UsageError: a path that is unknown, or whose output is not one tensor.
+
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -90,6 +91,7 @@ def capture_features(model: nn.Module, request: FeatureRequest) -> Iterator[Capt
     """Within the block, read the features of each forward pass of ``model``; gradients flow through them.
 
     The hooks end with the block.  Maps into which the network writes later (activations in place) are copied.
+
     Example:
         >>> import torch
         >>> from potstill.features.stages import find_stages

@@ -348,6 +348,7 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
     not count otherwise.
 
     ``model`` maps images [B, 3, H, W] to logits [B, K]; it stays as it was.
+
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 9, 3, 1, 1),
@@ -379,6 +380,7 @@ def find_stage_at(model: nn.Module, example: Tensor, path: str) -> Stage:
     """Return the stage that ends with the module ``path``, to override ``find_stages``.
 
     ``path`` is as in ``named_modules()``, or as ``find_stages`` names it.  Of several calls the last counts.
+
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))

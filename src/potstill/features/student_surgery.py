@@ -51,6 +51,7 @@ class ExpandedStage(ModifiedStudent):
 
     The student's last ``stage`` (path, and channels and layout of its map) is replaced in place.  With ``logit_scale``,
     logits get mean 0 and variance 1 over the classes and are multiplied by it.
+
     Example:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> expanded = ExpandedStage(student, stage="0", channels=4, expanded=24).eval()
@@ -201,6 +202,7 @@ class ProjectedHead(ModifiedStudent):
     Wraps ``stage`` in place, whose map has ``channels``, a ``layout`` and, of tokens, a size and ``prefix``; ``copied``
     keeps it from later writes.  The projector's hidden layers have ``outputs // factor`` channels; the map is averaged
     to ``pool_height`` x ``pool_width`` before, unless these are 0.
+
     Example:
         >>> import torch
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -288,6 +290,7 @@ class DualHead(ModifiedStudent):
 
     ``head`` is the path of the last linear layer, wrapped in place; ``select`` tries the ``candidates`` of alpha and
     beta.
+
     Example:
         >>> student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
         >>> dual = DualHead(student, head="2", alpha=0.5, beta=1.0)

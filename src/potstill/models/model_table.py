@@ -110,6 +110,7 @@ def _with_unit(value: float, units: Mapping[str, float]) -> str:
 
 def parse_limits(text: str) -> Limits:
     """Parse limits as after ``--under``: a time, a file size, or both.
+
     Example:
         >>> parse_limits("5ms,2MB")
         Limits(milliseconds=5.0, file_size=2000000)

@@ -36,6 +36,7 @@ class GroupedOutputs(nn.Module):
     """A network with other classes than its own outputs; each class has one or several outputs.
 
     The logit of a class is the logsumexp of its outputs' logits, so that its probability is the sum of theirs.
+
     Example:
         >>> network = GroupedOutputs(nn.Identity(), OutputGroups(4, ((0, 3), (1,))))
         >>> network(torch.tensor([[0.0, 0.0, 9.0, 0.0]])).softmax(dim=1)

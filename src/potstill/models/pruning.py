@@ -37,6 +37,7 @@ class UnreachableShare(UsageError):
 
 def cut_channels(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> nn.Module:
     """Cut a network's layers to ``widths`` (``describe_widths``), in place; loaded weights replace what remains.
+
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> widths = {"0": {"out_channels": 5}, "1": {"num_features": 5}}

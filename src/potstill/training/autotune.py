@@ -308,6 +308,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def largest_fitting_batch(attempt: Callable[[int], None], batch: int) -> int:
     """Return the largest batch that an attempt does not run out of memory with, in eighths of ``batch``; 0: none.
+
     Example:
         >>> def attempt(images):
         ...     if images > 100:

@@ -54,7 +54,6 @@ class LabelLoss(nn.Module):
     ``nn.CrossEntropyLoss`` instead multiplies the smoothed (or mixed) mass of class k by the weight of class k, which
     favours rare classes of large weight on every image.  Without smoothing and mixing both are equal.
 
-
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1])
         >>> # by hand: -log p of image 0: 0.1269 and 2.1269; smoothed by 0.2: 0.9 * 0.1269 + 0.1 * 2.1269 = 0.3269;

@@ -313,6 +313,7 @@ class CacheManifest:
 
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys, without spaces, in ASCII: equal for equal values.
+
     Example:
         >>> canonical_json({"b": (1, 2.0), "a": None})
         '{"a":null,"b":[1,2.0]}'
