@@ -103,7 +103,7 @@ from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
-from potstill.training.devices import Compute, create_compute, idle_gpus
+from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
@@ -521,6 +521,7 @@ class _Experiment:
         elif stage.role == "distilled" and not self.recipe.data.target_labels:
             self._compare_distilled(stage)
         self.observer.stage_end(stage.name, time.monotonic() - started)
+        return_freed_memory()
         return model
 
     def label_by_teachers(self) -> None:
