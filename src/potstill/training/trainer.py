@@ -191,11 +191,18 @@ class Trainer:
         self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
         steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
+        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
+        self.fixed = [
+            parameter
+            for name, parameter in distiller.student.named_parameters()
+            if parameter.requires_grad and scales.get(name, 1.0) < settings.layer_decay_no_opt_scale
+        ]
+        for parameter in self.fixed:
+            parameter.requires_grad_(False)
         self.ddp = DistributedDistiller(
             distiller, compute.processes, static_graph=has_static_graph(distiller, settings)
         )
         named = distiller.trained_parameters()
-        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
         self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
         self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
         scaler = compute.gradient_scaler()
@@ -238,6 +245,8 @@ class Trainer:
                     self.checkpointer.wait()
                 raise
             self.checkpointer.wait()
+            for parameter in self.fixed:
+                parameter.requires_grad_(True)
             return history
 
     def _run(self, resume: bool) -> History:
