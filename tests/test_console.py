@@ -108,6 +108,21 @@ def test_images_decoded_within_an_epoch_do_not_foretell_its_length(monkeypatch: 
     ]
 
 
+def test_a_stage_longer_than_estimated_does_not_end_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    progress.expect(lambda: {"distilled": 5.0})
+    progress.stage("distilled", "resnet8, 3 epochs")
+    now[0] = 6.0  # the teacher's setting up
+    progress.epoch_start(1, 3, 4, 100)
+    now[0] = 7.5  # less than _MIN_MEASURED
+    progress.step(100)
+    progress.epoch_end({"epoch": 1, "val": {"top1": 0.5}})
+    assert out.getvalue().splitlines()[-1].endswith("  3.0 s left, 3.0 s in all")
+
+
 @pytest.mark.parametrize(
     ("epoch", "seconds", "left"),
     [
