@@ -325,7 +325,7 @@ def run(
                 experiment.warn(sentence)
             if splits.has_classes:
                 splits = experiment.predicted if splits.teacher_labels else splits
-                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, experiment.observer, facts_of_run)
             else:
                 evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
