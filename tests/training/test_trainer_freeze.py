@@ -56,7 +56,7 @@ def test_blocks_far_below_the_heads_learning_rate_are_not_trained(tmp_path, monk
     def by_block(network, decay):
         return {name: scales[name.rpartition(".")[0]] for name, _ in network.named_parameters()}
 
-    monkeypatch.setattr("potstill.training.trainer.layer_lr_scales", by_block)
+    monkeypatch.setattr("potstill.training.optim.layer_lr_scales", by_block)
     settings = TrainingSettings(epochs=1, lr=0.05, checkpoint_seconds=0, layer_decay=0.5)
     torch.manual_seed(0)
     start, moved = Counting().state_dict(), {}

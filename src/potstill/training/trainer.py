@@ -34,7 +34,7 @@ from potstill.training.devices import (
     has_static_graph,
     synced_batch_norm,
 )
-from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
+from potstill.training.optim import GradientAccumulator, create_optimizer, freeze_low_rates, lr_factor
 from potstill.training.settings import TrainingSettings
 from potstill.training.student_forward import StudentCompiler, plain_epochs, simulated_int8
 from potstill.types import Batch, Outputs, Step
@@ -191,14 +191,7 @@ class Trainer:
         self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
         steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
-        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
-        self.fixed = [
-            parameter
-            for name, parameter in distiller.student.named_parameters()
-            if parameter.requires_grad and scales.get(name, 1.0) < settings.layer_decay_no_opt_scale
-        ]
-        for parameter in self.fixed:
-            parameter.requires_grad_(False)
+        scales, self.fixed = freeze_low_rates(distiller.student, settings)
         self.ddp = DistributedDistiller(
             distiller, compute.processes, static_graph=has_static_graph(distiller, settings)
         )
