@@ -18,13 +18,13 @@ from potstill.config import stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
 from potstill.data.file_datasets import check_output_outside
 from potstill.data.image_sets import RelabeledSet
+from potstill.data.loader import Loader
 from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
-from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import (
     InitialNetwork,
     build_network,
@@ -35,7 +35,7 @@ from potstill.experiment.builders import (
 )
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
-from potstill.experiment.ensembles import average_probabilities
+from potstill.experiment.ensembles import predict_images, predict_together
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
 from potstill.experiment.folds import (
     check_poolable,
@@ -527,19 +527,17 @@ class _Experiment:
         """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
         if self.predicted is not self.data or not self.data.has_classes:
             return
-        teachers = [name for name in self.models if stage_role(name) == "teacher"]
+        teachers = {name: model for name, model in self.models.items() if stage_role(name) == "teacher"}
         found: dict[str, Any] = {}
         for split in self.data.teacher_labels:
-            images = self.data.split(split)
-            predicted = [self._probabilities(name, split) for name in teachers]
+            loader = partial(self._split_loader, split=split)
+            predicted = predict_together(teachers, loader, self.recipe.teachers, self.compute, split)
             labels: Any = None
-            if self.compute.processes.first:
-                each = [rows[0] for rows in predicted if rows is not None]
-                probabilities = average_probabilities(each, self.recipe.teachers)
-                labels = probabilities.argmax(axis=1).astype(np.int64)
+            if predicted is not None:
+                labels = predicted.argmax(axis=1).astype(np.int64)
                 if split == "val":
-                    self._describe_predictions(probabilities)
-            found[split] = RelabeledSet(images, self.compute.processes.share(labels))
+                    self._describe_predictions(predicted)
+            found[split] = RelabeledSet(self.data.split(split), self.compute.processes.share(labels))
         self.predicted = replace(self.data, **found)
         self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
         self.domains.data = self.data
@@ -825,25 +823,17 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            found, top1 = self._probabilities(stage, "val"), 0.0
-            if found is not None:
-                predicted, labels = found[0].argmax(axis=1), found[1]
+            loader, top1 = self._split_loader(model, "val", stage), 0.0
+            if (found := predict_images(model, loader, self.compute, f"the {stage} on val")) is not None:
+                predicted, labels = found.argmax(axis=1), np.asarray(self.data.val.labels)
                 top1 = float((predicted == labels).mean())
                 self._check_class_order(stage, predicted, labels)
             model.facts["val"] = {"top1": self.compute.processes.share(top1)}
         return float(model.facts["val"]["top1"])
 
-    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
-        model, settings = self.models[stage], self.recipe.stage_training(stage)
-        found = predict_probabilities(
-            model.module,
-            split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
-            classes=len(model.class_names),
-            processes=self.compute.processes,
-            names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
-        )
-        return None if found is None else (found[0], found[1])
+    def _split_loader(self, model: Classifier, split: str, stage: str = "teacher") -> Loader:
+        settings = self.recipe.stage_training(stage)
+        return split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module)
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         classes = self.data.class_names

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.decoded_cache import JPEG_RECORDS
-from potstill.data.image_sets import ImageSet, Subset, image_sizes
+from potstill.data.image_sets import Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
@@ -451,7 +450,7 @@ def _predict(
             classes=classes,
             device=compute.device,
             processes=compute.processes,
-            names=partial(_image_label, f"the {name} on {split}, ", images),
+            what=f"the {name} on {split}",
             file=path if kept and large else None,
         )
         if predictions is not None:
@@ -462,10 +461,6 @@ def _predict(
             if kept and large:
                 run.add_file(f"{name}/{path.name}")
     return found
-
-
-def _image_label(prefix: str, images: ImageSet, image: int) -> str:
-    return f"{prefix}{images.names[image]},"
 
 
 def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
