@@ -1,6 +1,6 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -87,18 +87,7 @@ def evaluate_stages(
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
-    described = {
-        name: {
-            "of": group_members(name, once),
-            **{
-                split: without_per_class(describe_metrics(own[split], data.class_names))
-                for split in SPLITS
-                if split in own
-            },
-        }
-        for name, own in groups.items()
-        if len(group_members(name, once)) > 1
-    }
+    described = describe_groups(groups, once, data.class_names)
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
     comparison = (
@@ -467,6 +456,19 @@ def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, 
     """Return the metrics of a split, for metrics.json."""
     metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
+
+
+def describe_groups(
+    groups: Mapping[str, SplitPredictions], stages: Collection[str], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return ``together`` of results.json: the members and metrics of each group of several networks."""
+    members = {name: group_members(name, stages) for name in groups}
+    return {
+        name: {"of": members[name]}
+        | {split: without_per_class(describe_metrics(found, classes)) for split, found in own.items()}
+        for name, own in groups.items()
+        if len(members[name]) > 1
+    }
 
 
 def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:
