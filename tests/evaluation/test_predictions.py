@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Images:
 
     def __init__(self, labels: Tensor, order: list[int] | None = None) -> None:
         self.labels, self.count = labels, len(labels)
+        self.images = SimpleNamespace(names=[f"{at}.png" for at in range(self.count)])
         self.order = torch.arange(len(labels)) if order is None else torch.tensor(order)
 
     def epoch(self) -> Iterator[Batch]:
@@ -128,10 +130,8 @@ def test_faults_are_named_and_leave_no_file(tmp_path: Path, most: int) -> None:
     logits, labels = made()
     logits[200, 3] = torch.nan
     file = tmp_path / "x.npy"
-    with pytest.raises(NonFiniteError, match=r"a logit of photo 200 is NaN or infinite \(1 of 301 images\)"):
-        predict_split(
-            Table(logits), Images(labels), classes=CLASSES, file=file, max_values=most, names="photo {}".format
-        )
+    with pytest.raises(NonFiniteError, match=r"a logit of the photos, 200.png, is NaN or infinite \(1 of 301 images\)"):
+        predict_split(Table(logits), Images(labels), classes=CLASSES, file=file, max_values=most, what="the photos")
     with pytest.raises(DataError, match="1 left out"):
         predict_split(
             Table(made()[0]), Images(labels, [0, *range(IMAGES - 1)]), classes=CLASSES, file=file, max_values=most

@@ -59,14 +59,14 @@ def predict_probabilities(
     *,
     classes: int,
     processes: ProcessGroup = SINGLE_PROCESS,
-    names: Sequence[str] | Callable[[int], str] | None = None,
+    what: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Array, Array, Array] | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Return probabilities [N, K] float32, labels and index (0, 1, ...) [N] int64, in the first process only.
-    NonFiniteError names the first image with a logit that is NaN or infinite; DataError: an image was left out or came
-    twice.  ``progress`` receives how many images of how many are done.
+    NonFiniteError names ``what`` and the first image with a logit that is NaN or infinite; DataError: an image was left
+    out or came twice.  ``progress`` receives how many images of how many are done.
     """
     parts: list[tuple[Tensor, ...]] = []
     with evaluation_mode(model):
@@ -74,11 +74,8 @@ def predict_probabilities(
             # Kept on the device: copying each batch would wait for it.
             parts.append((logits.softmax(dim=1), batch.labels, index, logits.isfinite().all(dim=1)))
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    gathered = _gather_columns(columns, loader.count, processes, names)
-    if gathered is None:
-        return None
-    probabilities, labels, images = gathered
-    return probabilities, labels, images
+    gathered = _gather_columns(columns, loader, processes, what)
+    return None if gathered is None else (gathered[0], gathered[1], gathered[2])
 
 
 def _iterate_logits(
@@ -104,33 +101,26 @@ def _iterate_logits(
             progress(min(done, loader.count), loader.count)
 
 
-def _gather_columns(
-    columns: list[Array],
-    count: int,
-    processes: ProcessGroup,
-    names: Sequence[str] | Callable[[int], str] | None,
-) -> list[Array] | None:
+def _gather_columns(columns: list[Array], loader: "Loader", processes: ProcessGroup, what: str) -> list[Array] | None:
     """Concatenate the columns of all processes in order of the images, and check that all is there and finite.
 
     The last two columns are index [n] and whether all logits are finite [n], which is not returned.  Only the first
     process gets them; what it finds wrong is raised in all.
     """
     gathered = processes.collect(columns) or []
-    return processes.run_on_first(lambda: _in_order([each for each in gathered if each], count, names))
+    return processes.run_on_first(lambda: _in_order([each for each in gathered if each], loader, what))
 
 
-def _in_order(
-    gathered: list[list[Array]], count: int, names: Sequence[str] | Callable[[int], str] | None
-) -> list[Array]:
+def _in_order(gathered: list[list[Array]], loader: "Loader", what: str) -> list[Array]:
     """Do as ``_gather_columns``, from the columns of each process."""
     if not any(len(each[0]) for each in gathered):
         raise DataError("there is no image to evaluate")
     *values, finite = (np.concatenate(column) for column in zip(*gathered, strict=True))
-    index = values[-1]
+    index, count = values[-1], loader.count
     check_complete(index, count)
     if not finite.all():
         image = int(index[~finite].min())
-        name = f"image {image}" if names is None else names(image) if callable(names) else names[image]
+        name = f"{what}, {loader.images.names[image]}," if what else f"image {image}"
         raise NonFiniteError(f"a logit of {name} is NaN or infinite ({int((~finite).sum())} of {count} images)")
     order = np.argsort(index)
     return [column[order] for column in values]
@@ -278,7 +268,7 @@ def predict_split(
     classes: int,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE_PROCESS,
-    names: Callable[[int], str] | None = None,
+    what: str = "",
     file: Path | None = None,
     labels: Array | None = None,
     max_values: int = MAX_VALUES_IN_MEMORY,
@@ -292,9 +282,7 @@ def predict_split(
     """
     count = loader.count
     if count * classes <= max_values:
-        found = predict_probabilities(
-            model, loader, classes=classes, processes=processes, names=names, progress=progress
-        )
+        found = predict_probabilities(model, loader, classes=classes, processes=processes, what=what, progress=progress)
         if found is None:
             return None
         probabilities, loader_labels, _ = found
@@ -308,7 +296,7 @@ def predict_split(
             columns.add(logs.exp(), batch_labels, index, logits.isfinite().all(dim=1))
             metrics.update(logits, batch_labels)
             writer.write(index, logs)
-        gathered = _gather_columns(columns.arrays(), count, processes, names)
+        gathered = _gather_columns(columns.arrays(), loader, processes, what)
     if processes.several:
         sums = processes.add_on_first(metrics.state())
         metrics = StreamingMetrics(classes, device=device)

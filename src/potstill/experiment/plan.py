@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from potstill.config import repeat_index, stage_name, stage_role
+from potstill.config import STAGES, repeat_index, stage_name, stage_role
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.errors import UsageError
 from potstill.methods import needs_teacher
@@ -19,12 +19,6 @@ def derive_seed(seed: int, purpose: str) -> int:
     """Return a seed in [0, 2**63) for one purpose."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little") >> 1
 
-
-STAGE_GROUPS = (
-    "teacher",
-    "baseline",
-    "distilled",
-)  # assistants and generations belong to distilled
 
 LayerPairs = tuple[tuple[str, str], ...]
 
@@ -54,7 +48,7 @@ class PlannedStage:
         return repeat_index(self.name)
 
 
-def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[PlannedStage, ...]:
+def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGES) -> tuple[PlannedStage, ...]:
     """Return the stages in the order of training.
 
     They are teachers, baseline, assistants (each learns from the one before), and the student's generations, of which

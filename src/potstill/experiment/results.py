@@ -1,6 +1,6 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +13,7 @@ from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.decoded_cache import JPEG_RECORDS
-from potstill.data.image_sets import ImageSet, Subset, image_sizes
+from potstill.data.image_sets import Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
@@ -89,18 +89,7 @@ def evaluate_stages(
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
-    described = {
-        name: {
-            "of": group_members(name, once),
-            **{
-                split: without_per_class(describe_metrics(own[split], data.class_names))
-                for split in SPLITS
-                if split in own
-            },
-        }
-        for name, own in groups.items()
-        if len(group_members(name, once)) > 1
-    }
+    described = describe_groups(groups, once, data.class_names)
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
     comparison = (
@@ -458,7 +447,7 @@ def _predict(
             classes=classes,
             device=compute.device,
             processes=compute.processes,
-            names=partial(_image_label, f"the {name} on {split}, ", images),
+            what=f"the {name} on {split}",
             file=path if kept and large else None,
             progress=partial(observer.wait, f"{name}: predictions of {split}"),
         )
@@ -472,14 +461,23 @@ def _predict(
     return found
 
 
-def _image_label(prefix: str, images: ImageSet, image: int) -> str:
-    return f"{prefix}{images.names[image]},"
-
-
 def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
     """Return the metrics of a split, for metrics.json."""
     metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
+
+
+def describe_groups(
+    groups: Mapping[str, SplitPredictions], stages: Collection[str], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return ``together`` of results.json: the members and metrics of each group of several networks."""
+    members = {name: group_members(name, stages) for name in groups}
+    return {
+        name: {"of": members[name]}
+        | {split: without_per_class(describe_metrics(found, classes)) for split, found in own.items()}
+        for name, own in groups.items()
+        if len(members[name]) > 1
+    }
 
 
 def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:

@@ -118,10 +118,9 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     if _only_extends(folder, former, recipe):
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
-        more = [f"  and {len(changed) - _MAX_CHANGES} more"] if len(changed) > _MAX_CHANGES else []
         raise UsageError(
             f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
-            + "\n".join(changed[:_MAX_CHANGES] + more)
+            + _first_lines(changed)
             + "\nResume without these changes, or start another run with --name"
         )
 
@@ -157,12 +156,16 @@ def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> 
         f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" if key != "images" else "  images: other ones"
         for key in keys
     ]
-    more = [f"  and {len(lines) - _MAX_CHANGES} more"] if len(lines) > _MAX_CHANGES else []
     raise UsageError(
         f"--baseline {folder.path} was not trained as this run's baseline would be:\n"
-        + "\n".join(lines[:_MAX_CHANGES] + more)
+        + _first_lines(lines)
         + "\nMake these settings equal, or leave --baseline out"
     )
+
+
+def _first_lines(lines: Sequence[str]) -> str:
+    more = [f"  and {len(lines) - _MAX_CHANGES} more"] if len(lines) > _MAX_CHANGES else []
+    return "\n".join([*lines[:_MAX_CHANGES], *more])
 
 
 def check_same_data(folder: RunFolder, data: DataSplits) -> None:

@@ -18,12 +18,12 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from potstill.config import STAGES
 from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation import Array
 from potstill.io import (
@@ -86,9 +86,7 @@ class RunLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
     def _stale_lock_hint(self) -> str:
@@ -105,7 +103,6 @@ class RunLock:
         return f".\nThis file system has no locks; {path} was written by {holder}: if it has ended, delete the file"
 
 
-STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (LOCK_FILE, LOCK_HOLDER_FILE)
@@ -204,9 +201,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Release the lock; delete the folder if nothing was written."""
         if self.path.is_dir() and all(entry.name in _LOCKS for entry in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)

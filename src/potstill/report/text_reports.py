@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.config import STAGES
 from potstill.formatting import (
     MISSING,
     format_count,
@@ -21,7 +22,7 @@ from potstill.formatting import (
     format_scaled,
 )
 from potstill.report.display_names import display_width, escape_invisible
-from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
+from potstill.report.run_reader import SPLITS, Run, StageResult
 
 ValueFormatter = Callable[[Any], str]
 

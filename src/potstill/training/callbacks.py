@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 from potstill.errors import Stopped
@@ -122,9 +122,7 @@ class SignalHandler:
             self._hook_before, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._handle_signal:  # otherwise the handler was replaced meanwhile
                 signal.signal(number, handler)
