@@ -174,7 +174,7 @@ class Progress:
         estimated, now = self._expected[self._stage], time.monotonic()
         done = (max(0, self._epoch - 1) + self._seen / max(1, self._images)) / self._epochs if self._epoch else 0.0
         here, passed = max(0.0, estimated - (now - self._stage_began)), list(self._passed)
-        if done and (now - self._training_began >= _MIN_MEASURED or not here):
+        if done >= 1 or (done and (now - self._training_began >= _MIN_MEASURED or not here)):
             here = self._rest(estimated, done, now)
             passed = [passed[0] + estimated, passed[1] + now - self._stage_began + here]
         pace = passed[1] / passed[0] if passed[0] > 0 else 1.0

@@ -155,13 +155,14 @@ def check_exists(path: Path, wanted: str = "a run folder or a folder with model.
         raise UsageError(f"{path} does not exist{f'{nearest} Give' if nearest else '; give'} {wanted}")
 
 
-def nearest_name(path: Path) -> str:
-    """Return ``"; did you mean 'photos'?"`` for a path that does not exist, by the names beside it; "" if none is."""
-    try:
-        beside = [each.name for each in itertools.islice(path.parent.iterdir(), _MAX_SIBLINGS)]
-    except OSError:
-        return ""
-    return did_you_mean(path.name, beside)
+def nearest_name(path: Path, others: Iterable[str] = ()) -> str:
+    """Return ``"; did you mean 'photos'?"`` for a path that does not exist, by ``others`` and the names beside it; ""
+    if none is near.
+    """
+    names = list(others)
+    with contextlib.suppress(OSError):
+        names += [each.name for each in itertools.islice(path.parent.iterdir(), _MAX_SIBLINGS)]
+    return did_you_mean(path.name, names)
 
 
 _MAX_SIBLINGS = 1000  # names beside a path that does not exist, among which the nearest is looked for

@@ -285,7 +285,7 @@ def check_source(settings: DataSettings) -> None:
         if path.exists():
             image = "; for an image, give the folder that holds the class folders" if has_image_suffix(name) else ""
             raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(MANIFEST_SUFFIXES)}{image}")
-        near = did_you_mean(name, dataset_names()) or nearest_name(path)
+        near = nearest_name(path, dataset_names())
         raise UsageError(
             f"no data set, folder or manifest {name!r}{near}\n"
             f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "

@@ -51,7 +51,7 @@ from potstill.data.splits import (
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.formatting import format_names
 from potstill.hub import HUB_DATA
-from potstill.io import cache_folder, sha256_hex
+from potstill.io import cache_folder, nearest_name, sha256_hex
 
 if TYPE_CHECKING:
     from potstill.data.decoded_cache import StagedSquares
@@ -81,8 +81,9 @@ def _has_train_folder(root: Path) -> bool:
 
 def check_unlabeled(settings: DataSettings) -> None:
     """Check that the folder of unlabeled images exists, without reading an image."""
-    if settings.unlabeled is not None and not Path(settings.unlabeled).expanduser().is_dir():
-        raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}; name one with images, at any depth")
+    if settings.unlabeled is not None and not (path := Path(settings.unlabeled).expanduser()).is_dir():
+        near = "" if path.exists() else nearest_name(path)
+        raise UsageError(f"data.unlabeled: no folder {settings.unlabeled!r}{near}\nName one with images, at any depth")
 
 
 def add_unlabeled(

@@ -234,7 +234,8 @@ def run(
         recipe = apply_view_plan(recipe, view_plan)
         cache_note = ""
         if not resume and reproduce is None:  # else as when the run began
-            recipe, cache_note = processes.share(choose_training_cache(recipe, first_seed, splits, compute))
+            whole = plan_stages(recipe)  # a stage that is trained alone sees the pixels of a whole run
+            recipe, cache_note = processes.share(choose_training_cache(recipe, whole, splits, compute))
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
         processes.highest(0)  # a barrier: the first process now writes files that the others have read

@@ -399,7 +399,8 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     }
     facts["sentence"] = (
         f"{images:,} unlabeled images beside {len(data.train):,} labeled ones: a step of the distilled student has "
-        f"{facts['per_step']:,} and {labeled:,} of them, and it sees each unlabeled image {facts['passes']:.3g} times. "
+        f"{facts['per_step']:,} and {labeled:,} of them, and it sees each unlabeled image {facts['passes']:.3g} "
+        f"time{'s' * (facts['passes'] != 1)}. "
         f"Teacher and baseline learn from the labels alone; the baseline has as many steps ({facts['steps']:,}), the "
         "same views and the same mixing"
     )

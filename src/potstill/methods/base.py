@@ -93,7 +93,8 @@ class Method(nn.Module):
             ]
             cls.__signature__ = inspect.Signature(named)
             lines = [f"    {key}: {each.doc}" for key, each in cls.OPTIONS.items()]
-            cls.__doc__ = "\n".join([inspect.cleandoc(vars(cls).get("__doc__") or ""), "", "Args:", *lines])
+            args = ["", "Args:", *lines] if lines else []
+            cls.__doc__ = "\n".join([inspect.cleandoc(vars(cls).get("__doc__") or ""), *args])
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

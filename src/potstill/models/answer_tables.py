@@ -247,11 +247,13 @@ def _check_values(table: AnswerTable) -> None:
 
 
 def _prefix(unused: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice for paths that only have too many folders in front."""
+    """Return advice for paths that only have too many folders in front, or too few."""
     known = set(names)
     for path in unused[:1]:
         parts = path.split("/")
         for at in range(1, len(parts)):
             if "/".join(parts[at:]) in known:
                 return f": cut off {'/'.join(parts[:at]) + '/'!r}"
+        if whole := next((name for name in names if name.endswith(f"/{path}")), None):
+            return f": write {whole!r} in place of {path!r}"
     return ""

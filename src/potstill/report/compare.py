@@ -153,7 +153,7 @@ def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
     rows = []
     for key in keys:
         values = [recipe.get(key, _ABSENT) for recipe in recipes]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values) and any(value not in (_ABSENT, None, []) for value in values):
             rows.append((key, ["" if value is _ABSENT else format_value(value) for value in values]))
     return {"names": [_group_name(each) for each in groups], "rows": rows}
 

@@ -40,7 +40,7 @@ from potstill.sweep.halving import (
     Student,
     Trained,
 )
-from potstill.sweep.worker import best_on_val, train_again, train_teachers
+from potstill.sweep.worker import best_on_val, train_again, train_teachers, with_chosen_cache
 from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
 from potstill.training.settings import TrainingSettings
 
@@ -120,7 +120,7 @@ class RecipeTrainings:
         chosen = {"student.model": student.name, **self.student_settings(student), **settings}
         texts = [*self.sets, *(f"{key}={text}" for key, text in chosen.items()), *more]
         recipe = load_recipe(self.source, [*texts, *self._teachers], flags=self.flags)
-        recipe = lengthen_short_trainings(recipe, len(self.data.train))
+        recipe = with_chosen_cache(lengthen_short_trainings(recipe, len(self.data.train)), self.folder)
         if epochs is None:
             return recipe
         training = recipe.stage_training("student")

@@ -125,6 +125,17 @@ def train_teachers(
     )
 
 
+def with_chosen_cache(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe of a search with the ``data.cache`` that was chosen for its teachers, so that all trainings see
+    the same pixels.
+    """
+    home = RunFolder(folder / "teacher")
+    if recipe.data.cache != "auto" or not home.known:
+        return recipe
+    cache = load_recipe(home.recipe, data_needed=False, recorded=True).data.cache
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": cache})})
+
+
 def train_again(
     recipes: Mapping[str, Recipe],
     folder: Path,
@@ -337,7 +348,7 @@ class Sweep:
             recipe = recipe.model_copy(
                 update={"teacher_cache": recipe.teacher_cache.model_copy(update={"views": views})}
             )
-        return recipe
+        return with_chosen_cache(recipe, self.folder)
 
     def _base(self, key: str) -> str | None:
         return str(self.recipe.method["name"]) if key == "method.name" else None
