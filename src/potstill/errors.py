@@ -3,7 +3,8 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PotstillError(Exception):
@@ -101,6 +102,25 @@ def storage_error(error: BaseException) -> StorageError | None:
     if no_memory or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return StorageError(_MEMORY)
     return None if error.__cause__ is None else storage_error(error.__cause__)
+
+
+@contextmanager
+def storing(what: str) -> Iterator[None]:
+    """Raise an OSError of the block as a StorageError: ``cannot WHAT: REASON``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {what}: {error.strerror or error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters, or its type.
+
+    Example:
+        >>> first_line(KeyError()), first_line(ValueError("no number"))
+        ('KeyError', 'no number')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 _ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")

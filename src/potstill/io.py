@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean, storing
 
 CACHE_VARIABLE = "POTSTILL_CACHE"
 
@@ -93,11 +93,9 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_file(source: Path, target: Path) -> None:
     """Move a written file into the place of another one in its folder."""
-    try:
+    with storing(f"write {target}"):
         os.replace(source, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def encode_json(value: Any) -> bytes:
@@ -137,11 +135,9 @@ def encode_text(text: str) -> bytes:
 
 def remove_partial_files(folder: Path) -> None:
     """Delete temporary files of killed processes below ``folder``; no other process may be writing there."""
-    try:
+    with storing(f"tidy {folder}"):
         for leftover in folder.rglob(f".*{PART}"):
             leftover.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot tidy {folder}: {error.strerror or error}") from error
 
 
 def check_exists(path: Path, wanted: str = "a run folder or a folder with model.json") -> None:

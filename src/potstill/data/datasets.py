@@ -42,6 +42,7 @@ from potstill.data.file_datasets import (
     load_files,
     load_shards,
     load_without_labels,
+    split_from_train,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
@@ -67,7 +68,6 @@ from potstill.data.splits import (
     fingerprint,
     fold_splits,
     sort_by_hash,
-    stratified_split,
 )
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -349,13 +349,10 @@ def from_torch(
             contents |= found
     parts: dict[str, ImageSet] = dict(sets)
     origin = "data sets from Python" if source == "python" else "splits of the code"
-    if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
-        pool = sets["train"]
-        if len(pool.labels) and pool.labels.max() >= len(names):
-            check_splits(names, {"train": pool}, label)
-        made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
-        parts |= {split: Subset(pool, index) for split, index in made.items()}
-        origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+    pool = sets["train"]
+    if len(pool.labels) and pool.labels.max() >= len(names):
+        check_splits(names, {"train": pool}, label)
+    origin += split_from_train(parts, names, settings)
     check_splits(names, parts, label)
     ends: ValueRange | None = None
     if isinstance(sets["train"], FileSet):

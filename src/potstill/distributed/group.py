@@ -38,7 +38,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from potstill.distributed import heartbeat_timeout, is_torchrun_launched, ranks_and_counts, restart_count
-from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, WorkerError, exit_code_of
+from potstill.errors import (
+    PotstillError,
+    RankLost,
+    RemoteFailure,
+    Stopped,
+    UsageError,
+    WorkerError,
+    exit_code_of,
+    first_line,
+)
 
 HEARTBEAT_SECONDS = 0.5
 _SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a heartbeat after a connection broke, a rank is lost
@@ -129,7 +138,7 @@ class Watchdog:
         for rank in range(self.count):
             if rank != self.rank and self.store.check([f"ended/{rank}"]):
                 return RemoteFailure(int(self.store.get(f"ended/{rank}")) or WorkerError.exit_code)
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         lost = RankLost(f"a connection between the processes of the run broke: {text}\n{_RESUME_HINT}")
         return self._claim_failure(lost, lost.exit_code, str(lost))
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from potstill.errors import ArtifactError, UsageError
-from potstill.hub import first_line, is_reachable
+from potstill.errors import ArtifactError, UsageError, first_line
+from potstill.hub import is_reachable
 from potstill.io import read_bytes, sha256_hex
 from potstill.models import state_dict
 

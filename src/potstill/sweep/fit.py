@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
-from potstill.errors import StorageError, UsageError, did_you_mean
+from potstill.errors import UsageError, did_you_mean, storing
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.formatting import format_milliseconds, format_scaled
 from potstill.io import read_checksummed_json, write_checksummed_json
@@ -115,7 +115,7 @@ class RecipeTrainings:
         self, student: Student, settings: Mapping[str, str], epochs: int | None = None, more: Iterable[str] = ()
     ) -> Recipe:
         """Return the recipe of a training; ``epochs``: None: those of the recipe."""
-        from potstill.experiment.plan import lengthen_short_trainings
+        from potstill.experiment.plan import lengthen_short_trainings, scale_training
 
         chosen = {"student.model": student.name, **self.student_settings(student), **settings}
         texts = [*self.sets, *(f"{key}={text}" for key, text in chosen.items()), *more]
@@ -123,16 +123,8 @@ class RecipeTrainings:
         recipe = lengthen_short_trainings(recipe, len(self.data.train))
         if epochs is None:
             return recipe
-        training = recipe.stage_training("student")
-        ratio = min(1.0, epochs / training.epochs)
-        own = {
-            **recipe.student.training,
-            "epochs": epochs,
-            "min_steps": 0,
-            "warmup_epochs": ratio * training.warmup_epochs,
-            "milestones": [math.ceil(ratio * each) for each in training.milestones],
-            "freeze": min(training.freeze, epochs - 1),
-        }
+        freeze = min(recipe.stage_training("student").freeze, epochs - 1)
+        own = scale_training(recipe, epochs) | {"freeze": freeze}
         return recipe.model_copy(update={"student": recipe.student.model_copy(update={"training": own})})
 
     def _training(self, student: Student) -> TrainingSettings:
@@ -393,10 +385,8 @@ def fit(
     options = {"--under": str(limits), "--students": ",".join(students), "--int8": int8}
     settings = dump_yaml(trainings.recipe.model_dump(mode="json") | options)
     description = {"recipe": settings, "data": trainings.data.fingerprint, "space": [], "grid": True}
-    try:
+    with storing(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from error
     with RunLock(folder):
         search = HalvingSearch(
             trainings,

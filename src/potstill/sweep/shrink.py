@@ -17,7 +17,7 @@ from potstill.config import stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, load_recipe
 from potstill.errors import ArtifactError, UsageError, did_you_mean
 from potstill.evaluation.significance import paired_interval, paired_loss_bound, wilson_interval
-from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.plan import PlannedStage, plan_stages, scale_training
 from potstill.experiment.resume import check_same_recipe
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_milliseconds, format_percent, format_points, format_scaled
@@ -172,20 +172,10 @@ class PrunedStudent:
 
     def _training(self, recipe: Recipe, epochs: int, changed: set[str]) -> dict[str, Any]:
         """Return the student's own training settings: a short schedule of the same shape."""
-        settings = recipe.stage_training("student")
-        ratio = min(1.0, epochs / settings.epochs)
-        quantized = settings.qat_fraction or (QAT_FRACTION if self.finetuning.int8 else 0.0)
-        if changed & {"training.qat_fraction", "student.training.qat_fraction"}:
-            quantized = settings.qat_fraction
-        return {
-            **recipe.student.training,
-            "epochs": epochs,
-            "min_steps": 0,
-            "warmup_epochs": ratio * settings.warmup_epochs,
-            "milestones": [math.ceil(ratio * each) for each in settings.milestones],
-            "freeze": 0,
-            "qat_fraction": quantized,
-        }
+        quantized = recipe.stage_training("student").qat_fraction
+        if self.finetuning.int8 and not changed & {"training.qat_fraction", "student.training.qat_fraction"}:
+            quantized = quantized or QAT_FRACTION
+        return scale_training(recipe, epochs) | {"freeze": 0, "qat_fraction": quantized}
 
     def _teachers(self, own: Recipe, planned: PlannedStage) -> list[StageSettings] | StageSettings | None:
         """Return the trained networks that the student learned from: teachers, or an assistant or generation."""
