@@ -123,7 +123,7 @@ def _root(folder: Path | None) -> Path:
 
 def _cache_table(caches: "list[CacheEntry]") -> list[str]:
     from potstill.console import escape_control
-    from potstill.formatting import format_scaled
+    from potstill.formatting import format_columns, format_scaled
 
     rows: list[tuple[str, ...]] = [("key", "size", "views", "recorded", "record", "last use", "teacher", "data")]
     for each in caches:
@@ -137,15 +137,12 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
                 *map(escape_control, columns[3:]),
             )
         )
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    right = {1, 2, 3}
-    lines = [
-        "  ".join(f"{cell:>{w}}" if at in right else f"{cell:<{w}}" for at, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-        for row in rows
-    ]
     total = sum(each.size for each in caches)
     count = f"{len(caches)} teacher cache{'s' if len(caches) > 1 else ''}"
-    return [*(line.rstrip() for line in lines), f"{count}, {format_scaled(total, 'B')} in {caches[0].path.parent}"]
+    return [
+        *format_columns(rows, left=(0, 4, 5, 6, 7)),
+        f"{count}, {format_scaled(total, 'B')} in {caches[0].path.parent}",
+    ]
 
 
 def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:

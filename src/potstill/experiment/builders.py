@@ -26,7 +26,7 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.stages import find_stages
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
-from potstill.formatting import format_names
+from potstill.formatting import format_columns, format_names
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
@@ -731,8 +731,7 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
             groups.setdefault(".".join(name.split(".")[:2]), []).append(count)
         rows = [(f"{name}.*", f"{len(counts)} tensors", sum(counts)) for name, counts in groups.items()]
     cells = [("name", "shape", "parameters"), *((a, b, f"{c:,}") for a, b, c in rows), ("total", "", f"{total:,}")]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
+    return "\n".join(format_columns(cells))
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:

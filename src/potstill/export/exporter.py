@@ -48,7 +48,7 @@ from potstill.export.options import (
     without_preprocessing,
 )
 from potstill.export.preprocessing import create_preprocessing
-from potstill.formatting import format_names
+from potstill.formatting import format_columns, format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
 from potstill.io import check_exists, read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
@@ -117,14 +117,7 @@ def export_table(found: "Mapping[str, Path | PotstillError]") -> str:
             size = sum(each["bytes"] for each in facts["files"].values()) / 2**20
             figures = (f"{size:.1f}", f"{time['p50']:.2f}", f"{time['p95']:.2f}", f"{same['agreement']:.2%}")
             rows.append((name, str(path), *figures))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = format_columns(rows, left=(0, 1))
     left_out = {name: str(each) for name, each in found.items() if not isinstance(each, Path)}
     lines += [f"left out: {name}: {'; '.join(reason.splitlines())}" for name, reason in left_out.items()]
     return "\n".join(lines) + "\n"
@@ -341,19 +334,14 @@ class Exporter:
 
     def _plain(self) -> tuple[ExportedFiles, dict[str, Any]]:
         files = self.form.convert(self.classifier.module, self.metadata)
+        facts: dict[str, Any] = dict.fromkeys(("parity", "prepared", "accuracy", "calibration", "latency_ms"))
         if self.form.open is None:
             self.note("this format runs on other machines only: converted, not compared with PyTorch")
-            return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
+            return files, facts
         answer = self.form.open(files, threads=torch.get_num_threads())
         found, prepared = self._compare(answer)
         times = self._measure_latency({self._engine: answer})
-        return files, {
-            "parity": found.as_json(),
-            "prepared": prepared,
-            "accuracy": None,
-            "calibration": None,
-            "latency_ms": times,
-        }
+        return files, facts | {"parity": found.as_json(), "prepared": prepared, "latency_ms": times}
 
     def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
         """Compare with PyTorch on the same input and, if the file resizes images, on images resized by Pillow too."""
