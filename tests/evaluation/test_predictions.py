@@ -101,6 +101,16 @@ def test_the_file_gives_divergence_and_temperature_back(tmp_path: Path) -> None:
     assert np.exp(logs.astype(np.float64)) == pytest.approx(held.array, rel=4e-3)
 
 
+@pytest.mark.parametrize("most", [10**7, 0])  # probabilities in memory, and not
+def test_progress_is_reported_batch_by_batch(most: int) -> None:
+    logits, labels = made(images=40)
+    seen: list[tuple[int, int]] = []
+    predict_split(
+        Table(logits), Images(labels), classes=CLASSES, max_values=most, progress=lambda *each: seen.append(each)
+    )
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+
+
 def test_improbable_classes_keep_their_size(tmp_path: Path) -> None:
     logits = torch.tensor([[0.0, -40.0], [-40.0, 0.0], [3e5, 0.0]])
     found = predict_split(

@@ -322,8 +322,10 @@ def export(
             sys.stdout.write(escape_control(export_table(found), keep="\n"))
             return
         path = export_model(run, model, options, note=_note)
+    from potstill.formatting import format_scaled
+
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
-    sys.stdout.write(f"export: {escape_control(str(path))} ({sum(sizes) / 2**20:.1f} MiB)\n")
+    sys.stdout.write(f"export: {escape_control(str(path))} ({format_scaled(sum(sizes), 'B')})\n")
     if form == "onnx":
         sys.stdout.write(f"next:   potstill predict {escape_control(shlex.quote(str(path)))} IMAGE\n")
     if form == "page":

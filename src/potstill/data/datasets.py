@@ -71,6 +71,7 @@ from potstill.data.splits import (
 )
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
+from potstill.io import nearest_name
 
 if TYPE_CHECKING:
     from potstill.data.decoded_cache import StagedSquares
@@ -284,8 +285,9 @@ def check_source(settings: DataSettings) -> None:
         if path.exists():
             image = "; for an image, give the folder that holds the class folders" if has_image_suffix(name) else ""
             raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(MANIFEST_SUFFIXES)}{image}")
+        near = did_you_mean(name, dataset_names()) or nearest_name(path)
         raise UsageError(
-            f"no data set, folder or manifest {name!r}{did_you_mean(name, dataset_names())}\n"
+            f"no data set, folder or manifest {name!r}{near}\n"
             f"Known names: {', '.join(dataset_names())}; or give a folder of class folders, a .csv or .jsonl "
             "manifest, Parquet files, .tar shards, hf://datasets/USER/NAME, or code: path/file.py:callable"
         )

@@ -6,7 +6,7 @@ batch, AUC comes from bins, and the probabilities can be written to a float16 fi
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,26 +60,33 @@ def predict_probabilities(
     classes: int,
     processes: ProcessGroup = SINGLE_PROCESS,
     what: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Array, Array, Array] | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Return probabilities [N, K] float32, labels and index (0, 1, ...) [N] int64, in the first process only.
     NonFiniteError names ``what`` and the first image with a logit that is NaN or infinite; DataError: an image was left
-    out or came twice.
+    out or came twice.  ``progress`` receives how many images of how many are done.
     """
     parts: list[tuple[Tensor, ...]] = []
     with evaluation_mode(model):
-        for batch, index, logits in _iterate_logits(model, loader, classes):
+        for batch, index, logits in _iterate_logits(model, loader, classes, processes, progress):
             # Kept on the device: copying each batch would wait for it.
             parts.append((logits.softmax(dim=1), batch.labels, index, logits.isfinite().all(dim=1)))
-            processes.progress()
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
     gathered = _gather_columns(columns, loader, processes, what)
     return None if gathered is None else (gathered[0], gathered[1], gathered[2])
 
 
-def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def _iterate_logits(
+    model: nn.Module,
+    loader: "Loader",
+    classes: int,
+    processes: ProcessGroup,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield each batch, its image indices [B] and float32 logits [B, K]."""
+    done = 0
     for batch in loader.epoch():
         if batch.index is None:
             raise UsageError("to evaluate, the loader must number its images (Batch.index)")
@@ -88,6 +95,10 @@ def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterato
             expected = [len(batch), classes]
             raise UsageError(f"{type(model).__name__} must return logits {expected}, got {list(logits.shape)}")
         yield batch, batch.index, logits.float()
+        done += len(batch) * processes.count
+        processes.progress()
+        if progress is not None:
+            progress(min(done, loader.count), loader.count)
 
 
 def _gather_columns(columns: list[Array], loader: "Loader", processes: ProcessGroup, what: str) -> list[Array] | None:
@@ -261,16 +272,17 @@ def predict_split(
     file: Path | None = None,
     labels: Array | None = None,
     max_values: int = MAX_VALUES_IN_MEMORY,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     More than ``max_values`` probabilities N * K are not kept in memory; ``file`` receives them, see
-    ``FileProbabilities``. ``labels`` override those of the loader.  Only the first process gets the result.  Errors as
-    of ``predict_probabilities``.
+    ``FileProbabilities``. ``labels`` override those of the loader.  Only the first process gets the result.  Errors and
+    ``progress`` as of ``predict_probabilities``.
     """
     count = loader.count
     if count * classes <= max_values:
-        found = predict_probabilities(model, loader, classes=classes, processes=processes, what=what)
+        found = predict_probabilities(model, loader, classes=classes, processes=processes, what=what, progress=progress)
         if found is None:
             return None
         probabilities, loader_labels, _ = found
@@ -278,13 +290,12 @@ def predict_split(
     columns, metrics = _ColumnBuffer(count, classes, device), StreamingMetrics(classes, device=device)
     given = torch.from_numpy(np.zeros(0, np.int64) if labels is None else labels).to(device)
     with evaluation_mode(model), _ProbabilityWriter(file, (count, classes), processes) as writer:
-        for batch, index, logits in _iterate_logits(model, loader, classes):
+        for batch, index, logits in _iterate_logits(model, loader, classes, processes, progress):
             logs = logits.log_softmax(dim=1)
             batch_labels = batch.labels if labels is None else given[index]
             columns.add(logs.exp(), batch_labels, index, logits.isfinite().all(dim=1))
             metrics.update(logits, batch_labels)
             writer.write(index, logs)
-            processes.progress()
         gathered = _gather_columns(columns.arrays(), loader, processes, what)
     if processes.several:
         sums = processes.add_on_first(metrics.state())

@@ -1,7 +1,6 @@
 """Runs: train and evaluate the stages of a recipe, in one process or several, of which the first writes."""
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
+from potstill.evaluation.significance import mcnemar
 from potstill.experiment.builders import (
     InitialNetwork,
     build_network,
@@ -102,12 +102,14 @@ from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
-from potstill.training.devices import Compute, create_compute, idle_gpus
+from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
 _MAX_CLASSES = 10  # classes that a message lists
 MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
+SIGN_TEST_LEVEL = 0.05  # level of the one-sided sign test by which a model is below the baseline on val
+_BEYOND_CHANCE = f"more than chance explains (sign test on these images, p < {SIGN_TEST_LEVEL})"
 _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
@@ -320,7 +322,7 @@ def run(
                 experiment.warn(sentence)
             if splits.has_classes:
                 splits = experiment.predicted if splits.teacher_labels else splits
-                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, experiment.observer, facts_of_run)
             else:
                 evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
@@ -529,6 +531,7 @@ class _Experiment:
         elif stage.role == "distilled" and not self.recipe.data.target_labels:
             self._compare_distilled(stage)
         self.observer.stage_end(stage.name, time.monotonic() - started)
+        return_freed_memory()
         return model
 
     def label_by_teachers(self) -> None:
@@ -770,12 +773,12 @@ class _Experiment:
 
     def _compare_with_baseline(self) -> None:
         baseline, images = self._val_top1("baseline"), len(self.data.val)
+        stopping = self.recipe.teacher_below_baseline == "stop"
         known = [
             each for each in self.models if stage_role(each) == "teacher" and not _has_no_classes(self.recipe, each)
         ]
         teachers = {name: self._val_top1(name) for name in known}
-        clearly = {name: is_below(top1, baseline, images) for name, top1 in teachers.items()}
-        stops = bool(teachers) and all(clearly.values()) and self.recipe.teacher_below_baseline == "stop"
+        stops = bool(teachers) and stopping and all(self._is_clearly_below(name, "baseline") for name in teachers)
         for name, top1 in teachers.items():
             if top1 < baseline:
                 found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
@@ -794,7 +797,7 @@ class _Experiment:
                     advice = f"Use the baseline, or distil from a better teacher. {advice}. "
                 self.not_distilled = (
                     f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
-                    f"which is more than a standard error. {advice}To distil all the same: "
+                    f"{_BEYOND_CHANCE}. {advice}To distil all the same: "
                     "--resume --set teacher_below_baseline=warn"
                 )
         if stops:
@@ -805,12 +808,20 @@ class _Experiment:
         if baseline not in self.models or "domain" in self.models[stage.name].facts:
             return
         ours, theirs = self._val_top1(stage.name), self._val_top1(baseline)
-        if is_below(ours, theirs, images):
+        if self._is_clearly_below(stage.name, baseline):
             self.warn(
-                f"{stage.name} is below {baseline}: top-1 {ours:.1%} against {theirs:.1%} on {images:,} val images, by "
-                f"more than a standard error. Use {self.folder.stage(baseline)}, train longer (--epochs), or give the "
+                f"{stage.name} is below {baseline}: top-1 {ours:.1%} against {theirs:.1%} on {images:,} val images, "
+                f"{_BEYOND_CHANCE}. Use {self.folder.stage(baseline)}, train longer (--epochs), or give the "
                 "labels more weight (--alpha, for kd)"
             )
+
+    def _is_clearly_below(self, stage: str, baseline: str) -> bool:
+        """Return whether a model is below the baseline on val by more than chance explains."""
+        if self._val_top1(stage) >= self._val_top1(baseline):
+            return False
+        pair = [self._predict_val(name) for name in (baseline, stage)]
+        right = [found == np.asarray(self.data.val.labels) for found in pair if found is not None]
+        return self.compute.processes.share(bool(right) and is_below(*right))
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
@@ -831,13 +842,20 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            loader, top1 = self._split_loader(model, "val", stage), 0.0
-            if (found := predict_images(model, loader, self.compute, f"the {stage} on val")) is not None:
-                predicted, labels = found.argmax(axis=1), np.asarray(self.data.val.labels)
+            top1 = 0.0
+            if (predicted := self._predict_val(stage)) is not None:
+                labels = np.asarray(self.data.val.labels)
                 top1 = float((predicted == labels).mean())
                 self._check_class_order(stage, predicted, labels)
             model.facts["val"] = {"top1": self.compute.processes.share(top1)}
         return float(model.facts["val"]["top1"])
+
+    def _predict_val(self, stage: str) -> "np.ndarray[Any, Any] | None":
+        """Return the classes [N] that a model predicts on val; None but in the first process."""
+        model = self.models[stage]
+        loader = self._split_loader(model, "val", stage)
+        found = predict_images(model, loader, self.compute, f"the {stage} on val")
+        return None if found is None else found.argmax(axis=1)
 
     def _split_loader(self, model: Classifier, split: str, stage: str = "teacher") -> Loader:
         settings = self.recipe.stage_training(stage)
@@ -914,15 +932,15 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
     )
 
 
-def is_below(teacher: float, baseline: float, images: int) -> bool:
-    """Return whether a teacher's val accuracy is below the baseline's by more than the difference's standard error.
+def is_below(baseline: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether a model has fewer images right ([N] bool) than the baseline, by a one-sided sign test at 5 %.
 
     Example:
-        >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
+        >>> baseline = np.ones(20, dtype=bool)
+        >>> is_below(baseline, np.arange(20) >= 5), is_below(baseline, np.arange(20) >= 4)  # p = 1/32 and 1/16
         (True, False)
     """
-    variance = (teacher * (1 - teacher) + baseline * (1 - baseline)) / images
-    return baseline - teacher > math.sqrt(variance)
+    return bool(other.sum() < baseline.sum()) and mcnemar(baseline, other)["p"] < 2 * SIGN_TEST_LEVEL
 
 
 def _view_differences(models: Mapping[str, Classifier]) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from potstill.features.stages import find_stages
 from potstill.io import write_text
 from potstill.models.families.opaque_models import FunctionNetwork, example_answers, find_opaque, find_table
 from potstill.models.model_file import Classifier
-from potstill.training.callbacks import SilentObserver
+from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
 LATENCY_BATCH = 16  # batch size of latency_batch_ms
@@ -49,6 +50,7 @@ def evaluate_stages(
     recipe: Recipe,
     data: DataSplits,
     compute: Compute,
+    observer: Observer,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
@@ -61,7 +63,7 @@ def evaluate_stages(
     source, data = data, data.measured
     before = evaluate_on_source(models, recipe, source, compute)
     adapted = evaluate_adapted_baselines(models, recipe, source, compute)
-    found = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
+    found = {name: _predict(run, name, model, recipe, data, compute, observer) for name, model in models.items()}
     if not compute.processes.first:
         return {}
     once = {name: model for name, model in models.items() if not repeat_index(name)}
@@ -421,7 +423,13 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 
 
 def _predict(
-    run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    name: str,
+    model: Classifier,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer,
 ) -> SplitPredictions:
     """Predict all splits and write the predictions, in the first process; of a large train only if requested."""
     settings = recipe.stage_training(name)
@@ -441,6 +449,7 @@ def _predict(
             processes=compute.processes,
             what=f"the {name} on {split}",
             file=path if kept and large else None,
+            progress=partial(observer.wait, f"{name}: predictions of {split}"),
         )
         if predictions is not None:
             found[split] = predictions

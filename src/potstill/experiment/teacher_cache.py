@@ -230,6 +230,7 @@ def open_caches(
     kind = record_kind(recipe, method, classes)
     failed: StorageError | ArtifactError | None = None
     described = [describe_teacher(teacher) for teacher in teachers]
+    recipe_text = dump_recipe(recipe)
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[TeacherCache] = []
 
@@ -245,7 +246,7 @@ def open_caches(
                         "data": data.source,
                         "stage": stage,
                         "student input": dataclasses.asdict(student),
-                        "recipe": dump_recipe(recipe),
+                        "recipe": recipe_text,
                     }
                     key = cache_key(description, loader, split, data, second=second)
                     opened.append(TeacherCache.open(cache_root(recipe), key, record, loader.samples, facts))

@@ -5,6 +5,7 @@ OpenVINO and ncnn are made of it.
 Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.
 """
 
+import functools
 import io
 import os
 import re
@@ -31,6 +32,7 @@ from potstill.export.formats import (
     find_layer,
     quiet,
 )
+from potstill.input_spec import InputSpec
 from potstill.io import DAMAGED, check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import (
     METADATA_KEY,
@@ -173,17 +175,7 @@ def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
 def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
     import onnx
 
-    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
-
-    before = create_preprocessing(metadata.input, metadata.inside).eval()
-    first = _run_exporter(
-        before,
-        example_input(metadata.input, metadata.inside),
-        dynamic_axes(metadata.inside),
-        "preparation",
-        INPUT_NAME,
-        _PREPROCESSED_NAME,
-    )
+    first = onnx.ModelProto.FromString(_export_preprocessing(metadata.input, metadata.inside))
     first.ir_version = network.ir_version
     for name in sorted({each.domain for each in network.opset_import} - {each.domain for each in first.opset_import}):
         version = next(each.version for each in network.opset_import if each.domain == name)
@@ -191,6 +183,17 @@ def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
     prefixed = onnx.compose.add_prefix(first, "prepare/", rename_inputs=False, rename_outputs=False)
     network = onnx.compose.add_prefix(network, "network/", rename_outputs=False)
     return onnx.compose.merge_models(prefixed, network, io_map=[(_PREPROCESSED_NAME, f"network/{INPUT_NAME}")])
+
+
+@functools.lru_cache(maxsize=8)
+def _export_preprocessing(spec: InputSpec, inside: str) -> bytes:
+    """Return the network's preprocessing as an ONNX file; to export it takes as long as a small network."""
+    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
+
+    module, sample = create_preprocessing(spec, inside).eval(), example_input(spec, inside)
+    exported = _run_exporter(module, sample, dynamic_axes(inside), "preparation", INPUT_NAME, _PREPROCESSED_NAME)
+    content: bytes = exported.SerializeToString()
+    return content
 
 
 def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: str, taken: str, given: str) -> Any:

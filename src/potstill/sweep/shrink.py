@@ -217,6 +217,7 @@ class PrunedStudent:
         if target.share is not None:
             return self.prune(self.student, target.share)
         from potstill.export.exporter import measure_network
+        from potstill.models.pruning import count_weights
 
         assert target.limits is not None
         limits, splits = target.limits, self.data().measured
@@ -226,14 +227,15 @@ class PrunedStudent:
             candidate = self.prune(self.student, share)
             ms, size = measure_network(candidate.module, candidate.architecture, candidate.input, splits, int8=int8)
             figures = f"{format_milliseconds(ms)} and {format_scaled(size, 'B')}"
-            self.observer.note(f"{share:.0%} of the weights removed: {figures}")
+            removed = 1 - count_weights(candidate.module) / count_weights(self.student.module)
+            self.observer.note(f"{removed:.0%} of the weights removed: {figures}")
             excess = limits.excess(ms, size)
             if excess <= 1:
                 high, found = share, candidate
                 if share == 0 or excess >= 1 - _TOLERANCE:
                     break
             elif share >= high:
-                nearest = figures
+                nearest = f"{figures}, with {removed:.0%} of the weights removed"
                 break
             else:
                 low = share
@@ -243,9 +245,8 @@ class PrunedStudent:
                 share = (low + high) / 2
         if found is None:
             raise UsageError(
-                f"--prune {target.text}: no pruning of {self.student.architecture} is below that. Nearest: {nearest}, "
-                f"with {_MAX_SHARE:.0%} of the weights removed.\nGive a larger target, or a smaller student: "
-                "`potstill fit DATA --under` finds one"
+                f"--prune {target.text}: no pruning of {self.student.architecture} is below that. Nearest: {nearest}.\n"
+                "Give a larger target, or a smaller student: `potstill fit DATA --under` finds one"
             )
         return found
 

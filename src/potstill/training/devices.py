@@ -324,12 +324,21 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
     return Compute(device, bf16, channels_last, processes, fp16=fp16)
 
 
+def _glibc() -> ctypes.CDLL | None:
+    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return allocator if hasattr(allocator, "gnu_get_libc_version") else None
+
+
+def return_freed_memory() -> None:
+    """Give the system back what ``keep_freed_memory`` holds: a teacher's gigabytes, before a small student."""
+    if allocator := _glibc():
+        allocator.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed tensors for the next step, a fifth of the CPU time; return whether it does."""
-    if sys.platform != "linux":
-        return False
-    allocator = ctypes.CDLL(None)
-    if not hasattr(allocator, "gnu_get_libc_version"):
+    allocator = _glibc()
+    if allocator is None:
         return False
     # The numbers of M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h; older versions of glibc allow 32 MiB at most.
     kept = allocator.mallopt(-3, 1 << 30) or allocator.mallopt(-3, 1 << 25)
