@@ -114,13 +114,13 @@ def storing(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters, or its type.
+    """Return the first line of an error's message, at most 300 characters, or its type.
 
     Example:
         >>> first_line(KeyError()), first_line(ValueError("no number"))
         ('KeyError', 'no number')
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (strip_ansi(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 _ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -150,7 +150,7 @@ def root_cause_line(error: BaseException) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(strip_ansi(str(error)).strip().splitlines()), type(error).__name__)[:300]
+    return first_line(error)
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import StorageError, UsageError, storage_error
+from potstill.errors import StorageError, UsageError, first_line, storage_error
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.formatting import format_scaled
 from potstill.methods.base import Method
@@ -373,9 +373,8 @@ def _resolve_device(name: str, processes: ProcessGroup) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"training.device {name!r} cannot be used: {reason}\nAllowed: auto, cpu, cuda, cuda:N, mps"
+            f"training.device {name!r} cannot be used: {first_line(error)}\nAllowed: auto, cpu, cuda, cuda:N, mps"
         ) from None
     return device
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.distillation.distiller import Distiller
+from potstill.errors import first_line
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 from potstill.training.optim import DOT
@@ -143,8 +144,7 @@ class StudentCompiler:
             self._warm_up(call, images)
         except Exception as error:  # compilers raise anything; training continues without
             self.enabled = False
-            reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            self.observer.note(f"not compiled: {reason}")
+            self.observer.note(f"not compiled: {first_line(error)}")
             return
         self.compiled_forward = call
         how = " with CUDA graphs" if self._uses_cuda_graphs else ""
