@@ -77,6 +77,8 @@ class ContentSet(ABC):
 class ShardSet(ContentSet):
     """Images in tar shards, ``samples`` [N] of (shard URL, sample), each read by its byte range on access."""
 
+    digests: NDArray[np.uint8]
+
     def __init__(self, samples: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
         self.locations = [(url, each.offset, each.size) for url, each in samples]
         self.names = tuple(sample_name(url, each) for url, each in samples)

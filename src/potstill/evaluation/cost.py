@@ -223,7 +223,7 @@ def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[tuple[str,
 
 
 def _layer_rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path, part in module.named_modules():
         level = path.count(".") + 1 if path else 0
         if level > depth or isinstance(part, nn.Identity):
