@@ -65,7 +65,7 @@ def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
             _link_previous(target, previous)
         os.replace(temporary, target)
         temporary = None
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -95,7 +95,7 @@ def replace_file(source: Path, target: Path) -> None:
     """Move a written file into the place of another one in its folder."""
     with storing(f"write {target}"):
         os.replace(source, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def encode_json(value: Any) -> bytes:
@@ -219,10 +219,11 @@ def _make_folder(folder: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     with contextlib.suppress(PermissionError):  # of the parent, which may belong to another user
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries of its files to the disk, where the system can."""
     if os.name == "nt":  # has no handles of folders
         return
     handle = os.open(folder, os.O_RDONLY)
