@@ -92,7 +92,9 @@ def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
     _check_same_classes(data, target)
     _check_disjoint(data, target)
     ids = np.array([data.class_names.index(name) for name in target.class_names], dtype=np.int64)
-    train, val, test = (_with_source_ids(target.split(split), ids) for split in SPLITS)
+    train, val, test = (target.split(split) for split in SPLITS)
+    if (ids != np.arange(len(ids))).any():
+        train, val, test = (RelabeledSet(images, ids[images.labels]) for images in (train, val, test))
     ends = data.range if data.range is not None else target.range  # the student works in both domains
     if ends is not None:
         for images in (data.train, data.val, data.test, train, val, test):
@@ -110,10 +112,6 @@ def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
 def combine_fingerprints(*parts: str) -> str:
     """Return the SHA-256 of several fingerprints, in order."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _with_source_ids(images: ImageSet, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageSet:
-    return images if (ids == np.arange(len(ids))).all() else RelabeledSet(images, ids[images.labels])
 
 
 def _check_same_classes(data: DataSplits, target: DataSplits) -> None:

@@ -190,9 +190,10 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
                 f"those, {key}.classes={found[0]} keeps the head, and no training is needed"
             )
     else:
+        weights = network.model if network.weights in WITHOUT_FILE else network.weights
         start.notes += [
             *loaded.notes,
-            f"{_weights_label(network)} has no class names: its outputs are assumed to be, in this order, "
+            f"{weights} has no class names: its outputs are assumed to be, in this order, "
             f"{format_names(classes, 12)}; {key}.classes gives another order",
         ]
     return start
@@ -464,10 +465,6 @@ def network_spec(
         spec = replace(spec, mean=normalisation[0], std=normalisation[1])
     mean, std = (data.mean, data.std) if network.weights != "pretrained" else (None, None)
     return replace(spec, mean=network.mean or mean or spec.mean, std=network.std or std or spec.std)
-
-
-def _weights_label(network: StageSettings) -> str:
-    return network.model if network.weights in WITHOUT_FILE else str(network.weights)
 
 
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:

@@ -63,17 +63,12 @@ def aligned_table(rows: Sequence[Sequence[str]], *, heads: int = 1) -> str:
     return "\n".join([*lines[:heads], "-" * max(map(display_width, lines)), *lines[heads:]])
 
 
-def aligned_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return a line ``name  value`` for each pair, with aligned values."""
-    return "\n".join(format_columns(pairs, left=(0, 1)))
-
-
 def metrics_text(run: Run, stage: StageResult) -> str:
     """Return metrics.txt: the network and its training, and all metrics on each split, also by class."""
     title = f"{stage.name} of run {escape_invisible(run.name)}"
     parts = [
         f"{title}\n{'=' * len(title)}",
-        aligned_pairs(_stage_facts(run, stage)),
+        "\n".join(format_columns(_stage_facts(run, stage), left=(0, 1))),
         _metric_table(run, stage),
         _class_table(stage),
     ]

@@ -328,7 +328,8 @@ class Sweep:
         from potstill.experiment.teacher_cache import count_views
         from potstill.methods import needs_teacher
 
-        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
+        base = {"method.name": str(self.recipe.method["name"])}
+        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != base.get(key)), *more]
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
         if teachers and needs_teacher(recipe.method):
             recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
@@ -338,9 +339,6 @@ class Sweep:
                 update={"teacher_cache": recipe.teacher_cache.model_copy(update={"views": views})}
             )
         return recipe
-
-    def _base(self, key: str) -> str | None:
-        return str(self.recipe.method["name"]) if key == "method.name" else None
 
     def _run_trial(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
         from optuna.trial import TrialState

@@ -44,11 +44,6 @@ def is_worth_compiling(steps_left: int, seconds_per_step: float) -> bool:
     return steps_left * seconds_per_step * EXPECTED_SAVING > COMPILE_SECONDS
 
 
-def reads_only_logits(distiller: Distiller) -> bool:
-    """Return whether the method reads only the student's logits; hooks inside a compiled network are not called."""
-    return not distiller.router.extractor.uses_hooks
-
-
 class StudentCompiler:
     """Compiles the student's forward pass; enter ``epoch`` around each epoch and call ``prepare`` at its first batch.
 
@@ -72,7 +67,7 @@ class StudentCompiler:
         requested = settings.compile is True or (settings.compile == "auto" and compute.device.type == "cuda")
         supported = (
             "forward" not in vars(self.student)
-            and reads_only_logits(distiller)
+            and not distiller.router.extractor.uses_hooks  # which are not called inside a compiled network
             and not isinstance(optimizer, DOT)
             and not settings.qat_fraction
         )
