@@ -173,10 +173,6 @@ class Parity:
         """Whether no logit differs by more than ``limit``, relative to the largest logit if that is above 1."""
         return self.max_difference <= self.limit * max(1.0, self.largest_logit)  # False for NaN
 
-    def as_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        return asdict(self)
-
 
 def compute_parity(reference: NDArray[Any], exported: NDArray[Any]) -> Parity:
     """Compare logits [N, K] of the network with those of the exported model.
@@ -341,7 +337,7 @@ class Exporter:
         answer = self.form.open(files, threads=torch.get_num_threads())
         found, prepared = self._compare(answer)
         times = self._measure_latency({self._engine: answer})
-        return files, facts | {"parity": found.as_json(), "prepared": prepared, "latency_ms": times}
+        return files, facts | {"parity": asdict(found), "prepared": prepared, "latency_ms": times}
 
     def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
         """Compare with PyTorch on the same input and, if the file resizes images, on images resized by Pillow too."""
@@ -393,7 +389,7 @@ class Exporter:
             self.note(f"int8: activation ranges are means over batches of {ranges['batch']} training images")
         self._check_accuracy_drop(before, after, len(labels))
         return files, {
-            "parity": same.as_json(),
+            "parity": asdict(same),
             "prepared": prepared,
             "accuracy": {
                 "images": len(labels),
