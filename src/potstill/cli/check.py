@@ -11,6 +11,7 @@ import typer
 
 from potstill.code_references import permit_code
 from potstill.errors import DataError, UsageError
+from potstill.training.callbacks import SilentObserver
 
 if TYPE_CHECKING:
     from potstill.data.settings import DataSettings
@@ -107,7 +108,7 @@ def _raise_on_findings(report: "ValidationReport", strict: bool) -> None:
         raise DataError(f"{report.source}: {summary_line(report)} ({kinds})")
 
 
-class WaitProgress:
+class WaitProgress(SilentObserver):
     """Shows progress on stderr after one second: as a bar on a terminal, else as lines."""
 
     DELAY_SECONDS = 1.0
@@ -133,12 +134,6 @@ class WaitProgress:
             self._bar.update(self._task, completed=done, refresh=done == total)
         elif time.monotonic() >= self._next and done < total:
             self._show(what, done, total)
-
-    def note(self, message: str) -> None:
-        """Ignore notes."""
-
-    def warn(self, message: str) -> None:
-        """Ignore warnings."""
 
     def _show(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
