@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potstill.console import escape_control
 from potstill.errors import ArtifactError, UsageError
+from potstill.formatting import format_columns, format_percent, format_scaled
+from potstill.io import cache_folder
 
 if TYPE_CHECKING:
     from potstill.distillation.teacher_cache.cache import CacheEntry
@@ -87,7 +90,6 @@ def rm(
 ) -> None:
     """Remove teacher caches; the next run that needs one builds it again."""
     from potstill.distillation.teacher_cache.cache import delete_leftovers, find_cache, list_caches, remove_cache
-    from potstill.formatting import format_scaled
 
     root = _root(folder)
     if everything == bool(keys):
@@ -109,22 +111,16 @@ def clear() -> None:
     """
     from potstill.data.decoded_cache import remove_decoded_pixels
     from potstill.data.parquet_tables import remove_unpacked_images
-    from potstill.formatting import format_scaled
 
     for what, freed in (("decoded images", remove_decoded_pixels()), ("unpacked tables", remove_unpacked_images())):
         sys.stdout.write(f"{what}: {format_scaled(freed, 'B')} removed\n")
 
 
 def _root(folder: Path | None) -> Path:
-    from potstill.io import cache_folder
-
     return cache_folder("teachers") if folder is None else folder.expanduser()
 
 
 def _cache_table(caches: "list[CacheEntry]") -> list[str]:
-    from potstill.console import escape_control
-    from potstill.formatting import format_columns, format_scaled
-
     rows: list[tuple[str, ...]] = [("key", "size", "views", "recorded", "record", "last use", "teacher", "data")]
     for each in caches:
         columns = _describe_cache(each)
@@ -147,8 +143,6 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
 
 def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:
     """Return the columns views, recorded, record, teacher, data."""
-    from potstill.formatting import format_percent
-
     if cache.manifest is None:
         return "-", "-", "-", cache.error.splitlines()[0], ""
     record, facts = cache.manifest.record, cache.manifest.facts
@@ -170,8 +164,6 @@ def _format_time(seconds: float) -> str:
 
 
 def _verification_lines(found: dict[str, Any]) -> list[str]:
-    from potstill.formatting import format_percent
-
     lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged']:,} are damaged"]
     if "compared" in found:
         lines.append(
