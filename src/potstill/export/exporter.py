@@ -31,7 +31,7 @@ from potstill.export.formats import (
 )
 from potstill.export.int8 import calibration_images, class_balanced_indices, quantize_network
 from potstill.export.loading import find_model_folder, load_classifier
-from potstill.export.onnx import facts_path, prepare_batch
+from potstill.export.onnx import export_graph, facts_path, finalize_model, prepare_batch
 from potstill.export.options import (
     ALL_THAT_RUN,
     COMPARED_IMAGES,
@@ -273,8 +273,6 @@ def convert_network(
     ``choose_ranges`` looks for the activation ranges that change the outputs least; it takes longer, and matters where
     accuracy does.
     """
-    from potstill.export.onnx import export_graph, finalize_model
-
     find_format("onnx")
     metadata = ExportMetadata(architecture, tuple(splits.class_names), spec, "none", int8=int8)
     network = export_graph(module.eval(), metadata)
@@ -362,8 +360,6 @@ class Exporter:
         return same, {"max_difference": other.max_difference, "agreement": other.agreement}
 
     def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        from potstill.export.onnx import export_graph, finalize_model
-
         make, load = self.form.from_onnx, self.form.open
         assert make is not None
         assert load is not None

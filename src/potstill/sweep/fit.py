@@ -41,12 +41,11 @@ from potstill.sweep.halving import (
     Trained,
 )
 from potstill.sweep.worker import best_on_val, train_again, train_teachers
-from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from potstill.data.splits import DataSplits
-    from potstill.training.callbacks import SignalHandler
 
 
 class RecipeTrainings:

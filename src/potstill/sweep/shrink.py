@@ -23,13 +23,12 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_milliseconds, format_percent, format_points, format_scaled
 from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
 from potstill.models.model_table import Limits, parse_limits
-from potstill.training.callbacks import Observer, SilentObserver
+from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
     from potstill.data.splits import DataSplits
     from potstill.export.formats import Predictor
     from potstill.models.model_file import Classifier
-    from potstill.training.callbacks import SignalHandler
 
 PRUNED_FOLDER, START, FINETUNED = "pruned", "start", "finetuned"
 EPOCH_SHARE = 4  # by default, fine-tuning takes this part of the student's epochs

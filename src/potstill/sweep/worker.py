@@ -14,12 +14,10 @@ from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.sweep import Space, baseline_space, study
-from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
     import optuna
-
-    from potstill.training.callbacks import SignalHandler
 
 
 class Pruned(Exception):
