@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
+from potstill.data.splits import DataSplits
 from potstill.errors import UsageError, did_you_mean, storing
+from potstill.experiment.plan import choose_networks, lengthen_short_trainings, plan_stages, scale_training
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.formatting import format_milliseconds, format_scaled
 from potstill.io import read_checksummed_json, write_checksummed_json
@@ -29,6 +31,7 @@ from potstill.models.model_table import (
     parse_limits,
     read_table,
 )
+from potstill.models.pretrained import offline
 from potstill.models.registry import check_model
 from potstill.sweep import refuse_test_curves, study
 from potstill.sweep.halving import (
@@ -43,9 +46,6 @@ from potstill.sweep.halving import (
 from potstill.sweep.worker import best_on_val, train_again, train_teachers
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from potstill.data.splits import DataSplits
 
 
 class RecipeTrainings:
@@ -93,7 +93,6 @@ class RecipeTrainings:
     def pretrained(self, name: str) -> str | None:
         """Return "pretrained" if the recipe's students are, and these weights are on this machine."""
         from potstill.models.factory import why_weights_are_missing
-        from potstill.models.pretrained import offline
 
         if self.recipe.student.weights != "pretrained":
             return None
@@ -114,8 +113,6 @@ class RecipeTrainings:
         self, student: Student, settings: Mapping[str, str], epochs: int | None = None, more: Iterable[str] = ()
     ) -> Recipe:
         """Return the recipe of a training; ``epochs``: None: those of the recipe."""
-        from potstill.experiment.plan import lengthen_short_trainings, scale_training
-
         chosen = {"student.model": student.name, **self.student_settings(student), **settings}
         texts = [*self.sets, *(f"{key}={text}" for key, text in chosen.items()), *more]
         recipe = load_recipe(self.source, [*texts, *self._teachers], flags=self.flags)
@@ -147,7 +144,6 @@ class RecipeTrainings:
     def estimate(self, students: Sequence[Student]) -> tuple[float, float, dict[str, float]]:
         """Return the seconds of the teacher's training, of one view of all images, and of each student's epoch."""
         from potstill.experiment.estimate import estimate_stages
-        from potstill.experiment.plan import choose_networks, plan_stages
         from potstill.training.devices import create_compute
 
         compute = create_compute(self.recipe.stage_training("student"))

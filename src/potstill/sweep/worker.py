@@ -13,6 +13,7 @@ from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.methods import needs_teacher
 from potstill.sweep import Space, baseline_space, study
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 
@@ -260,8 +261,6 @@ class Sweep:
 
     def _recipe_with_teacher(self) -> Recipe | None:
         """Return the recipe for training the teacher: the first of the space that needs one."""
-        from potstill.methods import needs_teacher
-
         if needs_teacher(self.recipe.method):
             return self.recipe
         methods = next((each.choices for each in self.space.dimensions if each.key == "method.name"), ())
@@ -324,7 +323,6 @@ class Sweep:
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiment.teacher_cache import count_views
-        from potstill.methods import needs_teacher
 
         base = {"method.name": str(self.recipe.method["name"])}
         varied = [*(f"{key}={text}" for key, text in chosen.items() if text != base.get(key)), *more]
