@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import DataError, NonFiniteError, StorageError, UsageError
+from potstill.errors import DataError, NonFiniteError, StorageError, UsageError, storing
 from potstill.evaluation import Array, exact_auc_per_class
 from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
@@ -388,7 +388,7 @@ class _ProbabilityWriter:
         name = self.processes.share(f".{self.path.name}.{secrets.token_hex(8)}{PART}")
         self.temporary = self.path.with_name(name)
         header = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
-        try:
+        with storing(f"write {self.path}"):
             if self.processes.first:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.temporary.open("wb") as file:
@@ -397,8 +397,6 @@ class _ProbabilityWriter:
             self.processes.highest(0)  # wait until the file exists
             self.file = self.temporary.open("r+b")
             self.start = os.fstat(self.file.fileno()).st_size - 2 * self.shape[0] * self.shape[1]
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
         return self
 
     def write(self, index: Tensor, logs: Tensor) -> None:
@@ -410,27 +408,24 @@ class _ProbabilityWriter:
         if images.min() < 0 or images.max() >= self.shape[0]:
             return  # which ``check_complete`` reports
         ends = np.flatnonzero(np.diff(images) != 1) + 1  # of runs of consecutive images
-        try:
+        with storing(f"write {self.path}"):
             for run in np.split(np.arange(len(images)), ends):
                 self.file.seek(self.start + 2 * self.shape[1] * int(images[run[0]]))
                 self.file.write(rows[run].tobytes())
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.path is None:
             return
         try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
-                self.processes.highest(0)  # wait until all have written
-                if self.processes.first:
-                    replace_file(self.temporary, self.path)
-                self.processes.highest(0)  # wait until it is in place
-        except OSError as failed:
-            raise StorageError(f"cannot write {self.path}: {failed.strerror or failed}") from failed
+            with storing(f"write {self.path}"):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                if kind is None:
+                    self.processes.highest(0)  # wait until all have written
+                    if self.processes.first:
+                        replace_file(self.temporary, self.path)
+                    self.processes.highest(0)  # wait until it is in place
         finally:
             if kind is not None or self.temporary.exists():
                 self.temporary.unlink(missing_ok=True)

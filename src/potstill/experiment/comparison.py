@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.config import sort_stages, stage_name, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.splits import DataSplits
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, first_line
 from potstill.evaluation import Array
 from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
 from potstill.evaluation.significance import (
@@ -53,7 +53,7 @@ def describe_similarity(
             _batches({name: models[name] for name in names}, recipe, data, compute),
         )
     except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
-        return {"split": _CKA_SPLIT, "failed": str(error).splitlines()[0] if str(error) else type(error).__name__}
+        return {"split": _CKA_SPLIT, "failed": first_line(error)}
     return {
         "split": _CKA_SPLIT,
         "images": found.images,

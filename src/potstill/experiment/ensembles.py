@@ -9,6 +9,7 @@ from potstill.config import sort_stages, stage_role
 from potstill.config.recipe import TeachersSettings
 from potstill.data.loader import Loader
 from potstill.evaluation import Array
+from potstill.evaluation.cascade import Cascade
 from potstill.evaluation.predictions import (
     MAX_VALUES_IN_MEMORY,
     ArrayProbabilities,
@@ -94,6 +95,12 @@ def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> 
     given = settings.weights if settings.weights is not None else [1.0] * len(each)
     shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
     return each[0] if len(each) == 1 else _mean(np.stack(each), shares, settings.combine == "logits")
+
+
+def cascade_average(cascade: Cascade) -> Callable[[Sequence[Array]], Array]:
+    """Return the function that combines the probabilities [N, K] of a cascade's teachers."""
+    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": cascade.weights})
+    return lambda each: average_probabilities(each, settings)
 
 
 def predict_images(model: Classifier, loader: Loader, compute: Compute, what: str) -> Array | None:

@@ -724,10 +724,10 @@ class _Experiment:
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
         teachers = ", ".join(
-            self.models[name].architecture
+            each.architecture
             + ("" if stage_role(name) == "teacher" else f" ({name})")
-            + _size_label(self.models[name], model)
-            for name in stage.teachers
+            + ("" if each.input.size == model.input.size else f" at {each.input.size} px")
+            for name, each in ((name, self.models[name]) for name in stage.teachers)
         )
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
         seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
@@ -954,7 +954,3 @@ def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
             if sentence := describe_view_difference(other, theirs, name, ours):
                 found.append(sentence)
     return found
-
-
-def _size_label(teacher: Classifier, student: Classifier) -> str:
-    return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from potstill.config import STAGES, repeat_index, stage_name, stage_role
 from potstill.config.recipe import Recipe, StageSettings
@@ -142,6 +143,19 @@ def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
         return _with_epochs(network, settings.epochs, math.ceil(settings.min_steps / max(1, steps)))
 
     return _replace_networks(recipe, lengthen)
+
+
+def scale_training(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """Return the student's own training settings for so many epochs, with a schedule of the same shape."""
+    training = recipe.stage_training("student")
+    ratio = min(1.0, epochs / training.epochs)
+    return {
+        **recipe.student.training,
+        "epochs": epochs,
+        "min_steps": 0,
+        "warmup_epochs": ratio * training.warmup_epochs,
+        "milestones": [math.ceil(ratio * each) for each in training.milestones],
+    }
 
 
 def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:

@@ -24,7 +24,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from potstill.config import STAGES
-from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.errors import ArtifactError, StorageError, UsageError, storing
 from potstill.evaluation import Array
 from potstill.io import (
     PART,
@@ -137,7 +137,7 @@ class RunFolder:
         if resume and overwrite:
             raise UsageError("--resume continues a run and --overwrite deletes it: give one of them")
         run = cls(output_dir / name)
-        try:
+        with storing(f"write to {run.path}"):
             run._check_is_run_folder()
             if resume and not run.path.is_dir():
                 raise UsageError(f"nothing to resume: {run.path} does not exist")
@@ -148,8 +148,6 @@ class RunFolder:
             except BaseException:
                 run.__exit__(None, None, None)
                 raise
-        except OSError as error:
-            raise StorageError(f"cannot write to {run.path}: {error.strerror or error}") from error
         return run
 
     def _check_is_run_folder(self) -> None:
@@ -174,11 +172,9 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Create the folder if it is missing, and lock it."""
-        try:
+        with storing(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire("wait for it, or use --name")
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
     def held(self, *, writing: bool) -> Iterator[None]:
@@ -187,12 +183,9 @@ class RunFolder:
         locked = False
         try:
             if exists:
-                try:
+                with storing(f"write to {self.path}") if writing else contextlib.suppress(OSError):
                     self._lock.acquire()
                     locked = True
-                except OSError as error:
-                    if writing:
-                        raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
             yield
         finally:
             if locked:
@@ -361,7 +354,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete an earlier run, except the lock; if this is interrupted, it can be repeated."""
-        try:
+        with storing(f"empty {self.path}"):
             entries = [entry for entry in self.path.iterdir() if entry.name not in _LOCKS]
             for entry in sorted(
                 entries, key=lambda entry: entry.name in _FILES_BEFORE_TRAINING
@@ -370,8 +363,6 @@ class RunFolder:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-        except OSError as error:
-            raise StorageError(f"cannot empty {self.path}: {error.strerror or error}") from error
 
 
 def find_model(path: Path) -> Path:

@@ -388,24 +388,12 @@ class BatchTrial:
             self.distiller.load_state_dict(state)
 
     def _step(self, images: int) -> None:
-        def first(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[:images]
-
-        batch = self.batch
-        shown, second = batch.images[:images], first(batch.second)
+        inputs = {name: values if values is None else values[:images] for name, values in vars(self.batch).items()}
         self.part = "teacher's forward pass"
         with self.compute.autocast():
-            teacher = self.distiller.run_teacher(shown, second, index=first(batch.index))
+            teacher = self.distiller.run_teacher(inputs["images"], inputs["second"], index=inputs["index"])
             self.part = "student's forward pass"
-            step = self.distiller(
-                shown,
-                batch.labels[:images],
-                index=first(batch.index),
-                view=first(batch.view),
-                second=second,
-                soft_labels=first(batch.soft_labels),
-                teacher=teacher,
-            )
+            step = self.distiller(**inputs, teacher=teacher)
         self.part = "backward pass"
         step.loss.backward()
 

@@ -431,15 +431,7 @@ class Trainer:
             batch = replace(batch, second=self._to_memory_format(batch.second))
         teacher = teacher_outputs(batch)
         with precision:
-            return distiller(
-                batch.images,
-                batch.labels,
-                index=batch.index,
-                view=batch.view,
-                second=batch.second,
-                soft_labels=batch.soft_labels,
-                teacher=teacher,
-            )
+            return distiller(**vars(batch), teacher=teacher)
 
     def _to_memory_format(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)
