@@ -382,7 +382,7 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
     assert warned
     assert warned[0] < events.index("distilled")
     for split in ("train", "val", "test"):  # of large networks, they take minutes
-        done, total = waited[f"distilled: predictions of {split}"]
+        done, total = waited[f"predictions of the distilled on {split}"]
         assert done == total > 0
     found = results(path)
     assert found["warnings"]

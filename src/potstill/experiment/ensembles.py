@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from potstill.config import sort_stages, stage_role
 from potstill.config.recipe import TeachersSettings
 from potstill.data.loader import Loader
+from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.evaluation import Array
 from potstill.evaluation.cascade import Cascade
 from potstill.evaluation.predictions import (
@@ -19,7 +23,9 @@ from potstill.evaluation.predictions import (
     predict_probabilities,
 )
 from potstill.experiment.run_folder import SPLITS
+from potstill.experiment.teacher_cache import read_or_run
 from potstill.models.model_file import Classifier
+from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
 SplitPredictions = dict[str, Predictions]  # by split
@@ -103,11 +109,30 @@ def cascade_average(cascade: Cascade) -> Callable[[Sequence[Array]], Array]:
     return lambda each: average_probabilities(each, settings)
 
 
-def predict_images(model: Classifier, loader: Loader, compute: Compute, what: str) -> Array | None:
-    """Return a network's probabilities [N, K] for the images of ``loader``; None but in the first process."""
-    module, classes = model.module.to(compute.device), len(model.class_names)
-    found = predict_probabilities(module, loader, classes=classes, processes=compute.processes, what=what)
-    return None if found is None else found[0]
+def predict_images(
+    model: Classifier,
+    loader: Loader,
+    compute: Compute,
+    what: str,
+    cache: TeacherCache | None = None,
+    observer: Observer | None = None,
+) -> Array | None:
+    """Return a network's probabilities [N, K] for the images of ``loader``, read from the cache if they are there; None
+    but in the first process.
+    """
+    # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
+    module = model.module.to(compute.device).to(memory_format=compute.memory_format)
+    classes, seen = len(model.class_names), observer or SilentObserver()
+
+    def run() -> Tensor | None:
+        progress = partial(seen.wait, f"predictions of {what}")
+        found = predict_probabilities(
+            module, loader, classes=classes, processes=compute.processes, what=what, progress=progress
+        )
+        return None if found is None else torch.from_numpy(found[0])
+
+    rows, _ = read_or_run(cache, run, seen.warn, compute)
+    return None if rows is None else rows.numpy()
 
 
 def predict_together(

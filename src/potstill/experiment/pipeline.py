@@ -92,7 +92,13 @@ from potstill.experiment.resume import (
 )
 from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
-from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
+from potstill.experiment.teacher_cache import (
+    ViewPlan,
+    apply_view_plan,
+    open_prediction_cache,
+    plan_views,
+    restore_view_plan,
+)
 from potstill.hub import model_path
 from potstill.io import check_exists, read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
@@ -855,7 +861,11 @@ class _Experiment:
         """Return the classes [N] that a model predicts on val; None but in the first process."""
         model = self.models[stage]
         loader = self._split_loader(model, "val", stage)
-        found = predict_images(model, loader, self.compute, f"the {stage} on val")
+        cache = open_prediction_cache(
+            model, loader, "val", stage=stage, recipe=self.recipe, data=self.data, folder=self.folder.stage(stage),
+            compute=self.compute, warn=self.observer.warn,
+        )  # fmt: skip
+        found = predict_images(model, loader, self.compute, f"the {stage} on val", cache)
         return None if found is None else found.argmax(axis=1)
 
     def _split_loader(self, model: Classifier, split: str, stage: str = "teacher") -> Loader:

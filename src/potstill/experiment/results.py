@@ -28,11 +28,12 @@ from potstill.evaluation.significance import mean_interval, paired_interval, wil
 from potstill.experiment.builders import build_network, split_loader
 from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
-from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members
+from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members, predict_images
 from potstill.experiment.examples import describe_examples
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.probe import embed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
+from potstill.experiment.teacher_cache import open_prediction_cache
 from potstill.features.stages import find_stages
 from potstill.io import write_text
 from potstill.models.families.opaque_models import FunctionNetwork, example_answers, find_opaque, find_table
@@ -434,24 +435,34 @@ def _predict(
 ) -> SplitPredictions:
     """Predict all splits and write the predictions, in the first process; of a large train only if requested."""
     settings = recipe.stage_training(name)
-    # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
-    model.module.to(compute.device).to(memory_format=compute.memory_format)
+    model.module.to(compute.device).to(memory_format=compute.memory_format)  # as in predict_images
     found: SplitPredictions = {}
     for split in SPLITS:
         images, classes = getattr(data, split), len(model.class_names)
         large = len(images) * classes > MAX_VALUES_IN_MEMORY
         kept = split != "train" or recipe.train_predictions or not large
         path = run.stage(name) / f"log_probabilities_{split}.npy"
-        predictions = predict_split(
-            model.module,
-            split_loader(data, split, model.input, recipe, settings, compute, network=model.module),
-            classes=classes,
-            device=compute.device,
-            processes=compute.processes,
-            what=f"the {name} on {split}",
-            file=path if kept and large else None,
-            progress=partial(observer.wait, f"{name}: predictions of {split}"),
-        )
+        loader = split_loader(data, split, model.input, recipe, settings, compute, network=model.module)
+        what = f"the {name} on {split}"
+        predictions: Predictions | None = None
+        if large:
+            predictions = predict_split(
+                model.module,
+                loader,
+                classes=classes,
+                device=compute.device,
+                processes=compute.processes,
+                what=what,
+                file=path if kept else None,
+                progress=partial(observer.wait, f"predictions of {what}"),
+            )
+        else:
+            cache = open_prediction_cache(
+                model, loader, split, stage=name, recipe=recipe, data=data, folder=run.stage(name), compute=compute,
+                warn=observer.warn,
+            )  # fmt: skip
+            if (rows := predict_images(model, loader, compute, what, cache, observer)) is not None:
+                predictions = Predictions.of(rows, loader.labels.numpy())
         if predictions is not None:
             found[split] = predictions
             run.write_confusion(name, split, predictions, model.class_names)

@@ -391,7 +391,7 @@ class BatchTrial:
         inputs = {name: values if values is None else values[:images] for name, values in vars(self.batch).items()}
         self.part = "teacher's forward pass"
         with self.compute.autocast():
-            teacher = self.distiller.run_teacher(inputs["images"], inputs["second"], index=inputs["index"])
+            teacher = self.distiller.run_teacher(self.batch.images[:images], inputs["second"], index=inputs["index"])
             self.part = "student's forward pass"
             step = self.distiller(**inputs, teacher=teacher)
         self.part = "backward pass"
