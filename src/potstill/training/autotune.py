@@ -388,7 +388,8 @@ class BatchTrial:
             self.distiller.load_state_dict(state)
 
     def _step(self, images: int) -> None:
-        batch = Batch(*(each if each is None else each[:images] for each in vars(self.batch).values()))
+        first: list[Any] = [each if each is None else each[:images] for each in vars(self.batch).values()]
+        batch = Batch(*first)
         self.part = "teacher's forward pass"
         with self.compute.autocast():
             teacher = self.distiller.run_teacher(batch.images, batch.second, index=batch.index)
