@@ -388,12 +388,13 @@ class BatchTrial:
             self.distiller.load_state_dict(state)
 
     def _step(self, images: int) -> None:
-        inputs = {name: values if values is None else values[:images] for name, values in vars(self.batch).items()}
+        first: list[Any] = [each if each is None else each[:images] for each in vars(self.batch).values()]
+        batch = Batch(*first)
         self.part = "teacher's forward pass"
         with self.compute.autocast():
-            teacher = self.distiller.run_teacher(self.batch.images[:images], inputs["second"], index=inputs["index"])
+            teacher = self.distiller.run_teacher(batch.images, batch.second, index=batch.index)
             self.part = "student's forward pass"
-            step = self.distiller(**inputs, teacher=teacher)
+            step = self.distiller(**vars(batch), teacher=teacher)
         self.part = "backward pass"
         step.loss.backward()
 
