@@ -45,7 +45,7 @@ def test_options_are_handed_on(
     ]
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:2] == [
-        f"export: {tmp_path}/a b.onnx (3.0 MiB)",
+        f"export: {tmp_path}/a b.onnx (3.15 MB)",
         f"next:   potstill predict '{tmp_path}/a b.onnx' IMAGE",
     ]
     assert "\x1b" not in captured.err

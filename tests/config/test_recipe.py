@@ -700,6 +700,12 @@ def test_training_settings_of_the_caller_reach_a_student_without_weights() -> No
     recipe = load_recipe("photos", ["training.lr=0.007", "data.source=digits"])
     assert "lr" not in recipe.student.fallback[0].training
     assert recipe.student.fallback[0].training["min_steps"] == 2000
+    sets = ["teacher.size=64", "teacher.training.min_steps=10", "student.training={lr: 0.01}", "student.head=finetune"]
+    recipe = load_recipe("photos", [*sets, "data.source=digits"])
+    assert {each.size for each in recipe.teacher.fallback} == {64}
+    assert {each.training["min_steps"] for each in recipe.teacher.fallback} == {10}
+    scratch = recipe.student.fallback[0]
+    assert (scratch.head, scratch.training) == (None, {"lr": 0.01})
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_needs_are_those_of_the_class():
         method = create_method(name, **found.examples)
         around = any(takes_methods(option) for option in found.options.values())
         assert found.requirements == (None if around else method.needs), name
+        assert "Args:" not in found.loss, name
 
 
 def test_nothing_is_left_out():

@@ -190,6 +190,8 @@ def test_images_without_a_row():
         find_rows(table.paths, ["a/0.png", "a/1.png"], table.origin)
     with pytest.raises(DataError, match=r"no row for 1 of 2 images, such as 'b\.png'; 1 of its 2 rows"):
         find_rows(table.paths, ["data/a/0.png", "b.png"], table.origin)
+    with pytest.raises(DataError, match=r"forward slashes: write 'a/1\.png' in place of '1\.png'$"):
+        find_rows(["1.png"], ["b/11.png", "a/1.png"], table.origin)
     mixed = AnswerTable("t.csv", ("0.png", "more/0.png"), LOGITS[:2], "logits")
     assert find_rows(mixed.paths, ["0.png"], mixed.origin).tolist() == [0]
     assert find_rows(mixed.paths, ["0.png"], mixed.origin, "more").tolist() == [1]

@@ -1,5 +1,6 @@
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import matplotlib
@@ -48,7 +49,7 @@ def cascade(figure: Figure) -> None:
 def trade_off(figure: Figure) -> None:
     rows = [
         {"bytes": size, "val": {"value": top1, "low": top1 - 0.02, "high": top1 + 0.02}}
-        for size, top1 in ((324e3, 0.985), (101e3, 0.98), (52e3, 0.8))
+        for size, top1 in ((324e3, 0.985), *((101e3 * 0.85**at, 0.98) for at in range(11)))
     ]
     draw_trade_off(figure, {"reference": rows[0], "candidates": rows[1:], "chosen": 0})
 
@@ -60,6 +61,13 @@ def test_no_legend_covers_a_curve(draw_one: Callable[[Figure], None]) -> None:
     assert axes.get_legend() is None
     assert legend.get_window_extent().y1 < axes.get_tightbbox().y0
     assert legend.get_window_extent().y0 >= 0
+
+
+def test_labels_of_sizes_do_not_overlap() -> None:
+    (axes,) = canvas.draw_figure(trade_off, (5.2, 3.2)).axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 4
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_the_users_matplotlib_settings_neither_reach_nor_change() -> None:

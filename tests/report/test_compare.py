@@ -94,7 +94,7 @@ def test_settings_that_differ_views_that_differ_and_a_baseline_called_one(build_
     baseline.stages = ("baseline",)
     folders = [distilled.write(), baseline.write()]
     texts = (
-        "name: whole\nseed: 0\ntraining: {lr: 0.1, epochs: 9}\n",
+        "name: whole\nseed: 0\ntraining: {lr: 0.1, epochs: 9}\nteacher: {weights: null, classes: []}\n",
         "name: alone\nseed: 0\ntraining: {lr: 0.2, epochs: 9}\n",
     )
     for folder, text, seed in zip(folders, texts, (0, 3), strict=True):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
 from potstill.sweep import parse_space
-from potstill.sweep.worker import Sweep
+from potstill.sweep.worker import Sweep, with_chosen_cache
 
 from ..forked import Forked, forked
 
@@ -35,6 +36,18 @@ def make(source, folder, over=OVER, sets=(), **options):
     options.setdefault("grid", space.listed)
     options.setdefault("confirm_seeds", 0)
     return Sweep(source, sets, {}, space, folder=folder, **options)
+
+
+def test_all_trainings_have_the_cache_of_the_teacher(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "environment.json").write_text("{}", encoding="utf-8")
+    for each, chosen in (("data.cache=jpeg", "jpeg"), ("data.cache=raw", "raw")):
+        (tmp_path / "teacher" / "recipe.yaml").write_text(
+            dump_recipe(load_recipe("quickstart", [each])), encoding="utf-8"
+        )
+        assert with_chosen_cache(load_recipe("quickstart"), tmp_path).data.cache == chosen
+        assert with_chosen_cache(load_recipe("quickstart", ["data.cache=raw"]), tmp_path).data.cache == "raw"
+    assert with_chosen_cache(load_recipe("quickstart"), tmp_path / "new").data.cache == "auto"
 
 
 def rows(folder):

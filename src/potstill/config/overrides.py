@@ -72,8 +72,7 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
         given = {path: value for path, value, _ in group}
         _prepare_method(document, given, allow_code=bool(flags.get("--allow-code")))
         for path, value, location in group:
-            if path[-1] in ("model", "weights"):  # whoever names a network wants no other
-                _drop_fallback(document.value, path[:-1])
+            _prepare_fallback(document.value, path)
             _set_value(document, path, value, location)
         wrap_method_for_previous(document.value)
     changes += assignments
@@ -183,14 +182,25 @@ def _set_teachers(document: Document, named: list[Any]) -> None:
             _set_value(document, (*path, key), text, f"--teacher {each}")
 
 
-def _drop_fallback(value: Any, path: KeyPath) -> None:
-    for key in path:
+def _prepare_fallback(value: Any, path: KeyPath) -> None:
+    """Remove the fallback of a network that the caller names, or what its entries say of the setting ``path``, but for
+    what they switch off (``head: null``).
+    """
+    for at, key in enumerate(path):
+        fallback = value.get("fallback") if isinstance(value, dict) else None
+        if isinstance(fallback, list) and key in ("model", "weights"):  # whoever names a network wants no other
+            del value["fallback"]
+        elif isinstance(fallback, list):
+            for each in fallback:
+                *sections, last = path[at:]
+                for section in sections:
+                    each = each.get(section) if isinstance(each, dict) else None
+                if isinstance(each, dict) and each.get(last):
+                    del each[last]
         if isinstance(value, list) and str(key).isdecimal() and int(key) < len(value):
             value = value[int(key)]
         else:
             value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, dict):
-        value.pop("fallback", None)
 
 
 def complete_fallbacks(section: dict[str, Any]) -> None:

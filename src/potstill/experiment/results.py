@@ -1,6 +1,6 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +13,7 @@ from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.decoded_cache import JPEG_RECORDS
-from potstill.data.image_sets import ImageSet, Subset, image_sizes
+from potstill.data.image_sets import Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
@@ -37,7 +37,7 @@ from potstill.features.stages import find_stages
 from potstill.io import write_text
 from potstill.models.families.opaque_models import FunctionNetwork, example_answers, find_opaque, find_table
 from potstill.models.model_file import Classifier
-from potstill.training.callbacks import SilentObserver
+from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
 LATENCY_BATCH = 16  # batch size of latency_batch_ms
@@ -50,6 +50,7 @@ def evaluate_stages(
     recipe: Recipe,
     data: DataSplits,
     compute: Compute,
+    observer: Observer,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
@@ -62,7 +63,7 @@ def evaluate_stages(
     source, data = data, data.measured
     before = evaluate_on_source(models, recipe, source, compute)
     adapted = evaluate_adapted_baselines(models, recipe, source, compute)
-    found = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
+    found = {name: _predict(run, name, model, recipe, data, compute, observer) for name, model in models.items()}
     if not compute.processes.first:
         return {}
     once = {name: model for name, model in models.items() if not repeat_index(name)}
@@ -88,18 +89,7 @@ def evaluate_stages(
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
-    described = {
-        name: {
-            "of": group_members(name, once),
-            **{
-                split: without_per_class(describe_metrics(own[split], data.class_names))
-                for split in SPLITS
-                if split in own
-            },
-        }
-        for name, own in groups.items()
-        if len(group_members(name, once)) > 1
-    }
+    described = describe_groups(groups, once, data.class_names)
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
     comparison = (
@@ -409,7 +399,8 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     }
     facts["sentence"] = (
         f"{images:,} unlabeled images beside {len(data.train):,} labeled ones: a step of the distilled student has "
-        f"{facts['per_step']:,} and {labeled:,} of them, and it sees each unlabeled image {facts['passes']:.3g} times. "
+        f"{facts['per_step']:,} and {labeled:,} of them, and it sees each unlabeled image {facts['passes']:.3g} "
+        f"time{'s' * (facts['passes'] != 1)}. "
         f"Teacher and baseline learn from the labels alone; the baseline has as many steps ({facts['steps']:,}), the "
         "same views and the same mixing"
     )
@@ -433,7 +424,13 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 
 
 def _predict(
-    run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    name: str,
+    model: Classifier,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer,
 ) -> SplitPredictions:
     """Predict all splits and write the predictions, in the first process; of a large train only if requested."""
     settings = recipe.stage_training(name)
@@ -451,8 +448,9 @@ def _predict(
             classes=classes,
             device=compute.device,
             processes=compute.processes,
-            names=partial(_image_label, f"the {name} on {split}, ", images),
+            what=f"the {name} on {split}",
             file=path if kept and large else None,
+            progress=partial(observer.wait, f"{name}: predictions of {split}"),
         )
         if predictions is not None:
             found[split] = predictions
@@ -464,14 +462,23 @@ def _predict(
     return found
 
 
-def _image_label(prefix: str, images: ImageSet, image: int) -> str:
-    return f"{prefix}{images.names[image]},"
-
-
 def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
     """Return the metrics of a split, for metrics.json."""
     metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
+
+
+def describe_groups(
+    groups: Mapping[str, SplitPredictions], stages: Collection[str], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return ``together`` of results.json: the members and metrics of each group of several networks."""
+    members = {name: group_members(name, stages) for name in groups}
+    return {
+        name: {"of": members[name]}
+        | {split: without_per_class(describe_metrics(found, classes)) for split, found in own.items()}
+        for name, own in groups.items()
+        if len(members[name]) > 1
+    }
 
 
 def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:

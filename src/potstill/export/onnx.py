@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from potstill.console import silence_native_stderr
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
-from potstill.errors import ArtifactError, root_cause_line, storage_error
+from potstill.errors import ArtifactError, first_line
 from potstill.export.formats import (
     OTHER_WAYS,
     ExportedFiles,
     ExportFormat,
     Predictor,
+    converting,
     export_program,
     find_layer,
-    quiet,
 )
 from potstill.input_spec import InputSpec
 from potstill.io import DAMAGED, check_exists, read_bytes, read_checksummed_json, sha256_hex
@@ -102,10 +102,9 @@ def _check_metadata(model: OnnxModel, path: Path) -> None:
     try:
         shape = model.predictor(blank).shape
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(
             f"{path}: its network does not take the images of its metadata, {list(blank.shape)} {blank.dtype}; export "
-            f"it anew ({line[:200]})"
+            f"it anew ({first_line(error)})"
         ) from error
     if shape != (1, classes):
         raise ArtifactError(
@@ -165,10 +164,8 @@ def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
     if model.ByteSize() > _MAX_BYTES:
         raise ArtifactError(f"{metadata.architecture} needs more than the 2 GiB that one ONNX file can hold")
     content: bytes = model.SerializeToString(deterministic=True)
-    try:
+    with converting(f"the ONNX checker refuses {metadata.architecture}"):
         onnx.checker.check_model(content, full_check=True)
-    except Exception as error:  # the checker and its shape inference have several classes of their own
-        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {root_cause_line(error)}") from error
     return content
 
 
@@ -199,16 +196,11 @@ def _export_preprocessing(spec: InputSpec, inside: str) -> bytes:
 def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: str, taken: str, given: str) -> Any:
     import torch
 
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
-                external_data=False, verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # whatever a foreign network makes the exporter raise
-        if (storage := storage_error(error)) is not None:
-            raise storage from error
-        raise ArtifactError(f"{name} cannot be exported to ONNX: {root_cause_line(error)}") from error
+    with converting(f"{name} cannot be exported to ONNX"):
+        program = torch.onnx.export(
+            module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
+            external_data=False, verbose=False,
+        )  # fmt: skip
     assert program is not None
     return program.model_proto
 

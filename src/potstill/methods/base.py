@@ -93,7 +93,8 @@ class Method(nn.Module):
             ]
             cls.__signature__ = inspect.Signature(named)
             lines = [f"    {key}: {each.doc}" for key, each in cls.OPTIONS.items()]
-            cls.__doc__ = "\n".join([inspect.cleandoc(vars(cls).get("__doc__") or ""), "", "Args:", *lines])
+            args = ["", "Args:", *lines] if lines else []
+            cls.__doc__ = "\n".join([inspect.cleandoc(vars(cls).get("__doc__") or ""), *args])
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -234,7 +235,7 @@ class Method(nn.Module):
         return ""
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """What the labels say; nothing where their weight is 0."""
+        """Return the label term; nothing where its weight is 0."""
         if self.label_weight == 0:
             return {}
         return {"ce": self.label_weight * self.label_loss(student.logits, batch.targets)}

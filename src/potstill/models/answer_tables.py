@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.errors import ArtifactError, DataError, UsageError, first_line
 from potstill.formatting import format_names
 
 AnswerKind = Literal["probabilities", "logits", "embeddings"]
@@ -90,8 +90,7 @@ def _read(path: Path, modified: int, size: int) -> AnswerTable:
     except (ArtifactError, DataError, UsageError):
         raise
     except Exception as error:  # damaged bytes make these parsers raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} cannot be read as a table of answers: {reason[:300]}") from error
+        raise ArtifactError(f"{path} cannot be read as a table of answers: {first_line(error)}") from error
     plain = tuple(str(PurePosixPath(str(each).replace("\\", "/"))) for each in paths)
     doubled = [(name, count) for name, count in Counter(plain).items() if count > 1]
     if doubled:
@@ -247,11 +246,13 @@ def _check_values(table: AnswerTable) -> None:
 
 
 def _prefix(unused: Sequence[str], names: Sequence[str]) -> str:
-    """Return advice for paths that only have too many folders in front."""
+    """Return advice for paths that only have too many folders in front, or too few."""
     known = set(names)
     for path in unused[:1]:
         parts = path.split("/")
         for at in range(1, len(parts)):
             if "/".join(parts[at:]) in known:
                 return f": cut off {'/'.join(parts[:at]) + '/'!r}"
+        if whole := next((name for name in names if name.endswith(f"/{path}")), None):
+            return f": write {whole!r} in place of {path!r}"
     return ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.config import repeat_index
+from potstill.config import STAGES, repeat_index
 from potstill.config.settings_errors import format_value
 from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
@@ -37,7 +37,7 @@ from potstill.formatting import (
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.advice import final_metric
 from potstill.report.render import render_template
-from potstill.report.run_reader import STAGES, Run, StageResult, read_predictions, read_run
+from potstill.report.run_reader import Run, StageResult, read_predictions, read_run
 from potstill.report.text_reports import ValueFormatter, gain_with_interval
 
 # key, name, how to print a value, and whether differences are percentage points
@@ -153,7 +153,7 @@ def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
     rows = []
     for key in keys:
         values = [recipe.get(key, _ABSENT) for recipe in recipes]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values) and any(value not in (_ABSENT, None, []) for value in values):
             rows.append((key, ["" if value is _ABSENT else format_value(value) for value in values]))
     return {"names": [_group_name(each) for each in groups], "rows": rows}
 

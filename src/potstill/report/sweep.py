@@ -322,7 +322,10 @@ def draw_trade_off(figure: "Figure", found: Mapping[str, Any]) -> None:
         label="chosen",
     )  # fmt: skip
     sizes = sorted({row["bytes"] / 1e6 for row in (reference, *candidates)})
-    shown = [size for at, size in enumerate(sizes) if at == 0 or size > 1.15 * sizes[at - 1]]
+    shown = sizes[:1]
+    for size in sizes:
+        if size > shown[-1] * max(1.15, (sizes[-1] / sizes[0]) ** 0.14):  # a label has about a seventh of the axis
+            shown.append(size)
     axes.set_xticks(shown, [f"{size:.3g}" for size in shown])
     axes.minorticks_off()
     axes.margins(x=0.08)
