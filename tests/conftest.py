@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,6 +148,7 @@ def blank_pictures() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canvas, "draw_figure", lambda draw, size: _Blank())
+        patch.setattr(canvas, "_style", lambda *_, **__: nullcontext())
         yield
 
 

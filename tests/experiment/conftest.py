@@ -40,7 +40,7 @@ def recipe(photographs):
     def make(**changes):
         value = {
             "name": "tiny",
-            "data": {"source": str(photographs), "size": 16, "workers": 0, "augment": {"hflip": True, "pad_crop": 0.1}},
+            "data": {"source": str(photographs), "size": 8, "workers": 0, "augment": {"hflip": True, "pad_crop": 0.2}},
             "teacher": {"model": "cifar/resnet8", "training": {"epochs": 3}},
             "student": {"model": "cifar/resnet8"},
             "method": {"name": "kd", "temperature": 2.0, "alpha": 0.5},

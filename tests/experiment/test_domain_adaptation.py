@@ -50,7 +50,7 @@ def between(photographs, night):
     def make(*sets, **more):
         value = {
             "name": "tiny",
-            "data": {"source": str(photographs), "target": str(night), "size": 16, "workers": 0},
+            "data": {"source": str(photographs), "target": str(night), "size": 8, "workers": 0},
             "domain": {"confidence": 0.5},
             "teacher": {"model": "cifar/resnet8", "training": {"epochs": 4}},
             "student": {"model": "cifar/resnet8"},
@@ -429,7 +429,7 @@ def test_what_cannot_work_is_refused_before_training(between, tmp_path):
         (("data.augment={mixup: 0.5}",), "mixes labels, which target images do not have"),
         (("method={name: supervised}",), "learns from no teacher"),
         (
-            ("teacher.model=timm/vit_tiny_patch16_224", "domain.adapt_batch_norm=true"),
+            ("teacher.model=timm/vit_tiny_patch16_224", "data.size=16", "domain.adapt_batch_norm=true"),
             r"teacher timm/vit_tiny_patch16_224 has no BatchNorm",
         ),
     ):

@@ -53,12 +53,12 @@ class Notes(SilentObserver):
         self.lines.append(text)
 
 
+EXACT = InputSpec(16, (0.0,) * 3, (1.0,) * 3)
+
+
 @pytest.fixture
 def plain(recipe):
-    return recipe().model_dump(mode="json")
-
-
-EXACT = InputSpec(16, (0.0,) * 3, (1.0,) * 3)
+    return recipe(**{"data.size": EXACT.size}).model_dump(mode="json")
 
 
 def test_modules_from_python(plain, tmp_path):

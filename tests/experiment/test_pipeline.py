@@ -32,7 +32,7 @@ def module_recipe(photographs):
     return load_recipe(
         {
             "name": "tiny",
-            "data": {"source": str(photographs), "size": 16, "workers": 0, "augment": {"hflip": True}},
+            "data": {"source": str(photographs), "size": 8, "workers": 0, "augment": {"hflip": True}},
             "teacher": {"model": "cifar/resnet14", "training": {"epochs": 3}},
             "student": {"model": "cifar/resnet8"},
             "method": {"name": "kd", "temperature": 2.0, "alpha": 0.5},

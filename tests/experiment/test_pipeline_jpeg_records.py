@@ -77,10 +77,11 @@ def test_it_is_chosen_recorded_and_kept(recipe, tmp_path, monkeypatch):
     data = json.loads((path / "results.json").read_text())["data"]
     assert data["training_images"] == decoded_cache.JPEG_RECORDS
 
-    forced = pipeline.run(recipe("data.cache=jpeg", "data.cache_fraction=1e-9"), output_dir=tmp_path, name="forced")
+    alone = {"output_dir": tmp_path, "stages": ("teacher", "distilled")}
+    forced = pipeline.run(recipe("data.cache=jpeg", "data.cache_fraction=1e-9"), name="forced", **alone)
     assert all(map(torch.equal, weights(path).values(), weights(forced).values()))  # no room for records: the same
     heard = Heard()
-    exact = pipeline.run(recipe(), output_dir=tmp_path, name="exact", observer=heard)
+    exact = pipeline.run(recipe(), name="exact", observer=heard, **alone)
     assert load_recipe(exact / "recipe.yaml").data.cache == "raw"
     assert "training_images" not in json.loads((exact / "results.json").read_text())["data"]
     assert not any("JPEG" in note for note in heard.notes)

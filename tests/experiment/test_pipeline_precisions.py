@@ -57,7 +57,7 @@ def test_baseline_and_distilled_share_one_precision_and_the_teacher_has_its_own(
     assert hardware == []  # each network was timed once
     found = environment(folder)
     assert found["precision"] == "bf16, float32"
-    assert found["precisions"]["cifar/resnet8 at 16 px"] == {
+    assert found["precisions"]["cifar/resnet8 at 8 px"] == {
         "precision": "float32",
         "calibration": {"bf16": 0.02, "float32": 0.01},
     }

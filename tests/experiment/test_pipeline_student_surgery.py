@@ -11,6 +11,8 @@ from potstill.experiment import pipeline
 from potstill.models.model_file import load_model
 from potstill.training.callbacks import SilentObserver
 
+ALONE = ("teacher", "distilled")  # without a baseline
+
 
 def results(path):
     return json.loads((path / "results.json").read_text())
@@ -19,7 +21,7 @@ def results(path):
 def answers(path, stage="distilled"):
     model = load_model(path / stage)
     generator = torch.Generator().manual_seed(0)
-    return model, model.predict(torch.randn(5, 3, 16, 16, generator=generator))
+    return model, model.predict(torch.randn(5, 3, 8, 8, generator=generator))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_what_was_evaluated_is_what_is_saved(method, deployed, recipe, tmp_path)
 
 def test_how_two_heads_count_is_chosen_on_val_and_saved(recipe, tmp_path):
     changes = {"method": "{name: dho}", "training.epochs": 3, "training.lr": 0.01}
-    path = pipeline.run(recipe(**changes), output_dir=tmp_path)
+    path = pipeline.run(recipe(**changes), output_dir=tmp_path, stages=ALONE)
     model, said = answers(path)
     chosen = model.remodelled
     assert model.module.heads.alpha == chosen["alpha"]
@@ -58,7 +60,7 @@ def test_how_two_heads_count_is_chosen_on_val_and_saved(recipe, tmp_path):
     best = max(json.loads(line)["val"]["top1"] for line in epochs)
     assert stage["val"]["top1"] == pytest.approx(model.facts["val"]["top1"])
     assert stage["val"]["top1"] >= best  # 0.5 and 1, which every epoch has, are among the candidates
-    again = pipeline.run(recipe(**changes), output_dir=tmp_path, resume=True)
+    again = pipeline.run(recipe(**changes), output_dir=tmp_path, stages=ALONE, resume=True)
     assert torch.equal(answers(again)[1], said)
 
 
@@ -88,17 +90,19 @@ def test_a_killed_run_of_a_remodelled_student_ends_the_same(recipe, tmp_path):
                 raise Killed
 
     made = recipe(method="{name: simkd}")
-    whole = pipeline.run(made, output_dir=tmp_path, name="whole")
+    how = {"output_dir": tmp_path, "stages": ALONE, "evaluate": False}
+    whole = pipeline.run(made, name="whole", **how)
     with pytest.raises(Killed):
-        pipeline.run(made, output_dir=tmp_path, name="cut", observer=Killer())
-    cut = pipeline.run(made, output_dir=tmp_path, name="cut", resume=True)
+        pipeline.run(made, name="cut", observer=Killer(), **how)
+    cut = pipeline.run(made, name="cut", resume=True, **how)
     assert torch.equal(answers(cut)[1], answers(whole)[1])
 
 
 def test_a_remodelled_network_teaches_but_gets_no_new_head(photographs, recipe, tmp_path):
-    path = pipeline.run(recipe(**{"method": "{name: simkd}", "training.epochs": 1}), output_dir=tmp_path, name="first")
+    made = recipe(**{"method": "{name: simkd}", "training.epochs": 1})
+    path = pipeline.run(made, output_dir=tmp_path, name="first", stages=ALONE, evaluate=False)
     teacher = {"teacher": f"{{weights: '{path / 'distilled'}'}}", "training.epochs": 1}
-    again = pipeline.run(recipe(**teacher), output_dir=tmp_path, name="second")
+    again = pipeline.run(recipe(**teacher), output_dir=tmp_path, name="second", stages=ALONE)
     assert torch.equal(answers(again, "teacher")[1], answers(path)[1])
     assert load_model(again / "teacher").remodelled == load_model(path / "distilled").remodelled
     for name in ("blue", "red"):

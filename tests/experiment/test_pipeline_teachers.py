@@ -223,8 +223,8 @@ def test_layers_and_adapters_are_written_and_shown(recipe, tmp_path):
     path = pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Listening())
     text = (path / "distilled" / "layers.txt").read_text()
     assert said[0] == f"distilled: {text}"
-    assert "stage2 [32,8,8]" in text
-    assert "stage3 [64,4,4]" in text
+    assert "stage2 [32,4,4]" in text
+    assert "stage3 [64,2,2]" in text
     counts = {
         line.split()[0]: int(line.split()[-1].replace(",", "")) for line in text.split("\n\n")[-1].splitlines()[1:]
     }

@@ -68,10 +68,11 @@ def test_the_baseline_has_labels_alone_and_all_else_alike(recipe, unlabeled, tmp
 def test_the_cache_holds_the_unlabeled_images_too(method, seed, recipe, unlabeled, tmp_path):
     changes = {"data.unlabeled": unlabeled, "training.epochs": 4, "teacher_cache.views": 1, "method": method}
     changes |= {"data.augmentation_seed": seed, "data.unlabeled_share": 0.15}
-    paths = {
-        mode: pipeline.run(recipe(**changes, **{"teacher_cache.mode": mode}), output_dir=tmp_path, name=mode)
-        for mode in ("auto", "off")
-    }
+
+    def run(name, **more):
+        return pipeline.run(recipe(**changes, **more), output_dir=tmp_path, name=name, stages=("teacher", "distilled"))
+
+    paths = {mode: run(mode, **{"teacher_cache.mode": mode}) for mode in ("auto", "off")}
     teaching = results(paths["auto"])["stages"]["distilled"]["teaching"]
     found = results(paths["auto"])["data"]["unlabeled"]
     known = found["labeled_images"] + found["images"]
@@ -79,7 +80,7 @@ def test_the_cache_holds_the_unlabeled_images_too(method, seed, recipe, unlabele
     assert teaching["computed"] + teaching["read"] == pytest.approx(shown)
     # A batch is computed as a whole: at most one, beside those of the first pass, has images of two passes.
     assert found["labeled_images"] < teaching["computed"] <= known + 16 * 3
-    again = pipeline.run(recipe(**changes), output_dir=tmp_path, name="again")
+    again = run("again")
     assert results(again)["stages"]["distilled"]["teaching"]["computed"] == 0
     ours, theirs = (weights(paths[mode], "distilled") for mode in ("auto", "off"))
     assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=0.1) for key in ours)

@@ -65,7 +65,7 @@ def test_cached_and_live_outputs_are_the_same_and_give_the_same_student(recipe, 
         name: json.loads((first / name / "model.json").read_text())["input"]["size"]
         for name in ("teacher", "distilled")
     }
-    assert sizes == {"teacher": 24, "distilled": 16}
+    assert sizes == {"teacher": 24, "distilled": 8}
 
 
 def test_stores_say_so_and_can_be_verified(recipe, cache, tmp_path):
@@ -87,7 +87,7 @@ def test_verification_finds_answers_to_the_students_pixels(recipe, cache, tmp_pa
 
 
 def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
-    run(recipe(**TEACHER | {"teacher.size": 16}), output_dir=tmp_path, **SHORT)
+    run(recipe(**TEACHER | {"teacher.size": 8}), output_dir=tmp_path, **SHORT)
     for each in identities(cache):
         assert set(each) == {"teacher", "classes", "data", "split", "names", "views"}
         assert "drawn" not in each["views"]
@@ -107,7 +107,7 @@ def test_equal_sizes_have_the_keys_of_before(recipe, cache, tmp_path):
     ids=lambda value: value.get("method", "several teachers") + ("+" + list(value)[1] if len(value) > 1 else ""),
 )
 def test_every_kind_of_method_asks_the_teacher_at_its_size(recipe, tmp_path, seen, method, monkeypatch):
-    """No image that a teacher of 24 px sees is one of 16 px enlarged."""
+    """No image that a teacher of 24 px sees is one of 8 px enlarged."""
     from potstill.types import InputConverter
 
     enlarged, forward = [], InputConverter.forward
@@ -133,7 +133,7 @@ def test_every_kind_of_method_asks_the_teacher_at_its_size(recipe, tmp_path, see
     monkeypatch.setattr(pipeline, "check_all", checked)
     run(recipe(**settings | {"training.epochs": 1}), output_dir=tmp_path, name="one", **SHORT)
     assert enlarged == []
-    assert {shape[1] for shape, _ in seen} >= {16, 24}
+    assert {shape[1] for shape, _ in seen} >= {8, 24}
 
 
 def test_the_faster_copy_is_compared_on_images_of_its_size(recipe, tmp_path, monkeypatch):

@@ -266,6 +266,7 @@ def _source_digest() -> str | None:
     return sums.hexdigest()
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
