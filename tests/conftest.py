@@ -1,6 +1,7 @@
 """One thread and one seed: no test depends on the machine's cores or on luck."""
 
 import atexit
+import functools
 import gc
 import importlib.util
 import os
@@ -63,10 +64,8 @@ def pytest_collection() -> Any:
     finally:
         gc.enable()
         gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries report at the end that their objects were never freed
+        # Or libraries report that their objects were never freed; not before pytest's last collections are done.
+        atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -103,6 +102,25 @@ def _no_wait_for_the_disk() -> Iterator[None]:
     """``os.fsync`` returns at once: a run of a second calls it a hundred times, and no test pulls the plug."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_table_of_operators() -> Iterator[None]:
+    """PyTorch's table of ONNX operators is made once a process, by parsing 500 functions: a third of a small export."""
+    from potstill.export import onnx
+
+    export = onnx._run_exporter
+
+    def instead(*arguments: Any) -> Any:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        if not hasattr(ONNXRegistry.from_torchlib, "cache_info"):
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        return export(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "_run_exporter", instead)
         yield
 
 
@@ -154,9 +172,9 @@ def short_runs() -> Iterator[None]:
     """Runs without what their tests do not look at: half of a small one.
 
     Blank pictures, each network's latency from one measurement in place of thirty, estimates from steps that only wait,
-    no examples with heat maps, and no similarity of layers.
+    no examples with heat maps, no similarity of layers, and git is asked once about each folder.
     """
-    from potstill.experiment import estimate, results
+    from potstill.experiment import estimate, reproduce, results
 
     def instead(module: Any, name: str, other: Callable[..., Any]) -> None:
         real = getattr(module, name)
@@ -167,6 +185,7 @@ def short_runs() -> Iterator[None]:
         instead(results, "measure_latency", lambda networks, **how: measure(networks, **how | _ONCE))
         instead(results, "describe_examples", lambda *_: None)
         instead(results, "describe_similarity", lambda *_: None)
+        instead(reproduce, "git_state", functools.cache(reproduce.git_state))
         instead(estimate, "create_timed_step", lambda *_: lambda: time.sleep(_SECONDS))
         yield
 

@@ -128,6 +128,7 @@ def test_a_stage_longer_than_estimated_does_not_end_now(monkeypatch: pytest.Monk
     [
         (1, 10.0, "38.0 s"),  # three more of 10 s with the teacher, and eight of a tenth: 30 + 8
         (2, 1.0, "10.0 s"),  # much faster than estimated: cached before
+        (4, 10.0, "8.0 s"),  # the last with the teacher
         (6, 1.0, "6.0 s"),
     ],
 )
@@ -148,6 +149,27 @@ def test_epochs_that_ask_the_teacher_do_not_foretell_the_later_ones(
         progress.step(100)
         progress.epoch_end({"epoch": each, "val": {"top1": 0.5}})
     assert f"  {left} left" in out.getvalue().splitlines()[-1]
+
+
+def test_the_first_epochs_without_the_teacher_tell_their_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    time_of_stage = StageTime(180.0)  # 4 of 12 epochs take 30 s each, the others 7.5 s
+    time_of_stage.first, time_of_stage.share = 120.0, 4 / 12
+    progress.expect(lambda: {"distilled": time_of_stage})
+    progress.stage("distilled", "resnet8")
+    for each in range(1, 6):
+        progress.epoch_start(each, 12, 4, 100)
+        if each == 5:
+            now[0] += 6.0
+            progress.step(50)
+        else:
+            now[0] += 30.0
+            progress.step(100)
+            progress.epoch_end({"epoch": each, "val": {"top1": 0.5}})
+    assert "50 of 100 images  8 images/s  1 min 30 s left" in out.getvalue().splitlines()[-1]  # 7.5 epochs of 12 s
 
 
 def test_on_a_terminal_there_is_a_bar_with_speed_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from potstill.formatting import format_duration, format_percent
@@ -68,9 +67,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -190,25 +187,27 @@ class Progress:
         Epochs in which the teacher runs take longer than those that read its outputs.  If they do not, the outputs
         were cached before.
         """
-        recent = self._epoch_seconds(now) * self._epochs
         time_of_stage = cast("StageTime", estimated)
         share = getattr(estimated, "share", 0.0)
-        if not 0 < done < share < 1 or not time_of_stage.first:
-            return recent * (1 - done)
+        if not 0 < share < 1 or not time_of_stage.first:
+            return self._epoch_seconds(now, self._epoch) * self._epochs * (1 - done)
+        if done > share:
+            return self._epoch_seconds(now, self._epoch - round(share * self._epochs)) * self._epochs * (1 - done)
+        recent = self._epoch_seconds(now, self._epoch) * self._epochs
         first, later = time_of_stage.first / share, (estimated - time_of_stage.first) / (1 - share)
         pace = self._passed[1] / self._passed[0] if self._passed[0] > 0 else 1.0
         if recent < pace * math.sqrt(first * later):
             return recent * (1 - done)
         return recent * (share - done + (1 - share) * later / first)
 
-    def _epoch_seconds(self, now: float) -> float:
-        """Return the mean seconds of the last epochs, or of the first at its speed so far."""
-        starts = self._epoch_starts[-_RECENT_EPOCHS:]
+    def _epoch_seconds(self, now: float, begun: int) -> float:
+        """Return the mean seconds of the last of ``begun`` epochs, or of the only one at its speed so far."""
+        starts = self._epoch_starts[-min(_RECENT_EPOCHS, max(1, begun)) :]
         if self._seen >= self._images:  # the end of an epoch
             return (now - starts[0]) / len(starts)
         if len(starts) > 1:
             return (starts[-1] - starts[0]) / (len(starts) - 1)
-        return (now - self._training_began) * self._images / max(1, self._seen)
+        return (now - starts[0]) * self._images / max(1, self._seen)
 
     def note(self, message: str) -> None:
         """Print information."""

@@ -3,7 +3,8 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PotstillError(Exception):
@@ -103,6 +104,25 @@ def storage_error(error: BaseException) -> StorageError | None:
     return None if error.__cause__ is None else storage_error(error.__cause__)
 
 
+@contextmanager
+def storing(what: str) -> Iterator[None]:
+    """Raise an OSError of the block as a StorageError: ``cannot WHAT: REASON``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {what}: {error.strerror or error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters, or its type.
+
+    Example:
+        >>> first_line(KeyError()), first_line(ValueError("no number"))
+        ('KeyError', 'no number')
+    """
+    return (strip_ansi(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 _ANSI_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -130,7 +150,7 @@ def root_cause_line(error: BaseException) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(strip_ansi(str(error)).strip().splitlines()), type(error).__name__)[:300]
+    return first_line(error)
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -1,7 +1,8 @@
 """Format numbers for people; files keep shares, bytes and seconds.  What is no number becomes a dash."""
 
 import math
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -15,6 +16,27 @@ def format_names(names: Sequence[str], most: int = 5) -> str:
         ('cat, dog', 'a, b and 2 more')
     """
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def display_width(text: str) -> int:
+    """Return the columns of ``text`` in a terminal: 2 for wide characters, 0 for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def format_columns(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
+    """Return a line for each row with its cells aligned: the columns ``left`` to the left, all others to the right.
+
+    Example:
+        >>> format_columns([("layer", "size"), ("conv", "8")])
+        ['layer  size', 'conv      8']
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    spaces = [[" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    cells = (
+        (cell + space if at in left else space + cell for at, (cell, space) in enumerate(zip(*pair, strict=True)))
+        for pair in zip(rows, spaces, strict=True)
+    )
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def format_number(value: Any) -> float | None:

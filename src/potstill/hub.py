@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import UsageError, did_you_mean
+from potstill.errors import UsageError, did_you_mean, first_line
 from potstill.io import write_text
 
 HUB_PREFIX, LOCAL_PREFIX = "hf-hub:", "local-dir:"
@@ -271,8 +271,3 @@ def is_reachable(url: str, patience: float = CONNECT_SECONDS) -> bool:
     thread.start()
     thread.join(patience)
     return answered.is_set()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

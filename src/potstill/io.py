@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean, storing
 
 CACHE_VARIABLE = "POTSTILL_CACHE"
 
@@ -65,7 +65,7 @@ def _write(path: Path, chunks: Iterable[bytes], previous: Path | None) -> None:
             _link_previous(target, previous)
         os.replace(temporary, target)
         temporary = None
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -93,11 +93,9 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_file(source: Path, target: Path) -> None:
     """Move a written file into the place of another one in its folder."""
-    try:
+    with storing(f"write {target}"):
         os.replace(source, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+        sync_folder(target.parent)
 
 
 def encode_json(value: Any) -> bytes:
@@ -137,11 +135,9 @@ def encode_text(text: str) -> bytes:
 
 def remove_partial_files(folder: Path) -> None:
     """Delete temporary files of killed processes below ``folder``; no other process may be writing there."""
-    try:
+    with storing(f"tidy {folder}"):
         for leftover in folder.rglob(f".*{PART}"):
             leftover.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot tidy {folder}: {error.strerror or error}") from error
 
 
 def check_exists(path: Path, wanted: str = "a run folder or a folder with model.json") -> None:
@@ -224,10 +220,11 @@ def _make_folder(folder: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     with contextlib.suppress(PermissionError):  # of the parent, which may belong to another user
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries of its files to the disk, where the system can."""
     if os.name == "nt":  # has no handles of folders
         return
     handle = os.open(folder, os.O_RDONLY)

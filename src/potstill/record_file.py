@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.io import sync_folder
+
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _ALLOCATION_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _CHUNK = 1 << 20  # bytes, approximately, that are read or written at a time
@@ -135,7 +137,7 @@ class RecordFile:
             pwrite(self.checksums, self.width * int(numbers[start]), content[self.width * start : self.width * stop])
         os.fsync(self.checksums)
         if not self._folder_synced:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self._folder_synced = True
 
     def reserve(self, first: int, end: int) -> None:
@@ -244,7 +246,7 @@ class IndexedRecords:
             first, end = int(numbers[start]), int(numbers[stop - 1]) + 1
             pwrite(self.index, first * _INDEX_ROW.itemsize, memoryview(self.rows[first:end].tobytes()))
         os.fsync(self.index)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._unmarked = []
 
     def _checksum(self, number: int, record: bytes) -> int:
@@ -287,15 +289,6 @@ def pwrite(handle: int, at: int, data: memoryview) -> None:
     while len(data):
         count = os.pwrite(handle, data, at)
         at, data = at + count, data[count:]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync the folder's entries of its files to the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _close_all(*handles: int) -> None:

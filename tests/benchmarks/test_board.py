@@ -1,14 +1,17 @@
 """The board: which cells there are, how each is trained, and what the page says of them."""
 
 import json
+from pathlib import Path
 
 import pytest
-from benchmarks.board import Cell, list_cells, page
+from benchmarks.board import Cell, Data, list_cells, page
 
 from benchmarks import board
 from potstill.config.recipe import load_recipe
+from potstill.errors import UsageError
 
 CONTESTANTS = ["labels", "kd", "at, auto"]
+QUICKSTART = Data("quickstart")
 
 
 def write(root, cell, top1):
@@ -24,13 +27,13 @@ def test_the_settings_of_a_contestant_are_a_recipes(name):
 
 
 def test_cells_come_seed_by_seed_and_have_folders_of_their_own():
-    cells = list_cells(["quickstart", "some/where.yaml"], [4, 12], list(board.CONTESTANTS), 3)
+    cells = list_cells([QUICKSTART, Data("some/where.yaml")], [4, 12], list(board.CONTESTANTS), 3)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert len({cell.name for cell in cells}) == len(cells) == 2 * 2 * 3 * len(board.CONTESTANTS)
 
 
 def test_the_page_has_means_paired_gains_and_the_names_of_what_is_missing(tmp_path):
-    cells = list_cells(["quickstart"], [4], CONTESTANTS, 2)
+    cells = list_cells([QUICKSTART], [4], CONTESTANTS, 2)
     for cell, top1 in zip(cells, [0.80, 0.82, None, 0.84, 0.85, None], strict=True):
         if top1 is not None:
             write(tmp_path, cell, top1)
@@ -39,11 +42,39 @@ def test_the_page_has_means_paired_gains_and_the_names_of_what_is_missing(tmp_pa
     assert "| kd | 2 | 83.50 ± 2.12 | +1.50 (-4.85 to +7.85) | 5.0 ± 0.0 | 0.500 ± 0.000 |" in text
     assert "| labels | 2 | 82.00 ± 2.83 |  | 5.0" in text
     assert "Not trained: at, auto (seed 0), at, auto (seed 1)." in text
-    assert "potstill train quickstart --stage baseline --epochs 4 --seed 0 --output-dir runs/board --name" in text
+    assert "potstill train quickstart --stage baseline --output-dir runs/board --epochs 4 --seed 0 --name" in text
+    assert "| contestant | quickstart, 4 |" in text
+    assert "| kd | +1.5 |" in text
+    assert "| at, auto |  |" in text
+
+
+def test_the_summary_marks_differences_beyond_doubt(tmp_path):
+    cells = list_cells([QUICKSTART], [4], ["labels", "kd"], 2)
+    for cell, top1 in zip(cells, [0.80, 0.82, 0.84, 0.8601], strict=True):
+        write(tmp_path, cell, top1)
+    assert "| kd | **+2.0** |" in list(page(cells, tmp_path, ""))
+
+
+@pytest.mark.parametrize("recipe", [name for name in board.DATA if name.endswith(".yaml")])
+def test_the_boards_recipes_want_images(recipe):
+    file = str(Path(board.__file__).parents[1] / recipe)
+    with pytest.raises(UsageError, match=r"data\.source is missing"):
+        load_recipe(file, [])
+    assert load_recipe(file, ["data.source=digits"]).data.augmentation_seed == 0
+
+
+def test_images_and_a_ready_teacher_are_passed_on(tmp_path, monkeypatch):
+    cells, commands = list_cells([Data("clothing.yaml", "photos", "teacher.th")], [4], ["labels", "kd"], 1), []
+    monkeypatch.setattr(board, "train", lambda command, folder: commands.append(list(command)) or True)
+    board.train_missing(cells, tmp_path, until=float("inf"))
+    labels, kd = commands  # no teacher is trained
+    assert labels[:6] == ["train", "clothing.yaml", "--stage", "baseline", "--data", "photos"]
+    assert "--teacher" not in labels
+    assert kd[kd.index("--teacher") + 1] == "teacher.th"
 
 
 def test_what_is_done_is_not_trained_again_and_what_was_cut_off_is_resumed(tmp_path, monkeypatch):
-    cells, commands = list_cells(["quickstart"], [4], CONTESTANTS, 1), []
+    cells, commands = list_cells([QUICKSTART], [4], CONTESTANTS, 1), []
     write(tmp_path, cells[0], 0.8)
     (tmp_path / cells[1].name).mkdir()
 
@@ -64,4 +95,4 @@ def test_what_is_done_is_not_trained_again_and_what_was_cut_off_is_resumed(tmp_p
 
 
 def test_a_cells_stage_follows_from_its_method():
-    assert [Cell("quickstart", 4, name, 0).stage for name in CONTESTANTS] == ["baseline", "distilled", "distilled"]
+    assert [Cell(QUICKSTART, 4, name, 0).stage for name in CONTESTANTS] == ["baseline", "distilled", "distilled"]

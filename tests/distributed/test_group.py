@@ -95,7 +95,7 @@ def test_predictions_are_gathered_to_the_first_process_alone(found):
     assert found[0]["evaluation"]["errors"] == found[1]["evaluation"]["errors"]
     (kind, text, code), (_, other, _) = found[0]["evaluation"]["errors"]
     assert (kind, code) == ("NonFiniteError", 6)
-    assert text == "a logit of x is NaN or infinite (21 of 45 images)"
+    assert text == "a logit of x, 08, is NaN or infinite (21 of 45 images)"
     assert "image 8 is NaN" in other  # the second batch of 8, the first of the second process
 
 

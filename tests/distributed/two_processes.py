@@ -112,11 +112,9 @@ def evaluate(processes, folder):
     with torch.no_grad():
         network[3].bias.fill_(torch.nan if processes.rank else 0.0)
     errors = []
-    for names in (["x"] * IMAGES, None):
+    for what in ("x", ""):
         try:
-            predict_probabilities(
-                network, loader(processes, "listed"), classes=CLASSES, processes=processes, names=names
-            )
+            predict_probabilities(network, loader(processes, "listed"), classes=CLASSES, processes=processes, what=what)
         except PotstillError as error:
             errors.append([type(error).__name__, str(error), error.exit_code])
     return {

@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Images:
 
     def __init__(self, labels: Tensor, order: list[int] | None = None) -> None:
         self.labels, self.count = labels, len(labels)
+        self.images = SimpleNamespace(names=[f"{at}.png" for at in range(self.count)])
         self.order = torch.arange(len(labels)) if order is None else torch.tensor(order)
 
     def epoch(self) -> Iterator[Batch]:
@@ -99,6 +101,16 @@ def test_the_file_gives_divergence_and_temperature_back(tmp_path: Path) -> None:
     assert np.exp(logs.astype(np.float64)) == pytest.approx(held.array, rel=4e-3)
 
 
+@pytest.mark.parametrize("most", [10**7, 0])  # probabilities in memory, and not
+def test_progress_is_reported_batch_by_batch(most: int) -> None:
+    logits, labels = made(images=40)
+    seen: list[tuple[int, int]] = []
+    predict_split(
+        Table(logits), Images(labels), classes=CLASSES, max_values=most, progress=lambda *each: seen.append(each)
+    )
+    assert seen == [(16, 40), (32, 40), (40, 40)]
+
+
 def test_improbable_classes_keep_their_size(tmp_path: Path) -> None:
     logits = torch.tensor([[0.0, -40.0], [-40.0, 0.0], [3e5, 0.0]])
     found = predict_split(
@@ -118,10 +130,8 @@ def test_faults_are_named_and_leave_no_file(tmp_path: Path, most: int) -> None:
     logits, labels = made()
     logits[200, 3] = torch.nan
     file = tmp_path / "x.npy"
-    with pytest.raises(NonFiniteError, match=r"a logit of photo 200 is NaN or infinite \(1 of 301 images\)"):
-        predict_split(
-            Table(logits), Images(labels), classes=CLASSES, file=file, max_values=most, names="photo {}".format
-        )
+    with pytest.raises(NonFiniteError, match=r"a logit of the photos, 200.png, is NaN or infinite \(1 of 301 images\)"):
+        predict_split(Table(logits), Images(labels), classes=CLASSES, file=file, max_values=most, what="the photos")
     with pytest.raises(DataError, match="1 left out"):
         predict_split(
             Table(made()[0]), Images(labels, [0, *range(IMAGES - 1)]), classes=CLASSES, file=file, max_values=most

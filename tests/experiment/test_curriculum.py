@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from potstill.config.recipe import CurriculumSettings, load_recipe
-from potstill.distributed.group import SINGLE_PROCESS
 from potstill.errors import UsageError
 from potstill.experiment import curriculum as module
-from potstill.experiment import pipeline
+from potstill.experiment import ensembles, pipeline
 from potstill.experiment.curriculum import image_difficulty, images_per_epoch
 from potstill.models.model_file import load_model
 from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import Compute
 
 BASE = {
     "name": "t",
@@ -178,11 +178,11 @@ def test_random_order_asks_for_no_ones_word_and_has_its_own_for_each_seed(recipe
 
 def test_several_teachers_are_asked_as_one(monkeypatch):
     said = iter([np.array([[0.8, 0.2]]), np.array([[0.2, 0.8]])])
-    monkeypatch.setattr(module, "predict_probabilities", lambda *_, **__: (next(said), None, None))
+    monkeypatch.setattr(ensembles, "predict_probabilities", lambda *_, **__: (next(said), None, None))
     monkeypatch.setattr(module, "split_loader", lambda *_, **__: None)
-    teacher = SimpleNamespace(module=torch.nn.Identity(), input=None)
-    made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}})
+    teacher = SimpleNamespace(module=torch.nn.Identity(), input=None, class_names=("a", "b"))
+    made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}, "curriculum": {}})
     data = SimpleNamespace(train=SimpleNamespace(names=["a"], labels=[0]), class_names=("a", "b"))
-    compute = SimpleNamespace(device="cpu", processes=SINGLE_PROCESS)
-    found = module._predict_difficulty(data, [teacher, teacher], CurriculumSettings(), made, compute)
+    compute = Compute(torch.device("cpu"), bf16=False, channels_last=False)
+    found = module._predict_difficulty(data, {"teacher": teacher, "teacher-2": teacher}, made, compute)
     assert found == pytest.approx([0.693147], abs=1e-6)  # -ln 0.5

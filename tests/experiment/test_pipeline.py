@@ -369,6 +369,10 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
         def warn(self, message):
             events.append(message)
 
+        def wait(self, what, done, total):
+            waited[what] = done, total
+
+    waited = {}
     path = pipeline.run(
         recipe(**{"teacher.training": "{epochs: 1, lr: 1e-12}", "training.epochs": 4}),
         output_dir=tmp_path,
@@ -377,6 +381,9 @@ def test_a_useless_teacher_is_reported_before_the_student(recipe, tmp_path):
     warned = [i for i, event in enumerate(events) if "no better than chance" in event or "below the baseline" in event]
     assert warned
     assert warned[0] < events.index("distilled")
+    for split in ("train", "val", "test"):  # of large networks, they take minutes
+        done, total = waited[f"predictions of the distilled on {split}"]
+        assert done == total > 0
     found = results(path)
     assert found["warnings"]
     (below,) = found["teacher_below_baseline"]

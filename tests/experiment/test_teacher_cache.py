@@ -13,6 +13,7 @@ import torch
 
 from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError, DataError
+from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment import teacher_cache
 from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run as carry_out
@@ -70,12 +71,14 @@ def asked_and_read(folder):
     return facts.get("computed"), facts.get("read")
 
 
+def identities(stores):
+    """What each store holds, without those of predictions."""
+    found = {path: json.loads((path / "manifest.json").read_text())["identity"] for path in stores.iterdir()}
+    return {path: identity for path, identity in found.items() if "predictions" not in identity}
+
+
 def train_stores(stores):
-    return [
-        path
-        for path in stores.iterdir()
-        if json.loads((path / "manifest.json").read_text())["identity"]["split"] == "train"
-    ]
+    return [path for path, identity in identities(stores).items() if identity["split"] == "train"]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,7 @@ def test_with_float32_records_byte_for_byte(first):
 
 def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
     _, again = first
-    before = sorted(stores.iterdir())
+    before = sorted(identities(stores))
     for number, changes in enumerate(
         [
             {"method.temperature": "4"},
@@ -145,7 +148,39 @@ def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
         ]
     ):
         assert asked_and_read(again(f"run-{number}", **changes))[0] == 0
-    assert sorted(stores.iterdir()) == before
+    assert sorted(identities(stores)) == before
+
+
+def test_predictions_of_a_ready_teacher_are_kept_for_later_runs(first, recipe, tmp_path, monkeypatch):
+    done, _ = first
+    evaluated = []
+
+    def predict(module, loader, *, what, **options):
+        evaluated.append(what)
+        return predict_probabilities(module, loader, what=what, **options)
+
+    monkeypatch.setattr("potstill.experiment.ensembles.predict_probabilities", predict)
+
+    def again(name, **changes):
+        evaluated.clear()
+        given = recipe(**{**TWO_VIEWS, "teacher.weights": str(done), **changes})
+        folder = carry_out(given, output_dir=tmp_path, name=name, stages=("distilled",))
+        files = [f"predictions_{split}.csv" for split in ("train", "val", "test")]
+        asked = [what for what in evaluated if "teacher" in what]
+        return sorted(asked), [(folder / "teacher" / file).read_bytes() for file in files]
+
+    splits = [f"the teacher on {split}" for split in ("test", "train", "val")]
+    asked, files = again("a")
+    assert asked == splits
+    assert again("b", seed=5, **{"method.alpha": 0.9}) == ([], files)
+    assert again("c", **{"teacher_cache.mode": "off"}) == (sorted([*splits, "the teacher on val"]), files)
+    other = load_model(done / "teacher")
+    with torch.no_grad():
+        next(other.module.parameters()).mul_(1.5)
+    save_model(other, tmp_path / "other")
+    asked, changed = again("d", **{"teacher.weights": str(tmp_path / "other")})
+    assert asked == splits
+    assert changed != files
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file
     "teacher.training.milestones", "training.ema_decay",
     "domain.confidence", "domain.class_balance", "domain.adapt_batch_norm", "data.target_labels", "data.target_options",
     "teacher.classes", "student.classes", "student.head", "training.freeze", "training.layer_decay",
-    "student.training.layer_decay",
+    "student.training.layer_decay", "training.layer_decay_no_opt_scale", "teacher.training.layer_decay_no_opt_scale",
+    "student.training.layer_decay_no_opt_scale",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from potstill.report.display_names import display_width, escape_invisible, shorten
+from potstill.formatting import display_width
+from potstill.report.display_names import escape_invisible, shorten
 
 
 @pytest.mark.parametrize(

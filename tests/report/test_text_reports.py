@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import classification_report, f1_score, precision_score, recall_score
 
 from potstill.evaluation.final_metrics import final_metrics
-from potstill.report.display_names import display_width
+from potstill.formatting import display_width
 from potstill.report.run_reader import StageResult, read_predictions, read_run
 from potstill.report.text_reports import classification_report_text, metrics_text, teaching_text, training_text
 

@@ -1,4 +1,5 @@
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_memory_of_freed_tensors_is_used_again():
 
     # The first ones may find free memory in pieces that are too small.
     assert min(step() for _ in range(5)) < 2000
+
+
+def test_memory_of_freed_tensors_is_returned():
+    if not devices.keep_freed_memory():
+        pytest.skip("the C library is not glibc")
+
+    def pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    tensors = [torch.ones(1 << 22) for _ in range(16)]  # 256 MiB
+    full = pages()
+    tensors.clear()
+    devices.return_freed_memory()
+    assert full - pages() > (128 << 20) // resource.getpagesize()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -8,7 +8,7 @@ from torch import nn
 from potstill.input_spec import InputSpec
 from potstill.training.settings import TrainingSettings
 
-from .test_trainer import Numbers, train
+from .test_trainer import Counting, Numbers, train
 
 
 class Sized(Numbers):
@@ -48,3 +48,21 @@ def test_batch_norm_statistics_stay_while_its_weights_are_trained(tmp_path):
     assert not torch.equal(student.net[2].weight, torch.ones(8))
     _, student = train(tmp_path / "b", settings.model_copy(update={"freeze_batch_norm": False}), loader=Sized(18))
     assert not torch.equal(student.net[2].running_mean, torch.zeros(8))
+
+
+def test_blocks_far_below_the_heads_learning_rate_are_not_trained(tmp_path, monkeypatch):
+    scales = {"net.1": 0.25, "net.2": 0.5, "net.4": 1.0}  # layer_decay: 0.5
+
+    def by_block(network, decay):
+        return {name: scales[name.rpartition(".")[0]] for name, _ in network.named_parameters()}
+
+    monkeypatch.setattr("potstill.training.optim.layer_lr_scales", by_block)
+    settings = TrainingSettings(epochs=1, lr=0.05, checkpoint_seconds=0, layer_decay=0.5)
+    torch.manual_seed(0)
+    start, moved = Counting().state_dict(), {}
+    for scale in (0.0, 0.3, 0.6):
+        changes = {"layer_decay_no_opt_scale": scale}
+        _, student = train(tmp_path / str(scale), settings.model_copy(update=changes), loader=Sized(18))
+        moved[scale] = {n.split(".")[1] for n, p in student.named_parameters() if not torch.equal(p, start[n])}
+        assert all(parameter.requires_grad for parameter in student.parameters())
+    assert moved == {0.0: {"1", "2", "4"}, 0.3: {"2", "4"}, 0.6: {"4"}}

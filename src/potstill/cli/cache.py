@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from potstill.console import escape_control
 from potstill.errors import ArtifactError, UsageError
+from potstill.formatting import format_columns, format_percent, format_scaled
+from potstill.io import cache_folder
 
 if TYPE_CHECKING:
     from potstill.distillation.teacher_cache.cache import CacheEntry
@@ -87,7 +90,6 @@ def rm(
 ) -> None:
     """Remove teacher caches; the next run that needs one builds it again."""
     from potstill.distillation.teacher_cache.cache import delete_leftovers, find_cache, list_caches, remove_cache
-    from potstill.formatting import format_scaled
 
     root = _root(folder)
     if everything == bool(keys):
@@ -109,22 +111,16 @@ def clear() -> None:
     """
     from potstill.data.decoded_cache import remove_decoded_pixels
     from potstill.data.parquet_tables import remove_unpacked_images
-    from potstill.formatting import format_scaled
 
     for what, freed in (("decoded images", remove_decoded_pixels()), ("unpacked tables", remove_unpacked_images())):
         sys.stdout.write(f"{what}: {format_scaled(freed, 'B')} removed\n")
 
 
 def _root(folder: Path | None) -> Path:
-    from potstill.io import cache_folder
-
     return cache_folder("teachers") if folder is None else folder.expanduser()
 
 
 def _cache_table(caches: "list[CacheEntry]") -> list[str]:
-    from potstill.console import escape_control
-    from potstill.formatting import format_scaled
-
     rows: list[tuple[str, ...]] = [("key", "size", "views", "recorded", "record", "last use", "teacher", "data")]
     for each in caches:
         columns = _describe_cache(each)
@@ -137,21 +133,16 @@ def _cache_table(caches: "list[CacheEntry]") -> list[str]:
                 *map(escape_control, columns[3:]),
             )
         )
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    right = {1, 2, 3}
-    lines = [
-        "  ".join(f"{cell:>{w}}" if at in right else f"{cell:<{w}}" for at, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
-        for row in rows
-    ]
     total = sum(each.size for each in caches)
     count = f"{len(caches)} teacher cache{'s' if len(caches) > 1 else ''}"
-    return [*(line.rstrip() for line in lines), f"{count}, {format_scaled(total, 'B')} in {caches[0].path.parent}"]
+    return [
+        *format_columns(rows, left=(0, 4, 5, 6, 7)),
+        f"{count}, {format_scaled(total, 'B')} in {caches[0].path.parent}",
+    ]
 
 
 def _describe_cache(cache: "CacheEntry") -> tuple[str, str, str, str, str]:
     """Return the columns views, recorded, record, teacher, data."""
-    from potstill.formatting import format_percent
-
     if cache.manifest is None:
         return "-", "-", "-", cache.error.splitlines()[0], ""
     record, facts = cache.manifest.record, cache.manifest.facts
@@ -173,8 +164,6 @@ def _format_time(seconds: float) -> str:
 
 
 def _verification_lines(found: dict[str, Any]) -> list[str]:
-    from potstill.formatting import format_percent
-
     lines = [f"{found['key']}: {found['intact']:,} records are intact, {found['damaged']:,} are damaged"]
     if "compared" in found:
         lines.append(

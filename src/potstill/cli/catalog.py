@@ -5,13 +5,13 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from potstill.errors import UsageError, did_you_mean
-from potstill.formatting import format_milliseconds, format_scaled
+from potstill.formatting import format_columns, format_milliseconds, format_scaled
 from potstill.methods import (
     MethodInfo,
     StepCost,
@@ -143,7 +143,8 @@ def recipes(
 
     known = list_recipes()
     if name is None:
-        _columns({name: parse_yaml(path.read_text("utf-8"), name).value["description"] for name, path in known.items()})
+        parsed = {name: parse_yaml(path.read_text("utf-8"), name).value for name, path in known.items()}
+        _print_columns([(name, value["description"]) for name, value in parsed.items()])
         return
     if name not in known:
         raise UsageError(f"no recipe {name!r}{did_you_mean(name, known)}\nKnown: {', '.join(known)}")
@@ -242,10 +243,8 @@ def methods(
         sys.stdout.write(method_text(name))
         return
     rows = method_rows()
-    names, kinds = (max(len(row[at]) for row in rows) for at in (0, 1))
-    sys.stdout.write("".join(f"{name:<{names}}  {kind:<{kinds}}  {summary}\n" for name, kind, summary in rows))
+    _print_columns(rows)
 
 
-def _columns(rows: dict[str, str]) -> None:
-    width = max(map(len, rows), default=0)
-    sys.stdout.write("".join(f"{key:<{width}}  {text}\n" for key, text in rows.items()))
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in format_columns(rows, left=range(3))))

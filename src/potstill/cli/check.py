@@ -5,13 +5,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from potstill.code_references import permit_code
+from potstill.console import escape_control, silence_native_stderr
 from potstill.errors import DataError, UsageError
+from potstill.training.callbacks import SilentObserver
 
 if TYPE_CHECKING:
     from potstill.data.settings import DataSettings
@@ -30,8 +31,6 @@ MAX_SHOWN = 20  # files that are listed
 
 def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
     """List on stderr the files that are left out."""
-    from potstill.console import escape_control
-
     number = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
     lines = [f"{source}: {number} left out", *(f"  {path}: {reason}" for path, reason in skipped[:MAX_SHOWN])]
     if len(skipped) > MAX_SHOWN:
@@ -64,7 +63,6 @@ def check(
 
     Exits with code 3 if there are any.
     """
-    from potstill.console import silence_native_stderr
     from potstill.data.validation.validate import validate_data
 
     flags = {"skip_bad": skip_bad, "follow_links": follow_links}
@@ -76,7 +74,6 @@ def check(
         if as_json:
             sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
         else:
-            from potstill.console import escape_control
             from potstill.data.validation import format_report
 
             sys.stdout.write(
@@ -108,7 +105,7 @@ def _raise_on_findings(report: "ValidationReport", strict: bool) -> None:
         raise DataError(f"{report.source}: {summary_line(report)} ({kinds})")
 
 
-class WaitProgress:
+class WaitProgress(SilentObserver):
     """Shows progress on stderr after one second: as a bar on a terminal, else as lines."""
 
     DELAY_SECONDS = 1.0
@@ -122,9 +119,7 @@ class WaitProgress:
     def __enter__(self) -> "WaitProgress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -136,12 +131,6 @@ class WaitProgress:
             self._bar.update(self._task, completed=done, refresh=done == total)
         elif time.monotonic() >= self._next and done < total:
             self._show(what, done, total)
-
-    def note(self, message: str) -> None:
-        """Ignore notes."""
-
-    def warn(self, message: str) -> None:
-        """Ignore warnings."""
 
     def _show(self, what: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():

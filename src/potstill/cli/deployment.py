@@ -12,8 +12,11 @@ import typer
 
 from potstill.cli.check import FollowLinks, SkipBad, print_skipped
 from potstill.code_references import allowed_code
-from potstill.console import silence_native_stderr
+from potstill.console import Progress, escape_control, print_next_command, print_section, silence_native_stderr
 from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
+from potstill.formatting import format_duration, format_scaled
+from potstill.io import read_checksummed_json
+from potstill.training.callbacks import SignalHandler
 
 if TYPE_CHECKING:
     from potstill.export.predict import Prediction
@@ -76,7 +79,6 @@ def predict(
 
     Files in folders that are no images are listed on stderr.  Exits with code 3 if an image cannot be read.
     """
-    from potstill.console import escape_control
     from potstill.data.sources import ignored_files_note
     from potstill.export import predict as predicting
 
@@ -174,8 +176,6 @@ class _Counts:
         return self.images / max(self._end - self._start, 1e-9)
 
     def _progress(self) -> str:
-        from potstill.formatting import format_duration
-
         speed = self._speed()
         if self.total is None:
             return f"{self.images:,} images  {speed:,.0f} images/s"
@@ -184,8 +184,6 @@ class _Counts:
 
 
 def _note(line: str) -> None:
-    from potstill.console import escape_control
-
     sys.stderr.write(f"{escape_control(line)}\n")
 
 
@@ -294,11 +292,9 @@ def export(
     The exported model is compared with PyTorch on images of the run's test split.  A file NAME.json beside it holds
     its SHA-256 and the measurements.
     """
-    from potstill.console import Progress, escape_control
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
     from potstill.export.options import ALL_THAT_RUN, ExportOptions, check_options, find_format
-    from potstill.io import read_checksummed_json
 
     options = ExportOptions(form, preprocessing, int8, max_drop, output, data, runtime)
     if prune is None and (epochs or settings):
@@ -306,7 +302,6 @@ def export(
     with allowed_code(allow_code):
         if prune is not None:
             from potstill.sweep.shrink import Finetuning, parse_target, prune_run
-            from potstill.training.callbacks import SignalHandler
 
             if form != ALL_THAT_RUN:
                 check_options(options, find_format(form))
@@ -322,8 +317,6 @@ def export(
             sys.stdout.write(escape_control(export_table(found), keep="\n"))
             return
         path = export_model(run, model, options, note=_note)
-    from potstill.formatting import format_scaled
-
     sizes = [each["bytes"] for each in read_checksummed_json(facts_path(path))["files"].values()]
     sys.stdout.write(f"export: {escape_control(str(path))} ({format_scaled(sum(sizes), 'B')})\n")
     if form == "onnx":
@@ -350,11 +343,9 @@ def shrink(
 
     Channels are removed step by step, and each network is fine-tuned with the run's teacher, whose outputs are cached.
     """
-    from potstill.console import Progress, print_next_command, print_section
     from potstill.report.sweep import render_shrink
     from potstill.sweep.shrink import Finetuning
     from potstill.sweep.shrink import shrink as search
-    from potstill.training.callbacks import SignalHandler
 
     finetuning = Finetuning(epochs, tuple(settings or ()), data, int8)
     with allowed_code(allow_code), SignalHandler() as stopping, Progress() as progress:
@@ -377,7 +368,6 @@ def benchmark(
 
     Needs the files' engines, but not PyTorch.  The files take turns.
     """
-    from potstill.console import escape_control
     from potstill.export.benchmark import benchmark as measure
 
     with silence_native_stderr():
@@ -406,9 +396,7 @@ def push(
 
     The way back: potstill predict hf-hub:REPO IMAGE
     """
-    from potstill.console import escape_control
     from potstill.export import push as publishing
-    from potstill.formatting import format_scaled
 
     publication = publishing.prepare(run, repository)
     if dry_run:
@@ -447,8 +435,6 @@ def serve(
     allow_code: AllowCode = False,
 ) -> None:
     """Serve a run's models on a local web page."""
-    from potstill.console import escape_control
-
     promised = _promised_risk(cascade, risk)
 
     try:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from potstill.cli.run import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, SkipBad, Student, Teacher
+from potstill.console import Progress, print_next_command, print_section
+from potstill.io import read_checksummed_json
 
 federated_app = typer.Typer(
     help="Federated distillation: train one student on clients that keep their images.",
@@ -80,7 +82,6 @@ def run(
     flags["--skip-bad"] = skip_bad
     loaded = load_recipe(recipe, settings or (), flags=flags)
 
-    from potstill.console import Progress, print_next_command, print_section
     from potstill.contrib.federated.federation import (
         RESULTS_FILE,
         FederationOptions,
@@ -89,7 +90,6 @@ def run(
         format_table,
     )
     from potstill.contrib.federated.server import Schedule
-    from potstill.io import read_checksummed_json
 
     options = FederationOptions(
         clients=clients,
@@ -114,7 +114,6 @@ def write_app(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the app's two files.")],
 ) -> None:
     """Write a Flower app, with which `flwr run` trains on several machines."""
-    from potstill.console import print_section
     from potstill.contrib.federated.flower import write_app as write
 
     print_section("written", [str(path) for path in write(folder, recipe)])

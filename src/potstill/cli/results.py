@@ -9,6 +9,7 @@ from potstill.config import sort_stages
 from potstill.console import TEXT_WIDTH, escape_control, print_lines, print_report_path
 from potstill.experiment.verdict import seeds_lines
 from potstill.formatting import (
+    format_columns,
     format_count,
     format_decimal,
     format_milliseconds,
@@ -69,11 +70,7 @@ def results_table(stages: Mapping[str, Any], *, agreement: bool = False) -> list
                 format_milliseconds(p50),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    return format_columns(rows)
 
 
 def metrics_lines(metrics: Mapping[str, Any]) -> Iterable[str]:

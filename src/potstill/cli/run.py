@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from potstill.code_references import is_code_reference
+from potstill.console import Progress, print_next_command, print_report_path, print_section
 from potstill.data.concurrency import usable_cores
 from potstill.distributed import is_torchrun_launched, restart_count
 from potstill.errors import RemoteFailure, UsageError, WorkerError
+from potstill.training.callbacks import SignalHandler
 
 if TYPE_CHECKING:
     from potstill.config.recipe import Recipe
@@ -414,7 +416,6 @@ def report(
 ) -> None:
     """Write a run's report again, or compare several runs."""
     from potstill.cli.results import print_results
-    from potstill.console import print_report_path
 
     if len(runs) > 1:
         from potstill.report.compare import compare
@@ -452,7 +453,6 @@ def _reproduce(run: Path, given: dict[str, Any], allow_code: bool, *, name: str 
         return
     _report_results(repeated, next_command=["potstill", "report", str(run), str(repeated)])
 
-    from potstill.console import print_section
     from potstill.experiment.run_folder import RunFolder
 
     outcome = compare(record, RunFolder(repeated))
@@ -476,9 +476,7 @@ def _run_pipeline(
         recipe = load_recipe(source, settings or (), flags=flags)
 
         # These imports load torch, which takes seconds.
-        from potstill.console import Progress
         from potstill.experiment.pipeline import run as run_pipeline
-        from potstill.training.callbacks import SignalHandler
 
         if stages is not None:
             folder["stages"] = stages
@@ -513,7 +511,6 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
     if not is_first_process():
         return
     from potstill.cli.results import print_results
-    from potstill.console import Progress, print_next_command
     from potstill.experiment.run_folder import RunFolder
     from potstill.loggers.observer import log_files
     from potstill.report.render import render

@@ -32,7 +32,9 @@ from potstill.cli.run import (
     recipe_flags,
     to_arguments,
 )
+from potstill.console import Progress, print_next_command, print_section
 from potstill.errors import UsageError, WorkerError
+from potstill.training.callbacks import SignalHandler
 
 
 def sweep(
@@ -119,10 +121,8 @@ def sweep(
         _launch_jobs(["sweep", recipe, *to_arguments(job_flags)], output_dir / name, slurm, ray, job_option or [])
         return
 
-    from potstill.console import Progress, print_next_command, print_section
     from potstill.report.sweep import render_sweep, trial_table
     from potstill.sweep.worker import Sweep
-    from potstill.training.callbacks import SignalHandler
 
     folder = output_dir / name
     with SignalHandler() as stopping, Progress() as progress:
@@ -198,11 +198,9 @@ def fit(
     """
     flags = {"--data": data, "--teacher": teacher, "--image-size": image_size, "--device": device}
     flags |= {"--skip-bad": skip_bad, "--seed": seed, "--allow-code": allow_code}
-    from potstill.console import Progress, print_next_command, print_section
     from potstill.report.sweep import render_sweep
     from potstill.sweep.fit import fit as search
     from potstill.sweep.fit import repeat_command
-    from potstill.training.callbacks import SignalHandler
 
     with SignalHandler() as stopping, Progress() as progress:
         folder, found = search(
@@ -236,7 +234,6 @@ def fit(
 
 
 def _launch_jobs(arguments: list[str], folder: Path, slurm: int | None, ray: int | None, options: list[str]) -> None:
-    from potstill.console import print_section
     from potstill.sweep.study import SLURM_FOLDER
 
     if (slurm is None) == (ray is None):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 # In the order in which they are trained; "previous" is the model in use, which is not.
 ROLES = ("teacher", "previous", "baseline", "assistant", "generation", "distilled")
+STAGES = ("teacher", "baseline", "distilled")  # of a plain run; assistants and generations belong to distilled
 
 _NAME = re.compile(r"(teacher|baseline|distilled)(?:-([2-9]|[1-9]\d+))?|(assistant|generation)-([1-9]\d*)|(previous)")
 

@@ -230,8 +230,8 @@ class Recipe(BaseModel):
     )
     teacher_below_baseline: Literal["warn", "stop"] = Field(
         "warn",
-        description="if every teacher's top-1 on val is below the baseline's by more than a standard error: train the "
-        "distilled student after a warning, or stop without it",
+        description="if every teacher's top-1 on val is below the baseline's by more than chance explains (one-sided "
+        "sign test, 5 %): train the distilled student after a warning, or stop without it",
     )
     curriculum: CurriculumSettings | None = Field(
         None, description="easy images first, in stages that distil; null: all images in every epoch"

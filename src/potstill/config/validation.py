@@ -459,6 +459,10 @@ _HAS_EFFECT: dict[str, tuple[Callable[[TrainingSettings], bool], str]] = {
     "gamma": (lambda training: training.schedule == "step", "has an effect with schedule: step only"),
     "min_lr_ratio": (lambda training: training.schedule == "cosine", "has an effect with schedule: cosine only"),
     "decay_all": (lambda training: training.weight_decay > 0, "has no effect with weight_decay: 0"),
+    "layer_decay_no_opt_scale": (
+        lambda training: "layer_decay" in training.model_fields_set,  # null may replace a recipe's
+        "has an effect with layer_decay only",
+    ),
 }
 
 

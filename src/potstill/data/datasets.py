@@ -42,6 +42,7 @@ from potstill.data.file_datasets import (
     load_files,
     load_shards,
     load_without_labels,
+    split_from_train,
 )
 from potstill.data.image_io import ValueRange, fingerprint_with_range, resolve_range
 from potstill.data.image_sets import (
@@ -67,7 +68,6 @@ from potstill.data.splits import (
     fingerprint,
     fold_splits,
     sort_by_hash,
-    stratified_split,
 )
 from potstill.errors import DataError, PotstillError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -92,7 +92,9 @@ def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
     _check_same_classes(data, target)
     _check_disjoint(data, target)
     ids = np.array([data.class_names.index(name) for name in target.class_names], dtype=np.int64)
-    train, val, test = (_with_source_ids(target.split(split), ids) for split in SPLITS)
+    train, val, test = (target.split(split) for split in SPLITS)
+    if (ids != np.arange(len(ids))).any():
+        train, val, test = (RelabeledSet(images, ids[images.labels]) for images in (train, val, test))
     ends = data.range if data.range is not None else target.range  # the student works in both domains
     if ends is not None:
         for images in (data.train, data.val, data.test, train, val, test):
@@ -110,10 +112,6 @@ def add_target(data: DataSplits, target: DataSplits) -> DataSplits:
 def combine_fingerprints(*parts: str) -> str:
     """Return the SHA-256 of several fingerprints, in order."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _with_source_ids(images: ImageSet, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageSet:
-    return images if (ids == np.arange(len(ids))).all() else RelabeledSet(images, ids[images.labels])
 
 
 def _check_same_classes(data: DataSplits, target: DataSplits) -> None:
@@ -351,13 +349,10 @@ def from_torch(
             contents |= found
     parts: dict[str, ImageSet] = dict(sets)
     origin = "data sets from Python" if source == "python" else "splits of the code"
-    if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
-        pool = sets["train"]
-        if len(pool.labels) and pool.labels.max() >= len(names):
-            check_splits(names, {"train": pool}, label)
-        made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
-        parts |= {split: Subset(pool, index) for split, index in made.items()}
-        origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+    pool = sets["train"]
+    if len(pool.labels) and pool.labels.max() >= len(names):
+        check_splits(names, {"train": pool}, label)
+    origin += split_from_train(parts, names, settings)
     check_splits(names, parts, label)
     ends: ValueRange | None = None
     if isinstance(sets["train"], FileSet):

@@ -108,7 +108,7 @@ def add_unlabeled(
     if bad:
         names = [name for name in names if name not in bad]
         skipped += unreadable_findings(root, bad)
-    copies = _copies_of_held_out(contents, names, data)
+    copies = _copies_of_held_out(contents, names, data.val, data.test)
     names = [name for name in names if name not in copies]
     if not names:
         reasons = [f"{len(skipped):,} files cannot be read"] if skipped else []
@@ -139,13 +139,11 @@ def _check_unseen(found: UnlabeledFileSet, data: DataSplits) -> None:
             )
 
 
-def _copies_of_held_out(contents: Mapping[str, str], names: Sequence[str], data: DataSplits) -> dict[str, str]:
+def _copies_of_held_out(contents: Mapping[str, str], names: Sequence[str], *sets: ImageSet) -> dict[str, str]:
     """Return the unlabeled images with the content of an image of val or test, and that image: they would leak."""
     held_out: dict[str, str] = {}
-    for split in ("val", "test"):
-        images = data.split(split)
-        digests = file_digests(images)
-        if digests is not None:
+    for images in sets:
+        if (digests := file_digests(images)) is not None:
             held_out |= dict(zip((each.tobytes().hex() for each in digests), images.names, strict=True))
     own = {name: contents[name].split()[1] for name in names}
     return {name: held_out[digest] for name, digest in own.items() if digest in held_out}
@@ -181,12 +179,8 @@ def load_without_labels(
     if bad:
         names, skipped = [name for name in names if name not in bad], skipped + unreadable_findings(root, bad)
     tests, test_contents, origin = _labeled_test(settings, class_names, progress)
-    copies: dict[str, str] = {}
-    if tests is not None:
-        held_out = {content.split()[1]: name for name, content in test_contents.items()}
-        own = {name: contents[name].split()[1] for name in names}
-        copies = {name: held_out[digest] for name, digest in own.items() if digest in held_out}
-        names = [name for name in names if name not in copies]
+    copies = {} if tests is None else _copies_of_held_out(contents, names, tests)
+    names = [name for name in names if name not in copies]
     shares = {"val": settings.val} if tests is not None else {"val": settings.val, "test": settings.test}
     if len(names) <= len(shares):
         raise DataError(
@@ -407,6 +401,17 @@ def fingerprint_by_name(
     )
 
 
+def split_from_train(parts: dict[str, ImageSet], class_names: Sequence[str], settings: DataSettings) -> str:
+    """Split val and test, whichever is missing, from train, in place; return a clause on it, or ""."""
+    shares = {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in parts}
+    if not shares:
+        return ""
+    pool = parts["train"]
+    made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, class_names)
+    parts |= {split: Subset(pool, index) for split, index in made.items()}
+    return f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+
+
 class ShardOptions(Options):
     """Options of shards."""
 
@@ -449,11 +454,7 @@ def load_shards(
     origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
     origin += _ignored_members(every)
     parts: dict[str, ImageSet] = dict(sets)
-    if shares := {s: share for s, share in (("val", settings.val), ("test", settings.test)) if s not in sets}:
-        pool = sets["train"]
-        made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, names)
-        parts |= {split: Subset(pool, index) for split, index in made.items()}
-        origin += f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
+    origin += split_from_train(parts, names, settings)
     check_splits(names, parts, settings.source)
     digests = {name: each.tobytes().hex() for images in sets.values()
                for name, each in zip(images.names, images.digests, strict=True)}  # fmt: skip

@@ -36,23 +36,15 @@ if TYPE_CHECKING:
     from potstill.data.decoded_cache import StagedSquares
 
 
-class ShardSet:
-    """Images in tar shards, ``samples`` [N] of (shard URL, sample), each read by its byte range on access."""
+class ContentSet(ABC):
+    """Images in files, or in parts of files, that are decoded on access."""
 
-    def __init__(self, samples: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
-        self.locations = [(url, each.offset, each.size) for url, each in samples]
-        self.names = tuple(sample_name(url, each) for url, each in samples)
-        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        digests = b"".join(bytes.fromhex(each.digest) for _, each in samples)
-        self.digests: NDArray[np.uint8] = np.frombuffer(digests, np.uint8).reshape(len(samples), 32)
-        self.contents = {
-            name: f"{each.size} {each.digest} {each.span}".rstrip()
-            for name, (_, each) in zip(self.names, samples, strict=True)
-        }
-        self.range: ValueRange | None = None  # see ``FileSet``
+    names: tuple[str, ...]
+    digests: NDArray[np.uint8] | None = None  # [N, 32], of the content that was checked
+    range: ValueRange | None = None  # of images of more than 8 bits; None: each image's own
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return len(self.names)
 
     def pixels(self, i: int) -> Pixels:
         """Return image i, uint8 [H, W, 3]."""
@@ -60,18 +52,52 @@ class ShardSet:
 
     def read(self, i: int, side: int | None = None) -> DecodedImage:
         """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
-        return read_image(self.content(i), self.names[i], self.range, side)
-
-    def size(self, i: int) -> int:
-        """Return the bytes of image i's file."""
-        return self.locations[i][2]
+        return read_image(self.content(i), self.place(i), self.range, side)
 
     def content(self, i: int) -> bytes:
         """Return image i's file, if it has not changed since it was checked."""
-        content = read_byte_range(*self.locations[i])
-        if hashlib.sha256(content).digest() != self.digests[i].tobytes():
-            raise DataError(f"{self.locations[i][0]}: {self.names[i]} has changed since it was checked; start again")
+        content = self.read_bytes(i)
+        if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
+            raise DataError(f"{self.place(i)}: the file has changed since it was checked; start again")
         return content
+
+    @abstractmethod
+    def read_bytes(self, i: int) -> bytes:
+        """Return image i's file."""
+
+    @abstractmethod
+    def place(self, i: int) -> str:
+        """Return where image i is, for messages."""
+
+    @abstractmethod
+    def size(self, i: int) -> int:
+        """Return the bytes of image i's file; more than any file may have if it is gone."""
+
+
+class ShardSet(ContentSet):
+    """Images in tar shards, ``samples`` [N] of (shard URL, sample), each read by its byte range on access."""
+
+    digests: NDArray[np.uint8]
+
+    def __init__(self, samples: Sequence[tuple[str, ShardSample]], labels: Sequence[int]) -> None:
+        self.locations = [(url, each.offset, each.size) for url, each in samples]
+        self.names = tuple(sample_name(url, each) for url, each in samples)
+        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        digests = b"".join(bytes.fromhex(each.digest) for _, each in samples)
+        self.digests = np.frombuffer(digests, np.uint8).reshape(len(samples), 32)
+        self.contents = {
+            name: f"{each.size} {each.digest} {each.span}".rstrip()
+            for name, (_, each) in zip(self.names, samples, strict=True)
+        }
+
+    def place(self, i: int) -> str:
+        return self.names[i]
+
+    def size(self, i: int) -> int:
+        return self.locations[i][2]
+
+    def read_bytes(self, i: int) -> bytes:
+        return read_byte_range(*self.locations[i])
 
 
 def sample_name(url: str, sample: ShardSample) -> str:
@@ -117,18 +143,13 @@ class ArraySet:
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
-class FileSet:
+class FileSet(ContentSet):
     """Image files below a folder, by [N] names relative to it with forward slashes, decoded on access."""
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | NDArray[Any]) -> None:
         self.root, self.names = root, tuple(names)
         self.labels = _validate_labels(labels, len(self.names), len(self.names))
-        self.digests: NDArray[np.uint8] | None = None
-        self.range: ValueRange | None = None  # of images of more than 8 bits; None: each image's own
         self.staged: StagedSquares | None = None  # squares that were decoded when the files were checked
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def expect(self, contents: Mapping[str, str], staged: "StagedSquares | None" = None) -> None:
         """From now on, refuse files with other contents than these, and use the squares that were staged."""
@@ -136,28 +157,17 @@ class FileSet:
         digests = "".join(contents[name].split()[1] for name in self.names)
         self.digests = np.frombuffer(bytes.fromhex(digests), np.uint8).reshape(len(self.names), 32)
 
-    def pixels(self, i: int) -> Pixels:
-        """Return image i, uint8 [H, W, 3]."""
-        return self.read(i).pixels
-
-    def read(self, i: int, side: int | None = None) -> DecodedImage:
-        """Return image i, decoded for a square of ``side`` pixels as in ``image_io.decode``."""
-        return read_image(self.content(i), str(self.root / self.names[i]), self.range, side)
+    def place(self, i: int) -> str:
+        return str(self.root / self.names[i])
 
     def size(self, i: int) -> int:
-        """Return the bytes of image i's file; more than any file may have if it is gone."""
         try:
             return (self.root / self.names[i]).stat().st_size
         except OSError:
             return MAX_BYTES + 1
 
-    def content(self, i: int) -> bytes:
-        """Return image i's file, if it has not changed since it was checked."""
-        path = self.root / self.names[i]
-        content = read_file(path)
-        if self.digests is not None and hashlib.sha256(content).digest() != self.digests[i].tobytes():
-            raise DataError(f"{path}: the file has changed since it was checked; start again")
-        return content
+    def read_bytes(self, i: int) -> bytes:
+        return read_file(self.root / self.names[i])
 
 
 class TorchSet:
@@ -390,7 +400,7 @@ _MAX_SIZES = 256  # images whose size is read before a run
 
 def is_file_based(images: ImageSet) -> bool:
     """Return whether all images are files, which can be decoded in several threads."""
-    return all(isinstance(part, (FileSet, ShardSet)) for part in _leaf_sets(images))
+    return all(isinstance(part, ContentSet) for part in _leaf_sets(images))
 
 
 def is_array_based(images: ImageSet) -> bool:
@@ -408,19 +418,19 @@ def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
     if isinstance(images, ConcatenatedSet):
         digests = [each for part in images.parts if (each := file_digests(part)) is not None]
         return np.concatenate(digests) if len(digests) == len(images.parts) else None
-    return images.digests if isinstance(images, (FileSet, ShardSet)) else None
+    return images.digests if isinstance(images, ContentSet) else None
 
 
 def value_ranges(images: ImageSet) -> list[ValueRange | None]:
     """Return the distinct value ranges of a set's files."""
-    ranges = [part.range for part in _leaf_sets(images) if isinstance(part, (FileSet, ShardSet))]
+    ranges = [part.range for part in _leaf_sets(images) if isinstance(part, ContentSet)]
     return list(dict.fromkeys(ranges))
 
 
 def set_value_range(images: ImageSet, ends: ValueRange) -> None:
     """From now on, map files of more than 8 bits from this range: that of the model whose input they are."""
     for part in _leaf_sets(images):
-        if isinstance(part, (FileSet, ShardSet)):
+        if isinstance(part, ContentSet):
             part.range = ends
 
 
@@ -446,7 +456,7 @@ def read_square(images: ImageSet, i: int, side: int, resize_mode: str) -> Pixels
         found = images.staged.take(images.digests[i].tobytes(), side, resize_mode)
         if found is not None:
             return found
-    if isinstance(images, (FileSet, ShardSet)):
+    if isinstance(images, ContentSet):
         return to_square(images.read(i, side), side, resize_mode)
     pixels = images.pixels(i)
     if resize_mode == "whole":
@@ -461,7 +471,7 @@ def small_jpeg_file(images: ImageSet, i: int, most: int, side: int) -> bytes | N
         DataError: the file has changed.
     """
     images, i = _leaf_of(images, i)
-    if not isinstance(images, (FileSet, ShardSet)) or images.size(i) > most:
+    if not isinstance(images, ContentSet) or images.size(i) > most:
         return None
     content = images.content(i)
     if not content.startswith(JPEG_START):
@@ -473,7 +483,7 @@ def small_jpeg_file(images: ImageSet, i: int, most: int, side: int) -> bytes | N
 def read_pixels(images: ImageSet, i: int, side: int) -> Pixels:
     """Return image i, uint8 [H, W, 3]; large JPEG files are decoded at a reduced scale, as ``read_square`` does."""
     images, i = _leaf_of(images, i)
-    return images.read(i, side).pixels if isinstance(images, (FileSet, ShardSet)) else images.pixels(i)
+    return images.read(i, side).pixels if isinstance(images, ContentSet) else images.pixels(i)
 
 
 def to_square(decoded: DecodedImage, side: int, resize_mode: str) -> Pixels:

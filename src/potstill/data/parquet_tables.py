@@ -26,9 +26,9 @@ from potstill.data.image_io import MAX_BYTES
 from potstill.data.settings import DataSettings, Options, read_options
 from potstill.data.shard_reader import MAX_CLASS_LENGTH
 from potstill.data.sources import find_tables
-from potstill.errors import ArtifactError, DataError, StorageError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, DataError, StorageError, UsageError, did_you_mean, first_line
 from potstill.formatting import format_names
-from potstill.hub import fetch_dataset, first_line, is_hub_dataset
+from potstill.hub import fetch_dataset, is_hub_dataset
 from potstill.io import cache_folder, read_checksummed_json, sha256_hex, write_checksummed_json
 
 FORMAT = 2

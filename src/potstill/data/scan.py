@@ -198,18 +198,24 @@ def _check_piece(root: Path, decode: bool, staged: "StagedSquares | None", names
 
 
 def _read(path: Path, name: str, decode: bool, staged: "StagedSquares | None") -> _Read:
-    read_at, before = time.time_ns(), file_state(path)
     span = None
     with one_large_image():
-        wait_if_large(before[0] > MOST_BYTES)
-        content = read_file(path)
+        content, state = _read_with_state(path)
         digest = hashlib.sha256(content)
         if decode and staged is not None:
             span = staged.check(content, digest.digest(), name, str(path))
         elif decode:
             span = read_image(content, str(path)).span
     word = f"{len(content)} {digest.hexdigest()}"
-    return stable_state(before, file_state(path), read_at), word if span is None else f"{word} {span}"
+    return state, word if span is None else f"{word} {span}"
+
+
+def _read_with_state(path: Path) -> tuple[bytes, FileState | None]:
+    """Return a file's content and its state, in a block of ``one_large_image``."""
+    read_at, before = time.time_ns(), file_state(path)
+    wait_if_large(before[0] > MOST_BYTES)
+    content = read_file(path)
+    return content, stable_state(before, file_state(path), read_at)
 
 
 def check_images(images: ImageSet, source: str) -> list[str]:
@@ -287,12 +293,9 @@ def file_scanner(root: Path, names: list[str]) -> Scanner:
 def scan_file(root: Path, name: str) -> ImageScan | Finding:
     """Read and decode a file; a problem is returned, never raised."""
     path = root / name
-    read_at, before = time.time_ns(), file_state(path)
     try:
         with one_large_image():
-            wait_if_large(before[0] > MOST_BYTES)
-            content = read_file(path)
-            state = stable_state(before, file_state(path), read_at)
+            content, state = _read_with_state(path)
             return scan_content(content, name, state or UNKNOWN_STATE)
     except DataError as error:
         reason = str(error).removeprefix(f"{path}: ")

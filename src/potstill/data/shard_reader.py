@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from potstill.data.image_io import decoder_version, read_image
 from potstill.data.image_structure import FORMATS
-from potstill.errors import ArtifactError, DataError, StorageError, UsageError
+from potstill.errors import ArtifactError, DataError, StorageError, UsageError, first_line
 from potstill.io import cache_folder, read_checksummed_json, write_checksummed_json
 
 MAX_SHARDS = 100_000  # guards against a typing error in a range
@@ -91,7 +91,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         protocol = url.partition("://")[0]
         package = _PACKAGES.get(protocol)
         remedy = f"install it with: pip install {package}" if package else "see fsspec's list of protocols"
-        raise UsageError(f"{url}: {protocol}:// cannot be read here ({_first_line(error)}); {remedy}") from error
+        raise UsageError(f"{url}: {protocol}:// cannot be read here ({first_line(error)}); {remedy}") from error
     return system, path
 
 
@@ -101,14 +101,10 @@ def read_byte_range(url: str, start: int, size: int) -> bytes:
     try:
         content: bytes = system.cat_file(path, start=start, end=start + size)
     except Exception as error:  # each storage raises its own errors
-        raise DataError(f"{url}: cannot be read at byte {start}: {_first_line(error)}") from error
+        raise DataError(f"{url}: cannot be read at byte {start}: {first_line(error)}") from error
     if len(content) != size:
         raise DataError(f"{url}: {len(content)} of {size} bytes at byte {start}; the shard has changed or is cut off")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
@@ -245,9 +241,9 @@ def _members(shard: Shard) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                 f"{shard.url}: compressed by {program}, and images are read at their places in a tar file: unpack it "
                 "first"
             ) from error
-        raise DataError(f"{shard.url}: damaged or no tar file ({_one_line(error)})") from error
+        raise DataError(f"{shard.url}: damaged or no tar file ({first_line(error)})") from error
     except OSError as error:
-        raise DataError(f"{shard.url}: cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{shard.url}: cannot be read: {first_line(error)}") from error
 
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
@@ -359,10 +355,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(KEY_TWICE)
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def split_member_name(name: str) -> tuple[str, str]:

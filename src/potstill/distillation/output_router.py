@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from potstill.distillation.teachers import ExtractionRequest, FeatureExtractor, ForwardOutput, Teachers
 from potstill.errors import UsageError
 from potstill.features.stages import NetworkStructure, Stage, find_stage_at, find_stages
+from potstill.formatting import format_columns
 from potstill.methods.base import Method, NetworkInfo
 from potstill.types import Outputs
 
@@ -295,9 +296,7 @@ def format_pairs(pairs: Sequence[StagePair]) -> str:
         )
         for ours, theirs in pairs
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(format_columns(rows, left=range(4)))
 
 
 def _format_stage(stage: Stage) -> str:

@@ -20,7 +20,7 @@ from potstill.distillation.teacher_inference import (
     convert_for_inference,
     measure_fidelity,
 )
-from potstill.errors import UsageError
+from potstill.errors import UsageError, first_line
 from potstill.features.hooks import CapturedFeatures, FeatureRequest, capture_features
 from potstill.features.stages import Stage
 from potstill.formatting import format_percent
@@ -276,8 +276,8 @@ class Teachers(nn.Module):
             fidelity = fidelity or measure_fidelity(copied, settings, network, example)
         except Exception as error:  # a foreign network may raise anything in another dtype
             float32 = self.use_float32(position, memory_format)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return InferenceConversion(float32, None, f"runs in float32, since it could not be converted: {reason}")
+            why = f"runs in float32, since it could not be converted: {first_line(error)}"
+            return InferenceConversion(float32, None, why)
         if not fidelity.agreement >= min_agreement:
             return self._keep_float32(position, dtype, memory_format, fidelity)
         head = self.extractors[position].head(copied)
@@ -310,7 +310,7 @@ class Teachers(nn.Module):
                 notes.append("compiled")
             except Exception as error:  # compilers raise anything
                 network._compiled_call_impl = None
-                notes.append(f"not compiled: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+                notes.append(f"not compiled: {first_line(error)}")
         return notes
 
     def _apply_fold_heads(self, position: int, output: ForwardOutput, index: Tensor | None) -> ForwardOutput:

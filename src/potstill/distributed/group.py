@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from potstill.distributed import heartbeat_timeout, is_torchrun_launched, ranks_and_counts, restart_count
-from potstill.errors import PotstillError, RankLost, RemoteFailure, Stopped, UsageError, WorkerError, exit_code_of
+from potstill.errors import (
+    PotstillError,
+    RankLost,
+    RemoteFailure,
+    Stopped,
+    UsageError,
+    WorkerError,
+    exit_code_of,
+    first_line,
+)
 
 HEARTBEAT_SECONDS = 0.5
 _SILENT_SECONDS = 3 * HEARTBEAT_SECONDS  # without a heartbeat after a connection broke, a rank is lost
@@ -129,7 +138,7 @@ class Watchdog:
         for rank in range(self.count):
             if rank != self.rank and self.store.check([f"ended/{rank}"]):
                 return RemoteFailure(int(self.store.get(f"ended/{rank}")) or WorkerError.exit_code)
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = first_line(error)
         lost = RankLost(f"a connection between the processes of the run broke: {text}\n{_RESUME_HINT}")
         return self._claim_failure(lost, lost.exit_code, str(lost))
 
@@ -275,14 +284,6 @@ def _kill_local_peer(heartbeat: _Heartbeat) -> None:
 Value = TypeVar("Value")
 
 
-class ProgressCounters(Protocol):
-    """The progress that other processes see; see ``Watchdog``."""
-
-    place: int
-    moves: int
-    steps: int
-
-
 @dataclass(frozen=True)
 class ProcessGroup:
     """One of ``count`` processes."""
@@ -291,7 +292,7 @@ class ProcessGroup:
     count: int = 1  # number of processes on all machines
     local_rank: int = 0  # on this machine
     local_count: int = 1
-    watch: ProgressCounters | None = None  # counts the progress of this process; None for a single process
+    watch: Watchdog | None = None  # counts the progress of this process; None for a single process
 
     @property
     def first(self) -> bool:
@@ -453,7 +454,7 @@ def process_group() -> Iterator[ProcessGroup]:
         store = PrefixStore(f"potstill {restart_count()}", store)  # without keys of earlier starts
         watchdog = Watchdog(PrefixStore("watching", store), rank, count)
     except (RuntimeError, ValueError) as error:
-        raise WorkerError(f"the other processes of the run cannot be reached: {str(error).splitlines()[0]}") from error
+        raise WorkerError(f"the other processes of the run cannot be reached: {first_line(error)}") from error
     group = ProcessGroup(rank, count, local_rank, local_count, watchdog)
     failure: BaseException | None = None
     try:

@@ -5,7 +5,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.evaluation.predictions import evaluation_mode
+from potstill.formatting import format_columns
 from potstill.input_spec import InputSpec
 from potstill.models.families.opaque_models import find_opaque
 from potstill.models.model_table import REFERENCE, REFERENCE_SIZE, TABLE_CLASSES
@@ -137,9 +138,7 @@ def model_summary(module: nn.Module, spec: InputSpec, class_names: Sequence[str]
         )
     shapes = _output_shapes(module, spec)
     rows = _layer_rows(module, shapes)
-    columns = [("layer", "type", "output", "parameters"), *(row.cells() for row in rows)]
-    path, kind, shape, count = (max(map(len, column)) for column in zip(*columns, strict=True))
-    lines = [f"{a:<{path}}  {b:<{kind}}  {c:>{shape}}  {d:>{count}}" for a, b, c, d in columns]
+    lines = format_columns([("layer", "type", "output", "parameters"), *rows], left=(0, 1))
     lines.insert(1, "-" * len(lines[0]))
     total = count_parameters(module)
     lines += [
@@ -210,18 +209,11 @@ def measure_reference() -> float:
     return float(found[REFERENCE]["p50"])
 
 
-class _LayerRow(NamedTuple):
-    path: str
-    kind: str
-    shape: str
-    parameters: int
+def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return path, type, output shape and parameters of each layer, or block if there are too many layers.
 
-    def cells(self) -> tuple[str, str, str, str]:
-        return self.path, self.kind, self.shape, f"{self.parameters:,}"
-
-
-def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[_LayerRow]:
-    """Return a row per layer, or per block if there are too many layers; rows never overlap, so parameters add up."""
+    Rows never overlap, so parameters add up.
+    """
     deepest = max(path.count(".") for path, _ in module.named_modules()) + 1
     for depth in range(deepest, 0, -1):
         rows = _layer_rows_at(module, shapes, depth)
@@ -230,18 +222,17 @@ def _layer_rows(module: nn.Module, shapes: Mapping[str, str]) -> list[_LayerRow]
     return rows
 
 
-def _layer_rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> list[_LayerRow]:
-    rows = []
+def _layer_rows_at(module: nn.Module, shapes: Mapping[str, str], depth: int) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for path, part in module.named_modules():
         level = path.count(".") + 1 if path else 0
         if level > depth or isinstance(part, nn.Identity):
             continue
         if level == depth or not any(part.children()):
-            rows.append(
-                _LayerRow(path or "(all)", type(part).__name__, shapes.get(path, "not used"), count_parameters(part))
-            )
+            shape, count = shapes.get(path, "not used"), count_parameters(part)
+            rows.append((path or "(all)", type(part).__name__, shape, f"{count:,}"))
         elif own := sum(parameter.numel() for parameter in part.parameters(recurse=False)):
-            rows.append(_LayerRow(f"{path or '(network)'}: own", type(part).__name__, "", own))
+            rows.append((f"{path or '(network)'}: own", type(part).__name__, "", f"{own:,}"))
     return rows
 
 

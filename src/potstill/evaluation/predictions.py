@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import DataError, NonFiniteError, StorageError, UsageError
+from potstill.errors import DataError, NonFiniteError, StorageError, UsageError, storing
 from potstill.evaluation import Array, exact_auc_per_class
 from potstill.evaluation.metrics import StreamingMetrics, label_rank
 from potstill.io import PART, replace_file
@@ -59,30 +59,34 @@ def predict_probabilities(
     *,
     classes: int,
     processes: ProcessGroup = SINGLE_PROCESS,
-    names: Sequence[str] | Callable[[int], str] | None = None,
+    what: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Array, Array, Array] | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     Return probabilities [N, K] float32, labels and index (0, 1, ...) [N] int64, in the first process only.
-    NonFiniteError names the first image with a logit that is NaN or infinite; DataError: an image was left out or came
-    twice.
+    NonFiniteError names ``what`` and the first image with a logit that is NaN or infinite; DataError: an image was left
+    out or came twice.  ``progress`` receives how many images of how many are done.
     """
     parts: list[tuple[Tensor, ...]] = []
     with evaluation_mode(model):
-        for batch, index, logits in _iterate_logits(model, loader, classes):
+        for batch, index, logits in _iterate_logits(model, loader, classes, processes, progress):
             # Kept on the device: copying each batch would wait for it.
             parts.append((logits.softmax(dim=1), batch.labels, index, logits.isfinite().all(dim=1)))
-            processes.progress()
     columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    gathered = _gather_columns(columns, loader.count, processes, names)
-    if gathered is None:
-        return None
-    probabilities, labels, images = gathered
-    return probabilities, labels, images
+    gathered = _gather_columns(columns, loader, processes, what)
+    return None if gathered is None else (gathered[0], gathered[1], gathered[2])
 
 
-def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def _iterate_logits(
+    model: nn.Module,
+    loader: "Loader",
+    classes: int,
+    processes: ProcessGroup,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield each batch, its image indices [B] and float32 logits [B, K]."""
+    done = 0
     for batch in loader.epoch():
         if batch.index is None:
             raise UsageError("to evaluate, the loader must number its images (Batch.index)")
@@ -91,35 +95,32 @@ def _iterate_logits(model: nn.Module, loader: "Loader", classes: int) -> Iterato
             expected = [len(batch), classes]
             raise UsageError(f"{type(model).__name__} must return logits {expected}, got {list(logits.shape)}")
         yield batch, batch.index, logits.float()
+        done += len(batch) * processes.count
+        processes.progress()
+        if progress is not None:
+            progress(min(done, loader.count), loader.count)
 
 
-def _gather_columns(
-    columns: list[Array],
-    count: int,
-    processes: ProcessGroup,
-    names: Sequence[str] | Callable[[int], str] | None,
-) -> list[Array] | None:
+def _gather_columns(columns: list[Array], loader: "Loader", processes: ProcessGroup, what: str) -> list[Array] | None:
     """Concatenate the columns of all processes in order of the images, and check that all is there and finite.
 
     The last two columns are index [n] and whether all logits are finite [n], which is not returned.  Only the first
     process gets them; what it finds wrong is raised in all.
     """
     gathered = processes.collect(columns) or []
-    return processes.run_on_first(lambda: _in_order([each for each in gathered if each], count, names))
+    return processes.run_on_first(lambda: _in_order([each for each in gathered if each], loader, what))
 
 
-def _in_order(
-    gathered: list[list[Array]], count: int, names: Sequence[str] | Callable[[int], str] | None
-) -> list[Array]:
+def _in_order(gathered: list[list[Array]], loader: "Loader", what: str) -> list[Array]:
     """Do as ``_gather_columns``, from the columns of each process."""
     if not any(len(each[0]) for each in gathered):
         raise DataError("there is no image to evaluate")
     *values, finite = (np.concatenate(column) for column in zip(*gathered, strict=True))
-    index = values[-1]
+    index, count = values[-1], loader.count
     check_complete(index, count)
     if not finite.all():
         image = int(index[~finite].min())
-        name = f"image {image}" if names is None else names(image) if callable(names) else names[image]
+        name = f"{what}, {loader.images.names[image]}," if what else f"image {image}"
         raise NonFiniteError(f"a logit of {name} is NaN or infinite ({int((~finite).sum())} of {count} images)")
     order = np.argsort(index)
     return [column[order] for column in values]
@@ -267,20 +268,21 @@ def predict_split(
     classes: int,
     device: torch.device | str = "cpu",
     processes: ProcessGroup = SINGLE_PROCESS,
-    names: Callable[[int], str] | None = None,
+    what: str = "",
     file: Path | None = None,
     labels: Array | None = None,
     max_values: int = MAX_VALUES_IN_MEMORY,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions | None:
     """Run ``model`` once on every image of ``loader``, in eval mode, in float32 and without gradients.
 
     More than ``max_values`` probabilities N * K are not kept in memory; ``file`` receives them, see
-    ``FileProbabilities``. ``labels`` override those of the loader.  Only the first process gets the result.  Errors as
-    of ``predict_probabilities``.
+    ``FileProbabilities``. ``labels`` override those of the loader.  Only the first process gets the result.  Errors and
+    ``progress`` as of ``predict_probabilities``.
     """
     count = loader.count
     if count * classes <= max_values:
-        found = predict_probabilities(model, loader, classes=classes, processes=processes, names=names)
+        found = predict_probabilities(model, loader, classes=classes, processes=processes, what=what, progress=progress)
         if found is None:
             return None
         probabilities, loader_labels, _ = found
@@ -288,14 +290,13 @@ def predict_split(
     columns, metrics = _ColumnBuffer(count, classes, device), StreamingMetrics(classes, device=device)
     given = torch.from_numpy(np.zeros(0, np.int64) if labels is None else labels).to(device)
     with evaluation_mode(model), _ProbabilityWriter(file, (count, classes), processes) as writer:
-        for batch, index, logits in _iterate_logits(model, loader, classes):
+        for batch, index, logits in _iterate_logits(model, loader, classes, processes, progress):
             logs = logits.log_softmax(dim=1)
             batch_labels = batch.labels if labels is None else given[index]
             columns.add(logs.exp(), batch_labels, index, logits.isfinite().all(dim=1))
             metrics.update(logits, batch_labels)
             writer.write(index, logs)
-            processes.progress()
-        gathered = _gather_columns(columns.arrays(), count, processes, names)
+        gathered = _gather_columns(columns.arrays(), loader, processes, what)
     if processes.several:
         sums = processes.add_on_first(metrics.state())
         metrics = StreamingMetrics(classes, device=device)
@@ -387,7 +388,7 @@ class _ProbabilityWriter:
         name = self.processes.share(f".{self.path.name}.{secrets.token_hex(8)}{PART}")
         self.temporary = self.path.with_name(name)
         header = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
-        try:
+        with storing(f"write {self.path}"):
             if self.processes.first:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.temporary.open("wb") as file:
@@ -396,8 +397,6 @@ class _ProbabilityWriter:
             self.processes.highest(0)  # wait until the file exists
             self.file = self.temporary.open("r+b")
             self.start = os.fstat(self.file.fileno()).st_size - 2 * self.shape[0] * self.shape[1]
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
         return self
 
     def write(self, index: Tensor, logs: Tensor) -> None:
@@ -409,27 +408,24 @@ class _ProbabilityWriter:
         if images.min() < 0 or images.max() >= self.shape[0]:
             return  # which ``check_complete`` reports
         ends = np.flatnonzero(np.diff(images) != 1) + 1  # of runs of consecutive images
-        try:
+        with storing(f"write {self.path}"):
             for run in np.split(np.arange(len(images)), ends):
                 self.file.seek(self.start + 2 * self.shape[1] * int(images[run[0]]))
                 self.file.write(rows[run].tobytes())
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.path is None:
             return
         try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            if kind is None:
-                self.processes.highest(0)  # wait until all have written
-                if self.processes.first:
-                    replace_file(self.temporary, self.path)
-                self.processes.highest(0)  # wait until it is in place
-        except OSError as failed:
-            raise StorageError(f"cannot write {self.path}: {failed.strerror or failed}") from failed
+            with storing(f"write {self.path}"):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                if kind is None:
+                    self.processes.highest(0)  # wait until all have written
+                    if self.processes.first:
+                        replace_file(self.temporary, self.path)
+                    self.processes.highest(0)  # wait until it is in place
         finally:
             if kind is not None or self.temporary.exists():
                 self.temporary.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.run_folder import find_model
 from potstill.features.stages import find_stages
 from potstill.features.student_surgery import ExpandedStage, ModifiedStudent
-from potstill.formatting import format_names
+from potstill.formatting import format_columns, format_names
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import sha256_hex
@@ -190,9 +190,10 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
                 f"those, {key}.classes={found[0]} keeps the head, and no training is needed"
             )
     else:
+        weights = network.model if network.weights in WITHOUT_FILE else network.weights
         start.notes += [
             *loaded.notes,
-            f"{_weights_label(network)} has no class names: its outputs are assumed to be, in this order, "
+            f"{weights} has no class names: its outputs are assumed to be, in this order, "
             f"{format_names(classes, 12)}; {key}.classes gives another order",
         ]
     return start
@@ -466,10 +467,6 @@ def network_spec(
     return replace(spec, mean=network.mean or mean or spec.mean, std=network.std or std or spec.std)
 
 
-def _weights_label(network: StageSettings) -> str:
-    return network.model if network.weights in WITHOUT_FILE else str(network.weights)
-
-
 def _head_keys(old: nn.Module, new: nn.Module, same_size: bool) -> set[str]:
     """Return the parameters of the last linear layer, if equal shapes would keep them for other classes."""
     if not same_size:
@@ -731,8 +728,7 @@ def _adapter_table(adapters: list[tuple[str, nn.Parameter]], max_rows: int | Non
             groups.setdefault(".".join(name.split(".")[:2]), []).append(count)
         rows = [(f"{name}.*", f"{len(counts)} tensors", sum(counts)) for name, counts in groups.items()]
     cells = [("name", "shape", "parameters"), *((a, b, f"{c:,}") for a, b, c in rows), ("total", "", f"{total:,}")]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells)
+    return "\n".join(format_columns(cells))
 
 
 def measure_teacher_cost(distiller: Distiller, batch_size: int, size: int, compute: Compute) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from potstill.config import sort_stages, stage_name, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.splits import DataSplits
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, first_line
 from potstill.evaluation import Array
 from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
 from potstill.evaluation.significance import (
@@ -53,7 +53,7 @@ def describe_similarity(
             _batches({name: models[name] for name in names}, recipe, data, compute),
         )
     except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
-        return {"split": _CKA_SPLIT, "failed": str(error).splitlines()[0] if str(error) else type(error).__name__}
+        return {"split": _CKA_SPLIT, "failed": first_line(error)}
     return {
         "split": _CKA_SPLIT,
         "images": found.images,
@@ -104,7 +104,7 @@ def compare_with_baseline(
     """
     groups = groups or {}
     baseline, distilled = (stages[name]["test"] for name in ("baseline", "distilled"))
-    gained = _gain(correct["baseline"], correct["distilled"])
+    gained, aucs = _gain(correct["baseline"], correct["distilled"]), (baseline["auc_macro"], distilled["auc_macro"])
     others = [
         name
         for name in (*sort_stages(stages), *groups)
@@ -114,7 +114,7 @@ def compare_with_baseline(
     comparison = {
         **gained,
         "f1_macro_gain": distilled["f1_macro"] - baseline["f1_macro"],
-        "auc_macro_gain": _difference(distilled["auc_macro"], baseline["auc_macro"]),
+        "auc_macro_gain": None if None in aucs else aucs[1] - aucs[0],
         **_compare_with_teachers(stages, groups, gained["top1_gain"]),
         **_gap_intervals(teacher, correct["baseline"][None], correct["distilled"][None], folds),
         "test_images": len(correct["baseline"]),
@@ -204,12 +204,11 @@ def _gap_over(
     """Return the gap to the teacher and the share of it that was closed, over all seeds, with their intervals."""
     if teacher is None:
         return {}
-    lead = float(teacher.mean() - before.mean())
-    return {
-        "gap": lead,
-        "gap_closed": gain / lead if lead > 0 else None,
-        **_gap_intervals(teacher, before, after, folds),
-    }
+    return _gap(float(teacher.mean() - before.mean()), gain) | _gap_intervals(teacher, before, after, folds)
+
+
+def _gap(lead: float, gain: float) -> dict[str, Any]:
+    return {"gap": lead, "gap_closed": gain / lead if lead > 0 else None}
 
 
 def _gain(before: Array, after: Array) -> dict[str, Any]:
@@ -259,13 +258,7 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
     for name, (part, key) in sums.items():
         costs = [cost for teacher in names if (cost := (stages[teacher][part] or {}).get(key)) is not None]
         ratios[name] = sum(costs) / student[part][key] if len(costs) == len(names) else None  # of some, unknown
-    return {
-        "teachers": len(names),
-        "teachers_top1": top1,
-        "gap": lead,
-        "gap_closed": gain / lead if lead > 0 else None,
-        **ratios,
-    }
+    return {"teachers": len(names), "teachers_top1": top1, **_gap(lead, gain), **ratios}
 
 
 def count_flips(correct: Mapping[str, Array]) -> dict[str, Any]:
@@ -287,7 +280,3 @@ def count_flips(correct: Mapping[str, Array]) -> dict[str, Any]:
         difference = paired_interval(before & ~correct["baseline"], before & ~correct["distilled"])
         found |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
     return found
-
-
-def _difference(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.config.recipe import CurriculumSettings, Recipe
+from potstill.data.loader import Loader
 from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share, uniform
 from potstill.data.splits import DataSplits, EpochSampling
-from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import split_loader
-from potstill.experiment.ensembles import average_probabilities
+from potstill.experiment.ensembles import predict_together
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
@@ -36,8 +36,8 @@ def apply_curriculum(
     settings = recipe.curriculum
     if settings is None or not stage.distils:
         return data
-    difficulty = _predict_difficulty(data, [models[name] for name in stage.teachers], settings, recipe, compute)
     labels = np.asarray(data.train.labels)
+    difficulty = _predict_difficulty(data, {name: models[name] for name in stage.teachers}, recipe, compute)
     if settings.order == "random":
         seed = derive_seed(recipe.seed, f"{stage.seed}/curriculum")
         difficulty = uniform(seed, "curriculum", np.arange(len(labels), dtype=np.int64), 0)
@@ -67,34 +67,19 @@ def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str
 
 
 def _predict_difficulty(
-    data: DataSplits,
-    teachers: Sequence[Classifier],
-    settings: CurriculumSettings,
-    recipe: Recipe,
-    compute: Compute,
+    data: DataSplits, teachers: Mapping[str, Classifier], recipe: Recipe, compute: Compute
 ) -> Array:
-    probabilities = []
-    for teacher in teachers:
-        teacher.module.to(compute.device)
-        settings_of_student = recipe.stage_training("student")
-        loader = split_loader(
-            data, "train", teacher.input, recipe, settings_of_student, compute, network=teacher.module
-        )
-        found = predict_probabilities(
-            teacher.module,
-            loader,
-            classes=len(data.class_names),
-            processes=compute.processes,
-            names=[f"the teacher on train, {name}," for name in data.train.names],
-        )
-        probabilities += [] if found is None else [found[0]]
-    difficulty: Array | None = None
-    if compute.processes.first:
-        mean = average_probabilities(probabilities, recipe.teachers)
-        difficulty = image_difficulty(np.asarray(mean), np.asarray(data.train.labels), settings.score)
-    difficulty = compute.processes.share(difficulty)
-    assert difficulty is not None  # the first process has computed it
-    return difficulty
+    assert recipe.curriculum is not None
+    settings, score = recipe.stage_training("student"), recipe.curriculum.score
+
+    def loader(teacher: Classifier) -> Loader:
+        return split_loader(data, "train", teacher.input, recipe, settings, compute, network=teacher.module)
+
+    mean = predict_together(teachers, loader, recipe.teachers, compute, "train")
+    difficulty = None if mean is None else image_difficulty(mean, np.asarray(data.train.labels), score)
+    found: Array | None = compute.processes.share(difficulty)
+    assert found is not None  # the first process has computed it
+    return found
 
 
 def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:

@@ -26,9 +26,8 @@ from potstill.data.splits import DataSplits, EpochSampling, stratified_subset
 from potstill.errors import UsageError
 from potstill.evaluation import Array
 from potstill.evaluation.final_metrics import final_metrics
-from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment.builders import split_loader
-from potstill.experiment.ensembles import average_probabilities
+from potstill.experiment.ensembles import predict_images, predict_together
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.averaging import adapt_batch_norm, batch_norm_layers
@@ -150,17 +149,12 @@ class Domains:
         return target.train if target.unlabeled is None else SemiSupervisedSet(target.train, target.unlabeled)
 
     def _select(self, known: Ids, models: Mapping[str, Classifier]) -> PseudoLabels:
-        probabilities = [
-            self._predict(models[name], name) for name in sort_stages(models) if stage_role(name) == "teacher"
-        ]
+        teachers = {name: models[name] for name in sort_stages(models) if stage_role(name) == "teacher"}
+        mean = predict_together(teachers, self._loader, self.recipe.teachers, self.compute, "the target")
         labels = np.full(len(self.candidates), UNLABELED, dtype=np.int64)
         labels[known] = self.candidates.labels[known]
         confidence, names = self.recipe.domain_settings.confidence, self.data.class_names
-        selected: PseudoLabels | None = None
-        if self.compute.processes.first:
-            known_ones = [each for each in probabilities if each is not None]
-            selected = select_pseudo_labels(average_probabilities(known_ones, self.recipe.teachers), labels, confidence)
-        found = self.compute.processes.share(selected)
+        found = self.compute.processes.share(None if mean is None else select_pseudo_labels(mean, labels, confidence))
         assert found is not None  # the first process has selected them
         self.observer.note(found.sentence(names, len(self.candidates), confidence))
         if unseen := [name for name, count in found.counts(names).items() if count == 0]:
@@ -169,17 +163,6 @@ class Domains:
                 "distilled student sees none:  lower domain.confidence, or try domain.adapt_batch_norm=true"
             )
         return found
-
-    def _predict(self, model: Classifier, name: str) -> "np.ndarray[Any, Any] | None":
-        model.module.to(self.compute.device)
-        found = predict_probabilities(
-            model.module,
-            self._loader(model),
-            classes=len(model.class_names),
-            processes=self.compute.processes,
-            names=[f"the {name} on the target, {image}," for image in self.candidates.names],
-        )
-        return None if found is None else found[0]
 
     def _loader(self, model: Classifier, shuffled: int | None = None) -> Loader:
         processes, least = self.compute.processes, self.recipe.stage_training("student").batch_size
@@ -281,15 +264,10 @@ def describe_domains(
 
 
 def _evaluate_test(name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute) -> dict[str, Any]:
-    settings = recipe.stage_training("student")
-    predicted = predict_probabilities(
-        model.module.to(compute.device),
-        split_loader(data, "test", model.input, recipe, settings, compute),
-        classes=len(model.class_names),
-        processes=compute.processes,
-        names=[f"the {name} on {data.source}, {image}," for image in data.test.names],
+    loader = split_loader(data, "test", model.input, recipe, recipe.stage_training("student"), compute)
+    predicted = predict_images(model, loader, compute, f"the {name} on {data.source}")
+    metrics = compute.processes.share(
+        None if predicted is None else final_metrics(predicted, np.asarray(data.test.labels), data.class_names)
     )
-    metrics = None if predicted is None else final_metrics(predicted[0], predicted[1], data.class_names)
-    metrics = compute.processes.share(metrics)
     assert metrics is not None  # the first process has computed them
     return metrics

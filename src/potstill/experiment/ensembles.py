@@ -1,21 +1,32 @@
 """Ensembles: combined predictions of a run's teachers, and of the generations of its student."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from potstill.config import sort_stages, stage_role
 from potstill.config.recipe import TeachersSettings
+from potstill.data.loader import Loader
+from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.evaluation import Array
+from potstill.evaluation.cascade import Cascade
 from potstill.evaluation.predictions import (
     MAX_VALUES_IN_MEMORY,
     ArrayProbabilities,
     Predictions,
     Probabilities,
     iterate_blocks,
+    predict_probabilities,
 )
 from potstill.experiment.run_folder import SPLITS
+from potstill.experiment.teacher_cache import read_or_run
+from potstill.models.model_file import Classifier
+from potstill.training.callbacks import Observer, SilentObserver
+from potstill.training.devices import Compute
 
 SplitPredictions = dict[str, Predictions]  # by split
 
@@ -90,6 +101,50 @@ def average_probabilities(each: Sequence[Array], settings: TeachersSettings) -> 
     given = settings.weights if settings.weights is not None else [1.0] * len(each)
     shares = np.asarray(given, dtype=np.float64)[:, None, None] / sum(given)
     return each[0] if len(each) == 1 else _mean(np.stack(each), shares, settings.combine == "logits")
+
+
+def cascade_average(cascade: Cascade) -> Callable[[Sequence[Array]], Array]:
+    """Return the function that combines the probabilities [N, K] of a cascade's teachers."""
+    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": cascade.weights})
+    return lambda each: average_probabilities(each, settings)
+
+
+def predict_images(
+    model: Classifier,
+    loader: Loader,
+    compute: Compute,
+    what: str,
+    cache: TeacherCache | None = None,
+    observer: Observer | None = None,
+) -> Array | None:
+    """Return a network's probabilities [N, K] for the images of ``loader``, read from the cache if they are there; None
+    but in the first process.
+    """
+    # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
+    module = model.module.to(compute.device).to(memory_format=compute.memory_format)
+    classes, seen = len(model.class_names), observer or SilentObserver()
+
+    def run() -> Tensor | None:
+        progress = partial(seen.wait, f"predictions of {what}")
+        found = predict_probabilities(
+            module, loader, classes=classes, processes=compute.processes, what=what, progress=progress
+        )
+        return None if found is None else torch.from_numpy(found[0])
+
+    rows, _ = read_or_run(cache, run, seen.warn, compute)
+    return None if rows is None else rows.numpy()
+
+
+def predict_together(
+    models: Mapping[str, Classifier],
+    loader: Callable[[Classifier], Loader],
+    settings: TeachersSettings,
+    compute: Compute,
+    what: str,
+) -> Array | None:
+    """Return the combined probabilities [N, K] of teachers, by name, on images; None but in the first process."""
+    each = [predict_images(model, loader(model), compute, f"the {name} on {what}") for name, model in models.items()]
+    return average_probabilities([rows for rows in each if rows is not None], settings) if each[0] is not None else None
 
 
 def _mean(stacked: Array, shares: Array, by_logits: bool) -> Array:

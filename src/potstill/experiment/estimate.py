@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,15 +12,17 @@ from potstill.config.recipe import Recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import PlannedStage, stage_recipe
 from potstill.formatting import format_count, format_duration, format_percent, format_scaled
 from potstill.models.families.opaque_models import find_opaque, find_table
 from potstill.models.model_file import Classifier
 from potstill.models.registry import build_model
-from potstill.training.autotune import create_timed_step, timed_batch_size
+from potstill.training.autotune import create_timed_step, has_depthwise, timed_batch_size
 from potstill.training.devices import Compute
+from potstill.training.optim import freeze_low_rates
+from potstill.training.settings import TrainingSettings
 
 _TIMED_IMAGES = 16
 _ROUNDS = 3  # timed steps, after one for warm-up
@@ -162,17 +164,18 @@ def estimate_stages(
     recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
 ) -> dict[str, StageTime]:
     """Return the seconds of each stage, from a small batch of its networks with random weights, without own code."""
-    seconds, known = dict[str, StageTime](), dict[tuple[str, int], tuple[float, float]]()
+    seconds, known = dict[str, StageTime](), dict[tuple[object, ...], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
     unlabeled = 0 if data.unlabeled is None else len(data.unlabeled)
     share = recipe.data.unlabeled_share if unlabeled else 0.0
     further = train * share / (1 - share)  # unlabeled images in an epoch
 
     def cost(stage: str) -> tuple[float, float]:
-        network = recipe.network(stage)
-        key = (network.model, network.size or recipe.data.size)
+        network, settings = recipe.network(stage), recipe.stage_training(stage)
+        name, size = network.model, network.size or recipe.data.size
+        key = (name, size, settings.layer_decay, settings.layer_decay_no_opt_scale)
         if key not in known:
-            known[key] = _seconds_of_step_and_forward(*key, len(data.class_names), compute)
+            known[key] = _seconds_of_step_and_forward(name, size, len(data.class_names), settings, compute)
         return known[key]
 
     for stage in planned:
@@ -199,11 +202,17 @@ def estimate_stages(
     return seconds
 
 
-def _seconds_of_step_and_forward(name: str, size: int, classes: int, compute: Compute) -> tuple[float, float]:
+def _seconds_of_step_and_forward(
+    name: str, size: int, classes: int, settings: TrainingSettings, compute: Compute
+) -> tuple[float, float]:
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)
     if find_table(network) is not None:
         return 0.0, 0.0
+    if settings.precision == "auto" and has_depthwise(network):  # as is chosen, mostly by a measurement
+        compute = replace(compute, bf16=False, fp16=False)
+    with contextlib.suppress(UsageError):  # a network that is not from timm, and is not trained
+        freeze_low_rates(network, settings)
     images = timed_batch_size(_TIMED_IMAGES, size)
     noise = torch.zeros(images, 3, size, size, device=compute.device).contiguous(memory_format=compute.memory_format)
 

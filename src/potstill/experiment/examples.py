@@ -21,7 +21,7 @@ from potstill.data.image_io import Pixels
 from potstill.data.image_sets import ImageSet, read_pixels
 from potstill.data.preprocessing import decoded_side
 from potstill.data.transforms import preprocess
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, first_line
 from potstill.evaluation import Array
 from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
@@ -208,7 +208,7 @@ def _heat_maps(
                         "region": visible_region(height, width, model.input),
                     }
         except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
-            failed[stage] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failed[stage] = first_line(error)
             for each in heat_maps.values():
                 each.pop(stage, None)
     return heat_maps, failed

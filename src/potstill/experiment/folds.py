@@ -14,10 +14,16 @@ from potstill.evaluation import Array
 from potstill.evaluation.final_metrics import split_intervals
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions
 from potstill.experiment.comparison import compare_with_baseline
-from potstill.experiment.ensembles import ensemble_predictions, group_members
+from potstill.experiment.ensembles import ensemble_predictions
 from potstill.experiment.examples import describe_examples
 from potstill.experiment.plan import PlannedStage, plan_stages
-from potstill.experiment.results import describe_fidelity, describe_metrics, describe_run, without_per_class
+from potstill.experiment.results import (
+    describe_fidelity,
+    describe_groups,
+    describe_metrics,
+    describe_run,
+    without_per_class,
+)
 from potstill.experiment.run_folder import RunFolder
 
 SEED_STEP = 1000  # from a fold to the next: no two folds and seeds share a seed, however many seeds are added
@@ -134,7 +140,7 @@ def _describe_stages(
     folder: RunFolder,
     recipe: Recipe,
     facts: Sequence[Mapping[str, Any]],
-    predictions: Mapping[str, Predictions],
+    predictions: dict[str, Predictions],
     fold_of: Array,
     classes: tuple[str, ...],
     names: Sequence[str],
@@ -158,14 +164,9 @@ def _describe_stages(
             "over_folds": _over_folds([each[name]["test"] for each in facts]),
         }
     stages = {name: entries.pop(name) for name in once}
-    together = {
-        name: {"of": group_members(name, once), "test": without_per_class(describe_metrics(own["test"], classes))}
-        for name, own in groups.items()
-        if len(group_members(name, once)) > 1
-    }
-    correct = {name: own.correct for name, own in predictions.items()} | {
-        name: own["test"].correct for name, own in groups.items()
-    }
+    together = describe_groups(groups, once, classes)
+    tests = predictions | {name: own["test"] for name, own in groups.items()}
+    correct = {name: own.correct for name, own in tests.items()}
     known = {"looks": dict(looks)}
     comparison = None
     if {"baseline", "distilled"} <= stages.keys():

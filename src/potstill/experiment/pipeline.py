@@ -1,7 +1,6 @@
 """Runs: train and evaluate the stages of a recipe, in one process or several, of which the first writes."""
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config import stage_name, stage_number, stage_role
+from potstill.config import STAGES, stage_name, stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
 from potstill.data.file_datasets import check_output_outside
 from potstill.data.image_sets import RelabeledSet
+from potstill.data.loader import Loader
 from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
-from potstill.evaluation.predictions import predict_probabilities
+from potstill.evaluation.significance import mcnemar
 from potstill.experiment.builders import (
     InitialNetwork,
     build_network,
@@ -35,7 +35,7 @@ from potstill.experiment.builders import (
 )
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
-from potstill.experiment.ensembles import average_probabilities
+from potstill.experiment.ensembles import predict_images, predict_together
 from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
 from potstill.experiment.folds import (
     check_poolable,
@@ -45,7 +45,6 @@ from potstill.experiment.folds import (
     pool_folds,
 )
 from potstill.experiment.plan import (
-    STAGE_GROUPS,
     PlannedStage,
     choose_networks,
     derive_seed,
@@ -93,7 +92,13 @@ from potstill.experiment.resume import (
 )
 from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.experiment.stage import train_stage
-from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_views, restore_view_plan
+from potstill.experiment.teacher_cache import (
+    ViewPlan,
+    apply_view_plan,
+    open_prediction_cache,
+    plan_views,
+    restore_view_plan,
+)
 from potstill.hub import model_path
 from potstill.io import check_exists, read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
@@ -103,12 +108,14 @@ from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
-from potstill.training.devices import Compute, create_compute, idle_gpus
+from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
 from potstill.training.optim import lr_factor
 from potstill.training.settings import TrainingSettings
 
 _MAX_CLASSES = 10  # classes that a message lists
 MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
+SIGN_TEST_LEVEL = 0.05  # level of the one-sided sign test by which a model is below the baseline on val
+_BEYOND_CHANCE = f"more than chance explains (sign test on these images, p < {SIGN_TEST_LEVEL})"
 _VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 
 
@@ -142,7 +149,7 @@ def run(
     name: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    stages: tuple[str, ...] = STAGE_GROUPS,
+    stages: tuple[str, ...] = STAGES,
     data: DataSplits | None = None,
     observer: Observer | None = None,
     stopping: SignalHandler | None = None,
@@ -160,9 +167,9 @@ def run(
     checkpoint. The first of ``processes`` writes, into a folder that all see.
     """
     started = time.monotonic()
-    unknown = [stage for stage in stages if stage not in STAGE_GROUPS]
+    unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        raise UsageError(f"stages must be some of {', '.join(STAGE_GROUPS)}, got {list(stages)}")
+        raise UsageError(f"stages must be some of {', '.join(STAGES)}, got {list(stages)}")
     if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
         if any(teacher.weights is None for teacher in recipe.teacher_list):
             raise UsageError(
@@ -179,13 +186,22 @@ def run(
     if data is None:
         check_output_outside(recipe.data, output_dir / name)
     if recipe.data.folds is not None and recipe.data.fold is None:
-        if set(stages) != set(STAGE_GROUPS) or not evaluate:
+        if set(stages) != set(STAGES) or not evaluate:
             raise UsageError(
-                f"data.folds (--folds) is for a whole run, of {', '.join(STAGE_GROUPS)}, with its test results: name "
+                f"data.folds (--folds) is for a whole run, of {', '.join(STAGES)}, with its test results: name "
                 "one fold with data.fold, or leave it out"
             )
-        folds = _Folds(recipe, output_dir / name, data, observer, stopping, processes, baseline)
-        return folds.run(resume=resume, overwrite=overwrite)
+        return _run_folds(
+            recipe,
+            output_dir / name,
+            data,
+            _FoldObserver(observer),
+            stopping,
+            processes,
+            baseline,
+            resume=resume,
+            overwrite=overwrite,
+        )
     extended: dict[str, list[int]] = {}
     reused = None if baseline is None else _folder_of_baseline(baseline, output_dir / name)
     with (
@@ -226,18 +242,12 @@ def run(
         if not resume and reproduce is None:  # else as when the run began
             whole = plan_stages(recipe)  # a stage that is trained alone sees the pixels of a whole run
             recipe, cache_note = processes.share(choose_training_cache(recipe, whole, splits, compute))
-        text = dump_recipe(recipe)
         if reused is not None:
             check_same_baseline(reused, recipe, splits)
         processes.highest(0)  # a barrier: the first process now writes files that the others have read
         if processes.first:
-            folder.write_recipe(text)
-            facts = describe_environment(recipe, text, splits.fingerprint, compute)
-            before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
-            chosen = {"replaced_networks": replaced} if replaced else {}
-            folder.write_environment(facts | threads.facts | precisions.facts | before | chosen)
-            folder.write_splits(splits.as_rows())
-            folder.write_skipped((each.path, each.kind, each.reason) for each in splits.all_skipped)
+            facts = threads.facts | precisions.facts
+            _write_beginning(folder, recipe, splits, compute, facts, replaced, resume=resume)
             trackers = stack.enter_context(
                 logging_observer(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
@@ -247,13 +257,8 @@ def run(
         for stage, table in layers.items():
             if table:
                 observer.note(f"{stage}: {table}")
-        if text := idle_gpus(compute):
-            observer.note(text)
-        if cache_note:
-            observer.note(cache_note)
-        if view_plan.note and "distilled" in stages:
-            observer.note(view_plan.note)
-        if text := describe_seeds(recipe, planned):
+        view_note = view_plan.note if "distilled" in stages else ""
+        for text in filter(None, (idle_gpus(compute), cache_note, view_note, describe_seeds(recipe, planned))):
             observer.note(text)
         experiment = _Experiment(
             folder,
@@ -324,7 +329,7 @@ def run(
                 experiment.warn(sentence)
             if splits.has_classes:
                 splits = experiment.predicted if splits.teacher_labels else splits
-                evaluated = evaluate_stages(folder, models, recipe, splits, compute, facts_of_run)
+                evaluated = evaluate_stages(folder, models, recipe, splits, compute, experiment.observer, facts_of_run)
             else:
                 evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
         if not processes.first:
@@ -337,6 +342,28 @@ def run(
         folder.write_results(results)
         trackers.results(results)
     return folder.path
+
+
+def _write_beginning(
+    folder: RunFolder,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    facts: Mapping[str, Any],
+    replaced: list[str],
+    *,
+    resume: bool,
+) -> None:
+    """Write what a run, or a cross-validation, begins with: recipe, environment, splits and files left out."""
+    text = dump_recipe(recipe)
+    before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
+    chosen = {"replaced_networks": replaced} if replaced else {}
+    folder.write_recipe(text)
+    folder.write_environment(
+        {**describe_environment(recipe, text, data.fingerprint, compute), **facts, **before, **chosen}
+    )
+    folder.write_splits(data.as_rows())
+    folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
 
 
 class _FoldObserver(ForwardingObserver):
@@ -374,101 +401,90 @@ class _FoldObserver(ForwardingObserver):
         return f"fold {self.fold}/{name}"
 
 
-@dataclass
-class _Folds:
-    """A cross-validation: a run of each fold, in a run folder within that of the whole, and their results together."""
+def _run_folds(
+    recipe: Recipe,
+    path: Path,
+    data: DataSplits | None,
+    observer: _FoldObserver,
+    stopping: SignalHandler | None,
+    processes: ProcessGroup,
+    baseline: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Path:
+    """Run the folds that are not finished, each in a run folder within that of the whole; return the latter."""
+    started = time.monotonic()
+    with open_run_folder(path.parent, path.name, processes, resume=resume, overwrite=overwrite) as folder:
+        if resume:
+            recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
+            check_same_recipe(folder, recipe)
+        if overwrite:
+            check_weights_outside(folder, recipe)
+        recipe, replaced = processes.share(choose_networks(recipe))
+        if resume:
+            replaced = replaced or folder.read_environment().get("replaced_networks", [])
+        whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
+        data = pool_splits(load_and_stage(recipe, plan_stages(recipe), data, observer, whole))
+        check_poolable(data)
+        splits = fold_splits(data, fold_recipe(recipe, 1).data)
+        planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+        cache_note = ""
+        if not resume:
+            recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
+        recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
+        if resume:
+            check_same_data(folder, data)
+        if overwrite and processes.first:
+            folder.clear()
+        processes.highest(0)  # a barrier, as in ``run``
+        if processes.first:
+            _write_beginning(folder, recipe, data, compute, {}, replaced, resume=resume)
+        observer.note(
+            f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
+            "once, and teacher, baseline and distilled student are trained without it"
+        )
+        if cache_note:
+            observer.note(cache_note)
+        warnings = [*replaced, *describe_outside_weights(recipe)]
+        for warning in warnings:
+            observer.warn(warning)
+        done = processes.share({fold for fold in recipes if is_finished(folder.fold(fold), recipe, planned)})
+        left = {
+            f"fold {fold}/{stage.name}": stage.name
+            for fold in recipes
+            for stage in planned
+            if fold not in done and not (resume and folder.fold(fold).trained(stage.name))
+        }
 
-    recipe: Recipe
-    path: Path
-    data: DataSplits | None
-    observer: Observer | None
-    stopping: SignalHandler | None
-    processes: ProcessGroup
-    baseline: Path | None
+        def estimate() -> dict[str, float]:
+            seconds = estimate_stages(recipe, planned, splits, compute)
+            return {label: seconds[stage] for label, stage in left.items() if stage in seconds}
 
-    def run(self, *, resume: bool, overwrite: bool) -> Path:
-        """Run the folds that are not finished; return the folder of the whole."""
-        started, processes = time.monotonic(), self.processes
-        observer = _FoldObserver(self.observer or SilentObserver())
-        with open_run_folder(self.path.parent, self.path.name, processes, resume=resume, overwrite=overwrite) as folder:
-            recipe = self.recipe
-            if resume:
-                recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
-                check_same_recipe(folder, recipe)
-            if overwrite:
-                check_weights_outside(folder, recipe)
-            recipe, replaced = processes.share(choose_networks(recipe))
-            if resume:
-                replaced = replaced or folder.read_environment().get("replaced_networks", [])
-            whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
-            data = pool_splits(load_and_stage(recipe, plan_stages(recipe), self.data, observer, whole))
-            check_poolable(data)
-            splits = fold_splits(data, fold_recipe(recipe, 1).data)
-            planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
-            cache_note = ""
-            if not resume:
-                recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
-            recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
-            if resume:
-                check_same_data(folder, data)
-            if overwrite and processes.first:
-                folder.clear()
-            processes.highest(0)  # a barrier, as in ``run``
-            if processes.first:
-                text = dump_recipe(recipe)
-                before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
-                chosen = {"replaced_networks": replaced} if replaced else {}
-                folder.write_recipe(text)
-                folder.write_environment(
-                    describe_environment(recipe, text, data.fingerprint, compute) | before | chosen
-                )
-                folder.write_splits(data.as_rows())
-                folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
-            observer.note(
-                f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
-                "once, and teacher, baseline and distilled student are trained without it"
+        observer.estimate = estimate
+        for fold, own in recipes.items():
+            observer.fold = fold
+            if fold in done:
+                observer.note(f"fold {fold}: already finished")
+                continue
+            known = processes.share(resume and folder.fold(fold).known)
+            run(
+                own,
+                output_dir=folder.path,
+                name=folder.fold(fold).path.name,
+                resume=known,
+                data=data,
+                observer=observer,
+                stopping=stopping,
+                processes=processes,
+                baseline=None if baseline is None else RunFolder(baseline).fold(fold).path,
             )
-            if cache_note:
-                observer.note(cache_note)
-            warnings = [*replaced, *describe_outside_weights(recipe)]
-            for warning in warnings:
-                observer.warn(warning)
-            done = processes.share({fold for fold in recipes if is_finished(folder.fold(fold), recipe, planned)})
-            left = {
-                f"fold {fold}/{stage.name}": stage.name
-                for fold in recipes
-                for stage in planned
-                if fold not in done and not (resume and folder.fold(fold).trained(stage.name))
-            }
-
-            def estimate() -> dict[str, float]:
-                seconds = estimate_stages(recipe, planned, splits, compute)
-                return {label: seconds[stage] for label, stage in left.items() if stage in seconds}
-
-            observer.estimate = estimate
-            for fold, own in recipes.items():
-                observer.fold = fold
-                if fold in done:
-                    observer.note(f"fold {fold}: already finished")
-                    continue
-                known = processes.share(resume and folder.fold(fold).known)
-                run(
-                    own,
-                    output_dir=folder.path,
-                    name=folder.fold(fold).path.name,
-                    resume=known,
-                    data=data,
-                    observer=observer,
-                    stopping=self.stopping,
-                    processes=processes,
-                    baseline=None if self.baseline is None else RunFolder(self.baseline).fold(fold).path,
-                )
-            if processes.first:
-                record_test_evaluation(folder, recipe, planned)
-                looks = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
-                seconds = time.monotonic() - started
-                folder.write_results(pool_folds(folder, recipe, data, looks=looks, seconds=seconds, warnings=warnings))
-        return folder.path
+        if processes.first:
+            record_test_evaluation(folder, recipe, planned)
+            looks = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+            seconds = time.monotonic() - started
+            folder.write_results(pool_folds(folder, recipe, data, looks=looks, seconds=seconds, warnings=warnings))
+    return folder.path
 
 
 @dataclass
@@ -522,25 +538,24 @@ class _Experiment:
         elif stage.role == "distilled" and not self.recipe.data.target_labels:
             self._compare_distilled(stage)
         self.observer.stage_end(stage.name, time.monotonic() - started)
+        return_freed_memory()
         return model
 
     def label_by_teachers(self) -> None:
         """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
         if self.predicted is not self.data or not self.data.has_classes:
             return
-        teachers = [name for name in self.models if stage_role(name) == "teacher"]
+        teachers = {name: model for name, model in self.models.items() if stage_role(name) == "teacher"}
         found: dict[str, Any] = {}
         for split in self.data.teacher_labels:
-            images = self.data.split(split)
-            predicted = [self._probabilities(name, split) for name in teachers]
+            loader = partial(self._split_loader, split=split)
+            predicted = predict_together(teachers, loader, self.recipe.teachers, self.compute, split)
             labels: Any = None
-            if self.compute.processes.first:
-                each = [rows[0] for rows in predicted if rows is not None]
-                probabilities = average_probabilities(each, self.recipe.teachers)
-                labels = probabilities.argmax(axis=1).astype(np.int64)
+            if predicted is not None:
+                labels = predicted.argmax(axis=1).astype(np.int64)
                 if split == "val":
-                    self._describe_predictions(probabilities)
-            found[split] = RelabeledSet(images, self.compute.processes.share(labels))
+                    self._describe_predictions(predicted)
+            found[split] = RelabeledSet(self.data.split(split), self.compute.processes.share(labels))
         self.predicted = replace(self.data, **found)
         self.data = replace(self.data, **{split: each for split, each in found.items() if split != "train"})
         self.domains.data = self.data
@@ -715,10 +730,10 @@ class _Experiment:
 
     def _detail(self, stage: PlannedStage, model: Classifier, epochs: int, compute: Compute) -> str:
         teachers = ", ".join(
-            self.models[name].architecture
+            each.architecture
             + ("" if stage_role(name) == "teacher" else f" ({name})")
-            + _size_label(self.models[name], model)
-            for name in stage.teachers
+            + ("" if each.input.size == model.input.size else f" at {each.input.size} px")
+            for name, each in ((name, self.models[name]) for name in stage.teachers)
         )
         learns = f"{model.architecture} learns from {teachers}" if teachers else model.architecture
         seed = f", seed {stage_recipe(self.recipe, stage).seed}" if stage.repeat else ""
@@ -765,12 +780,12 @@ class _Experiment:
 
     def _compare_with_baseline(self) -> None:
         baseline, images = self._val_top1("baseline"), len(self.data.val)
+        stopping = self.recipe.teacher_below_baseline == "stop"
         known = [
             each for each in self.models if stage_role(each) == "teacher" and not _has_no_classes(self.recipe, each)
         ]
         teachers = {name: self._val_top1(name) for name in known}
-        clearly = {name: is_below(top1, baseline, images) for name, top1 in teachers.items()}
-        stops = bool(teachers) and all(clearly.values()) and self.recipe.teacher_below_baseline == "stop"
+        stops = bool(teachers) and stopping and all(self._is_clearly_below(name, "baseline") for name in teachers)
         for name, top1 in teachers.items():
             if top1 < baseline:
                 found = {"teacher": name, "teacher_val_top1": top1, "baseline_val_top1": baseline, "val_images": images}
@@ -789,7 +804,7 @@ class _Experiment:
                     advice = f"Use the baseline, or distil from a better teacher. {advice}. "
                 self.not_distilled = (
                     f"No distilled student was trained, because it would probably be worse than the baseline: {text}, "
-                    f"which is more than a standard error. {advice}To distil all the same: "
+                    f"{_BEYOND_CHANCE}. {advice}To distil all the same: "
                     "--resume --set teacher_below_baseline=warn"
                 )
         if stops:
@@ -800,12 +815,20 @@ class _Experiment:
         if baseline not in self.models or "domain" in self.models[stage.name].facts:
             return
         ours, theirs = self._val_top1(stage.name), self._val_top1(baseline)
-        if is_below(ours, theirs, images):
+        if self._is_clearly_below(stage.name, baseline):
             self.warn(
-                f"{stage.name} is below {baseline}: top-1 {ours:.1%} against {theirs:.1%} on {images:,} val images, by "
-                f"more than a standard error. Use {self.folder.stage(baseline)}, train longer (--epochs), or give the "
+                f"{stage.name} is below {baseline}: top-1 {ours:.1%} against {theirs:.1%} on {images:,} val images, "
+                f"{_BEYOND_CHANCE}. Use {self.folder.stage(baseline)}, train longer (--epochs), or give the "
                 "labels more weight (--alpha, for kd)"
             )
+
+    def _is_clearly_below(self, stage: str, baseline: str) -> bool:
+        """Return whether a model is below the baseline on val by more than chance explains."""
+        if self._val_top1(stage) >= self._val_top1(baseline):
+            return False
+        pair = [self._predict_val(name) for name in (baseline, stage)]
+        right = [found == np.asarray(self.data.val.labels) for found in pair if found is not None]
+        return self.compute.processes.share(bool(right) and is_below(*right))
 
     def _advise_on_teacher(self, teacher: str) -> str:
         """Return what to do about a teacher that is worse than the baseline."""
@@ -826,25 +849,28 @@ class _Experiment:
     def _val_top1(self, stage: str) -> float:
         model = self.models[stage]
         if "val" not in model.facts:  # not trained here
-            found, top1 = self._probabilities(stage, "val"), 0.0
-            if found is not None:
-                predicted, labels = found[0].argmax(axis=1), found[1]
+            top1 = 0.0
+            if (predicted := self._predict_val(stage)) is not None:
+                labels = np.asarray(self.data.val.labels)
                 top1 = float((predicted == labels).mean())
                 self._check_class_order(stage, predicted, labels)
             model.facts["val"] = {"top1": self.compute.processes.share(top1)}
         return float(model.facts["val"]["top1"])
 
-    def _probabilities(self, stage: str, split: str) -> tuple[Any, Any] | None:
-        """Return a split's probabilities [N, K] and labels [N], not augmented; None but in the first process."""
-        model, settings = self.models[stage], self.recipe.stage_training(stage)
-        found = predict_probabilities(
-            model.module,
-            split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module),
-            classes=len(model.class_names),
-            processes=self.compute.processes,
-            names=[f"the {stage} on {split}, {name}," for name in self.data.split(split).names],
-        )
-        return None if found is None else (found[0], found[1])
+    def _predict_val(self, stage: str) -> "np.ndarray[Any, Any] | None":
+        """Return the classes [N] that a model predicts on val; None but in the first process."""
+        model = self.models[stage]
+        loader = self._split_loader(model, "val", stage)
+        cache = open_prediction_cache(
+            model, loader, "val", stage=stage, recipe=self.recipe, data=self.data, folder=self.folder.stage(stage),
+            compute=self.compute, warn=self.observer.warn,
+        )  # fmt: skip
+        found = predict_images(model, loader, self.compute, f"the {stage} on val", cache)
+        return None if found is None else found.argmax(axis=1)
+
+    def _split_loader(self, model: Classifier, split: str, stage: str = "teacher") -> Loader:
+        settings = self.recipe.stage_training(stage)
+        return split_loader(self.data, split, model.input, self.recipe, settings, self.compute, network=model.module)
 
     def _check_class_order(self, stage: str, predicted: Any, labels: Any) -> None:
         classes = self.data.class_names
@@ -917,15 +943,15 @@ def _extension_text(name: str, before: int, settings: TrainingSettings, steps: i
     )
 
 
-def is_below(teacher: float, baseline: float, images: int) -> bool:
-    """Return whether a teacher's val accuracy is below the baseline's by more than the difference's standard error.
+def is_below(baseline: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether a model has fewer images right ([N] bool) than the baseline, by a one-sided sign test at 5 %.
 
     Example:
-        >>> is_below(0.80, 0.85, 400), is_below(0.80, 0.85, 40)  # standard errors 0.027 and 0.085
+        >>> baseline = np.ones(20, dtype=bool)
+        >>> is_below(baseline, np.arange(20) >= 5), is_below(baseline, np.arange(20) >= 4)  # p = 1/32 and 1/16
         (True, False)
     """
-    variance = (teacher * (1 - teacher) + baseline * (1 - baseline)) / images
-    return baseline - teacher > math.sqrt(variance)
+    return bool(other.sum() < baseline.sum()) and mcnemar(baseline, other)["p"] < 2 * SIGN_TEST_LEVEL
 
 
 def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
@@ -938,7 +964,3 @@ def _view_differences(models: Mapping[str, Classifier]) -> list[str]:
             if sentence := describe_view_difference(other, theirs, name, ours):
                 found.append(sentence)
     return found
-
-
-def _size_label(teacher: Classifier, student: Classifier) -> str:
-    return "" if teacher.input.size == student.input.size else f" at {teacher.input.size} px"

@@ -8,8 +8,9 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from potstill.config import repeat_index, stage_name, stage_role
+from potstill.config import STAGES, repeat_index, stage_name, stage_role
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.errors import UsageError
 from potstill.methods import needs_teacher
@@ -19,12 +20,6 @@ def derive_seed(seed: int, purpose: str) -> int:
     """Return a seed in [0, 2**63) for one purpose."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little") >> 1
 
-
-STAGE_GROUPS = (
-    "teacher",
-    "baseline",
-    "distilled",
-)  # assistants and generations belong to distilled
 
 LayerPairs = tuple[tuple[str, str], ...]
 
@@ -54,7 +49,7 @@ class PlannedStage:
         return repeat_index(self.name)
 
 
-def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGE_GROUPS) -> tuple[PlannedStage, ...]:
+def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGES) -> tuple[PlannedStage, ...]:
     """Return the stages in the order of training.
 
     They are teachers, baseline, assistants (each learns from the one before), and the student's generations, of which
@@ -148,6 +143,19 @@ def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
         return _with_epochs(network, settings.epochs, math.ceil(settings.min_steps / max(1, steps)))
 
     return _replace_networks(recipe, lengthen)
+
+
+def scale_training(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """Return the student's own training settings for so many epochs, with a schedule of the same shape."""
+    training = recipe.stage_training("student")
+    ratio = min(1.0, epochs / training.epochs)
+    return {
+        **recipe.student.training,
+        "epochs": epochs,
+        "min_steps": 0,
+        "warmup_epochs": ratio * training.warmup_epochs,
+        "milestones": [math.ceil(ratio * each) for each in training.milestones],
+    }
 
 
 def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:

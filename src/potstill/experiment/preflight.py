@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,14 +192,7 @@ def _dry_run_step(distiller: Distiller, images: "_RandomImages", settings: Train
         for epoch, training in ((0, True), *([(settings.epochs - 1, True)] if staged else []), (0, False)):
             distiller.start_epoch(epoch, settings.epochs)
             distiller.train(training)
-            distiller(
-                batch.images,
-                batch.labels,
-                index=batch.index,
-                view=batch.view,
-                second=batch.second if training else None,
-                soft_labels=batch.soft_labels if training else None,
-            )
+            distiller(**vars(batch if training else replace(batch, second=None, soft_labels=None)))
             if not training or not staged:
                 batch.labels = batch.labels.clamp(min=0)  # on val every image has a label
     distiller.method.refuse_idle_schedules()

@@ -8,7 +8,7 @@ training images in distillation (see ``distillation.teachers.FoldHeads``).
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,15 +27,14 @@ from potstill.config.recipe import Recipe, StageSettings
 from potstill.data.image_sets import Subset
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
-from potstill.distillation.teacher_cache.cache import TeacherCache
 from potstill.distillation.teacher_inference import InferenceSettings, convert_for_inference
 from potstill.distillation.teachers import ExtractionRequest, FeatureExtractor, FoldHeads
-from potstill.errors import ArtifactError, NonFiniteError, StorageError, UsageError
+from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
 from potstill.evaluation.predictions import check_complete, evaluation_mode
 from potstill.experiment.builders import InitialNetwork, split_loader
 from potstill.experiment.plan import PlannedStage, derive_seed
-from potstill.experiment.teacher_cache import names_digest, open_embedding_cache
+from potstill.experiment.teacher_cache import names_digest, open_embedding_cache, read_or_run
 from potstill.features.stages import find_stages
 from potstill.formatting import format_count, format_duration, format_percent
 from potstill.io import read_bytes, sha256_hex, write_bytes
@@ -357,7 +356,7 @@ def probe_teacher(
         )
         label = f"{stage.name}: embeddings of {split if data.pool is None else 'all images'}"
         run = partial(embed_images, network, inference, layer, loader, label, observer, compute)
-        read, found = _read_or_run(cache, run, observer, compute)
+        read, found = read_or_run(cache, run, observer.warn, compute)
         embeddings |= {} if read is None else {split: read}
         labels[split], cached = loader.labels, cached and found
     if data.pool is not None:
@@ -465,35 +464,6 @@ def _convert(
                 if rounded is not None and (rounded - exact).norm() <= _MAX_DIFFERENCE * exact.norm():
                     return network, inference
         return convert_for_inference(model.module, torch.float32, compute.memory_format, images)
-
-
-def _read_or_run(
-    cache: TeacherCache | None, run: Callable[[], Tensor | None], observer: Observer, compute: Compute
-) -> tuple[Tensor | None, bool]:
-    """Return embeddings [N, D] from the cache, else from ``run``, and whether they were cached; in one process."""
-    embeddings: Tensor | None = None
-    try:
-        if cache is not None and compute.processes.first:
-            with contextlib.suppress(StorageError):  # an unreadable file: the encoder runs
-                records, present = cache.read(0, np.arange(cache.samples, dtype=np.int64))
-                found = cache.record.decode(records)[1]
-                embeddings = torch.from_numpy(found) if found is not None and present.all() else None
-        (missing,) = compute.processes.highest(int(compute.processes.first and embeddings is None))
-        if not missing:
-            return embeddings, True
-        embeddings = run()
-        if cache is not None and embeddings is not None:
-            try:
-                values = embeddings.numpy()
-                records = cache.record.encode(np.zeros((len(values), 0), np.float32), values)
-                cache.write(0, np.arange(len(values), dtype=np.int64), records)
-                cache.flush()
-            except StorageError as error:
-                observer.warn(f"embeddings are not cached: {error}")
-        return embeddings, False
-    finally:
-        if cache is not None:
-            cache.close()
 
 
 def embed_images(

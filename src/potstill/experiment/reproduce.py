@@ -20,21 +20,17 @@ from typing import Any
 import torch
 
 import potstill
-from potstill.config import sort_stages, stage_role
+from potstill.config import STAGES, sort_stages, stage_role
 from potstill.config.recipe import Recipe
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.experiment.plan import STAGE_GROUPS
 from potstill.experiment.resume import changed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.io import check_exists, read_bytes, read_checksummed_json, sha256_hex
+from potstill.models.model_file import load_model
 from potstill.training.devices import Compute
 
-_IGNORED_KEYS = {
-    "calibration",
-    "recipe_sha256",
-    "data_fingerprint",
-    "looks",
-}  # timings; what is compared before; history
+# Timings; what is compared before; history.
+_IGNORED_KEYS = {"calibration", "recipe_sha256", "data_fingerprint", "looks"}
 
 
 @dataclass(frozen=True)
@@ -85,9 +81,9 @@ def read_run_record(path: Path) -> RunRecord:
             )
     _check_splits(folder)
     for stage in planned:
-        _check_weights(folder.stage(stage))
+        load_model(folder.stage(stage))  # an error if it is damaged
     roles = {"teacher" if stage_role(stage) == "teacher" else stage for stage in planned}
-    stages = tuple(part for part in STAGE_GROUPS if part in roles)
+    stages = tuple(part for part in STAGES if part in roles)
     return RunRecord(folder, folder.read_environment(), stages, _weights(folder, planned))
 
 
@@ -112,8 +108,9 @@ def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[
 
 def compare(record: RunRecord, repeated: RunFolder) -> ReproductionResult:
     """Compare two runs of one recipe, model by model."""
-    before, after = _stage_metrics(record.folder), _stage_metrics(repeated)
-    weights = _weights(repeated, repeated.read_results()["planned"])
+    results = repeated.read_results()
+    before, after = (each["stages"] | (each.get("repeats") or {}) for each in (record.folder.read_results(), results))
+    weights = _weights(repeated, results["planned"])
     lines, equal = [], True
     for stage in sort_stages(record.models):
         same = weights.get(stage) == record.models[stage]
@@ -151,7 +148,8 @@ def environment_differences(before: Mapping[str, Any], after: Mapping[str, Any],
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += environment_differences(was, now, f"{path}.")
         else:
-            found.append(f"{path}: was {_format_value(was)}, is {_format_value(now)}")
+            was, now = ("nothing" if value is None else value for value in (was, now))
+            found.append(f"{path}: was {was}, is {now}")
     return found
 
 
@@ -175,24 +173,10 @@ def largest_metric_difference(before: Mapping[str, Any], after: Mapping[str, Any
 
 def largest_weight_difference(first: Path, second: Path) -> float:
     """Return the largest absolute difference of two models' weights; infinite if shapes differ."""
-    from potstill.models.model_file import load_model
-
     one, two = (load_model(folder).module.state_dict() for folder in (first, second))
     if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
         return float("inf")
     return max(float((one[name].double() - two[name].double()).abs().max()) for name in one if one[name].numel())
-
-
-def _stage_metrics(folder: RunFolder) -> dict[str, Any]:
-    """Return the results by stage, including further seeds."""
-    results = folder.read_results()
-    return {**results["stages"], **(results.get("repeats") or {})}
-
-
-def _check_weights(stage: Path) -> None:
-    from potstill.models.model_file import load_model
-
-    load_model(stage)
 
 
 def _check_splits(folder: RunFolder) -> None:
@@ -203,10 +187,6 @@ def _check_splits(folder: RunFolder) -> None:
 
 def _weights(folder: RunFolder, stages: Sequence[str]) -> dict[str, str]:
     return {stage: read_checksummed_json(folder.stage(stage) / "model.json")["sha256"] for stage in stages}
-
-
-def _format_value(value: Any) -> str:
-    return "nothing" if value is None else str(value)
 
 
 _GIT_TIMEOUT = 2.0

@@ -1,6 +1,6 @@
 """Final evaluation of a run: all stages on train, val and test, and the comparison, for results.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +13,7 @@ from potstill import __version__
 from potstill.config import repeat_index, stage_role
 from potstill.config.recipe import Recipe
 from potstill.data.decoded_cache import JPEG_RECORDS
-from potstill.data.image_sets import ImageSet, Subset, image_sizes
+from potstill.data.image_sets import Subset, image_sizes
 from potstill.data.preprocessing import crop_notes
 from potstill.data.samplers import EpochSampler
 from potstill.data.splits import DataSplits
@@ -28,16 +28,17 @@ from potstill.evaluation.significance import mean_interval, paired_interval, wil
 from potstill.experiment.builders import build_network, split_loader
 from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
-from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members
+from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members, predict_images
 from potstill.experiment.examples import describe_examples
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.probe import embed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
+from potstill.experiment.teacher_cache import open_prediction_cache
 from potstill.features.stages import find_stages
 from potstill.io import write_text
 from potstill.models.families.opaque_models import FunctionNetwork, example_answers, find_opaque, find_table
 from potstill.models.model_file import Classifier
-from potstill.training.callbacks import SilentObserver
+from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
 LATENCY_BATCH = 16  # batch size of latency_batch_ms
@@ -50,6 +51,7 @@ def evaluate_stages(
     recipe: Recipe,
     data: DataSplits,
     compute: Compute,
+    observer: Observer,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
@@ -62,7 +64,7 @@ def evaluate_stages(
     source, data = data, data.measured
     before = evaluate_on_source(models, recipe, source, compute)
     adapted = evaluate_adapted_baselines(models, recipe, source, compute)
-    found = {name: _predict(run, name, model, recipe, data, compute) for name, model in models.items()}
+    found = {name: _predict(run, name, model, recipe, data, compute, observer) for name, model in models.items()}
     if not compute.processes.first:
         return {}
     once = {name: model for name, model in models.items() if not repeat_index(name)}
@@ -88,18 +90,7 @@ def evaluate_stages(
         }
     stages = {name: entries.pop(name) for name in once}
     correct = {name: own["test"].correct for name, own in (found | groups).items()}
-    described = {
-        name: {
-            "of": group_members(name, once),
-            **{
-                split: without_per_class(describe_metrics(own[split], data.class_names))
-                for split in SPLITS
-                if split in own
-            },
-        }
-        for name, own in groups.items()
-        if len(group_members(name, once)) > 1
-    }
+    described = describe_groups(groups, once, data.class_names)
     both = {"baseline", "distilled"} <= stages.keys()
     domain = describe_domains(recipe, source, models, before, adapted)
     comparison = (
@@ -434,27 +425,44 @@ def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
 
 
 def _predict(
-    run: RunFolder, name: str, model: Classifier, recipe: Recipe, data: DataSplits, compute: Compute
+    run: RunFolder,
+    name: str,
+    model: Classifier,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    observer: Observer,
 ) -> SplitPredictions:
     """Predict all splits and write the predictions, in the first process; of a large train only if requested."""
     settings = recipe.stage_training(name)
-    # Trained networks have this memory layout, loaded ones have not, and convolutions round differently in each.
-    model.module.to(compute.device).to(memory_format=compute.memory_format)
+    model.module.to(compute.device).to(memory_format=compute.memory_format)  # as in predict_images
     found: SplitPredictions = {}
     for split in SPLITS:
         images, classes = getattr(data, split), len(model.class_names)
         large = len(images) * classes > MAX_VALUES_IN_MEMORY
         kept = split != "train" or recipe.train_predictions or not large
         path = run.stage(name) / f"log_probabilities_{split}.npy"
-        predictions = predict_split(
-            model.module,
-            split_loader(data, split, model.input, recipe, settings, compute, network=model.module),
-            classes=classes,
-            device=compute.device,
-            processes=compute.processes,
-            names=partial(_image_label, f"the {name} on {split}, ", images),
-            file=path if kept and large else None,
-        )
+        loader = split_loader(data, split, model.input, recipe, settings, compute, network=model.module)
+        what = f"the {name} on {split}"
+        predictions: Predictions | None = None
+        if large:
+            predictions = predict_split(
+                model.module,
+                loader,
+                classes=classes,
+                device=compute.device,
+                processes=compute.processes,
+                what=what,
+                file=path if kept else None,
+                progress=partial(observer.wait, f"predictions of {what}"),
+            )
+        else:
+            cache = open_prediction_cache(
+                model, loader, split, stage=name, recipe=recipe, data=data, folder=run.stage(name), compute=compute,
+                warn=observer.warn,
+            )  # fmt: skip
+            if (rows := predict_images(model, loader, compute, what, cache, observer)) is not None:
+                predictions = Predictions.of(rows, loader.labels.numpy())
         if predictions is not None:
             found[split] = predictions
             run.write_confusion(name, split, predictions, model.class_names)
@@ -465,14 +473,23 @@ def _predict(
     return found
 
 
-def _image_label(prefix: str, images: ImageSet, image: int) -> str:
-    return f"{prefix}{images.names[image]},"
-
-
 def describe_metrics(found: Predictions, classes: tuple[str, ...]) -> dict[str, Any]:
     """Return the metrics of a split, for metrics.json."""
     metrics = split_metrics(found, classes)
     return metrics | {"loss": metrics["nll"]}
+
+
+def describe_groups(
+    groups: Mapping[str, SplitPredictions], stages: Collection[str], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return ``together`` of results.json: the members and metrics of each group of several networks."""
+    members = {name: group_members(name, stages) for name in groups}
+    return {
+        name: {"of": members[name]}
+        | {split: without_per_class(describe_metrics(found, classes)) for split, found in own.items()}
+        for name, own in groups.items()
+        if len(members[name]) > 1
+    }
 
 
 def describe_fidelity(student: Predictions, teacher: Predictions | None) -> dict[str, Any]:

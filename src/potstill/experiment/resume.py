@@ -106,22 +106,16 @@ _NEUTRAL_SECTION = "tracker"
 def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     """Check that a resumed run has the same recipe; it may have more seeds, and more epochs in every stage."""
     former = _with_defaults(parse_yaml(folder.read_recipe(), str(folder.recipe)).value)
-    before = flatten_settings(former)
-    after = flatten_settings(_plain_settings(recipe))
-    changed = [
-        f"  {key}: was {before.get(key)!r}, now {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not is_result_neutral(key)
-    ]
-    if before.get("seeds", 1) < after["seeds"]:  # more of them only add stages
+    plain = _plain_settings(recipe)
+    changed = changed_settings(former, plain)
+    if former.get("seeds", 1) < plain["seeds"]:  # more of them only add stages
         changed = [line for line in changed if not line.startswith("  seeds:")]
     if _only_extends(folder, former, recipe):
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
-        more = [f"  and {len(changed) - _MAX_CHANGES} more"] if len(changed) > _MAX_CHANGES else []
         raise UsageError(
             f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
-            + "\n".join(changed[:_MAX_CHANGES] + more)
+            + first_lines(changed)
             + "\nResume without these changes, or start another run with --name"
         )
 
@@ -157,12 +151,17 @@ def check_same_baseline(folder: RunFolder, recipe: Recipe, data: DataSplits) -> 
         f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" if key != "images" else "  images: other ones"
         for key in keys
     ]
-    more = [f"  and {len(lines) - _MAX_CHANGES} more"] if len(lines) > _MAX_CHANGES else []
     raise UsageError(
         f"--baseline {folder.path} was not trained as this run's baseline would be:\n"
-        + "\n".join(lines[:_MAX_CHANGES] + more)
+        + first_lines(lines)
         + "\nMake these settings equal, or leave --baseline out"
     )
+
+
+def first_lines(lines: Sequence[str]) -> str:
+    """Return the first differences of many, for a message, and how many more there are."""
+    more = [f"  and {len(lines) - _MAX_CHANGES} more"] if len(lines) > _MAX_CHANGES else []
+    return "\n".join([*lines[:_MAX_CHANGES], *more])
 
 
 def check_same_data(folder: RunFolder, data: DataSplits) -> None:
@@ -250,6 +249,16 @@ def _baseline_settings(recipe: Recipe) -> dict[str, Any]:
         for key, each in flatten_settings(settings).items()
         if not is_result_neutral(key) and not key.startswith(unused)
     }
+
+
+def changed_settings(before: Any, after: Any) -> list[str]:
+    """Return a line for each setting that affects the result and differs between two recipes."""
+    old, new = flatten_settings(before), flatten_settings(after)
+    return [
+        f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not is_result_neutral(key)
+    ]
 
 
 def is_result_neutral(key: str) -> bool:

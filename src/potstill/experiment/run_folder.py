@@ -18,13 +18,13 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.config import STAGES
+from potstill.errors import ArtifactError, StorageError, UsageError, storing
 from potstill.evaluation import Array
 from potstill.io import (
     PART,
@@ -86,9 +86,7 @@ class RunLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
     def _stale_lock_hint(self) -> str:
@@ -105,7 +103,6 @@ class RunLock:
         return f".\nThis file system has no locks; {path} was written by {holder}: if it has ended, delete the file"
 
 
-STAGES = ("teacher", "baseline", "distilled")
 SPLITS = ("train", "val", "test")
 
 _LOCKS = (LOCK_FILE, LOCK_HOLDER_FILE)
@@ -140,7 +137,7 @@ class RunFolder:
         if resume and overwrite:
             raise UsageError("--resume continues a run and --overwrite deletes it: give one of them")
         run = cls(output_dir / name)
-        try:
+        with storing(f"write to {run.path}"):
             run._check_is_run_folder()
             if resume and not run.path.is_dir():
                 raise UsageError(f"nothing to resume: {run.path} does not exist")
@@ -151,8 +148,6 @@ class RunFolder:
             except BaseException:
                 run.__exit__(None, None, None)
                 raise
-        except OSError as error:
-            raise StorageError(f"cannot write to {run.path}: {error.strerror or error}") from error
         return run
 
     def _check_is_run_folder(self) -> None:
@@ -177,11 +172,9 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Create the folder if it is missing, and lock it."""
-        try:
+        with storing(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire("wait for it, or use --name")
-        except OSError as error:
-            raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
     def held(self, *, writing: bool) -> Iterator[None]:
@@ -190,12 +183,9 @@ class RunFolder:
         locked = False
         try:
             if exists:
-                try:
+                with storing(f"write to {self.path}") if writing else contextlib.suppress(OSError):
                     self._lock.acquire()
                     locked = True
-                except OSError as error:
-                    if writing:
-                        raise StorageError(f"cannot write to {self.path}: {error.strerror or error}") from error
             yield
         finally:
             if locked:
@@ -204,9 +194,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Release the lock; delete the folder if nothing was written."""
         if self.path.is_dir() and all(entry.name in _LOCKS for entry in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)
@@ -366,7 +354,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete an earlier run, except the lock; if this is interrupted, it can be repeated."""
-        try:
+        with storing(f"empty {self.path}"):
             entries = [entry for entry in self.path.iterdir() if entry.name not in _LOCKS]
             for entry in sorted(
                 entries, key=lambda entry: entry.name in _FILES_BEFORE_TRAINING
@@ -375,8 +363,6 @@ class RunFolder:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-        except OSError as error:
-            raise StorageError(f"cannot empty {self.path}: {error.strerror or error}") from error
 
 
 def find_model(path: Path) -> Path:

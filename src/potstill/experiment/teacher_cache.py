@@ -6,18 +6,21 @@ only decides whether the records are kept on disk, or made anew in every step fr
 is keyed by everything that determines the teacher's outputs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from potstill.config import stage_role
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.data.loader import Loader
 from potstill.data.splits import DataSplits
@@ -230,6 +233,7 @@ def open_caches(
     kind = record_kind(recipe, method, classes)
     failed: StorageError | ArtifactError | None = None
     described = [describe_teacher(teacher) for teacher in teachers]
+    recipe_text = dump_recipe(recipe)
     widths = embedding_widths(distiller) if method.needs.embedding else [0] * len(teachers)
     opened: list[TeacherCache] = []
 
@@ -245,7 +249,7 @@ def open_caches(
                         "data": data.source,
                         "stage": stage,
                         "student input": dataclasses.asdict(student),
-                        "recipe": dump_recipe(recipe),
+                        "recipe": recipe_text,
                     }
                     key = cache_key(description, loader, split, data, second=second)
                     opened.append(TeacherCache.open(cache_root(recipe), key, record, loader.samples, facts))
@@ -343,28 +347,103 @@ def open_embedding_cache(
         return None
     head = encoder.module.get_submodule(layer)
     assert isinstance(head, nn.Linear)
-    record, root = RecordFormat("float32", 0, head.in_features), cache_root(recipe)
+    teacher = describe_teacher(StageTeacher(encoder, None, module_digest(encoder.module, without=layer), how))
+    key = cache_key(teacher, loader, split, data, second=False) | {"embedding": layer, "batch_size": batch_size}
+    key.pop("classes")
+    what = f"embeddings of {split}"
+    return _open_rows(
+        encoder, what, key, head.in_features, loader, recipe=recipe, data=data, folder=folder, warn=observer.warn
+    )
+
+
+def open_prediction_cache(
+    model: Classifier,
+    loader: Loader,
+    split: str,
+    *,
+    stage: str,
+    recipe: Recipe,
+    data: DataSplits,
+    folder: Path,
+    compute: Compute,
+    warn: Callable[[str], None],
+) -> TeacherCache | None:
+    """Return the cache of the probabilities, float32, that a stage's network has for a split without augmentation.
+
+    For teachers that the run does not train: later runs read them.  None for others, for functions and tables, and if
+    the cache is off or cannot be used.
+    """
+    trained = stage_role(stage) != "teacher" or "training" in model.facts
+    if recipe.teacher_cache.mode == "off" or trained or find_opaque(model.module) is not None:
+        return None
+    teacher = describe_teacher(StageTeacher(model, None, module_digest(model.module), None))
+    key = cache_key(teacher, loader, split, data, second=False)
+    key |= {"predictions": compute.device.type, "batch_size": recipe.stage_training(stage).batch_size}
+    what = f"predictions of {split}"
+    return _open_rows(
+        model, what, key, len(model.class_names), loader, recipe=recipe, data=data, folder=folder, warn=warn
+    )
+
+
+def _open_rows(
+    model: Classifier,
+    what: str,
+    key: dict[str, Any],
+    width: int,
+    loader: Loader,
+    *,
+    recipe: Recipe,
+    data: DataSplits,
+    folder: Path,
+    warn: Callable[[str], None],
+) -> TeacherCache | None:
+    """Open a cache of ``width`` numbers, float32, for each image."""
+    record, root = RecordFormat("float32", 0, width), cache_root(recipe)
     size, room = record.nbytes * loader.samples, MAX_DISK_FRACTION * _free_bytes(root)
     if size > room:
-        observer.warn(
-            f"embeddings of {split} are not cached: they take {format_scaled(size, 'B')}, more than a quarter of the "
-            f"free disk of {root}"
-        )
+        takes = format_scaled(size, "B")
+        warn(f"{what} are not cached: they take {takes}, more than a quarter of the free disk of {root}")
         return None
-    teacher = describe_teacher(StageTeacher(encoder, None, module_digest(encoder.module, without=layer), how))
     facts = {
-        "teacher": f"{encoder.architecture}, embeddings",
+        "teacher": f"{model.architecture}, {what.partition(' ')[0]}",
         "folder": str(folder.resolve()),
         "data": data.source,
         "recipe": dump_recipe(recipe),
     }
-    key = cache_key(teacher, loader, split, data, second=False) | {"embedding": layer, "batch_size": batch_size}
-    key.pop("classes")
     try:
         return TeacherCache.open(root, key, record, loader.samples, facts)
     except (StorageError, ArtifactError) as error:
-        observer.warn(f"embeddings of {split} are not cached: {error}")
+        warn(f"{what} are not cached: {error}")
         return None
+
+
+def read_or_run(
+    cache: TeacherCache | None, run: Callable[[], Tensor | None], warn: Callable[[str], None], compute: Compute
+) -> tuple[Tensor | None, bool]:
+    """Return rows [N, D] from the cache, else from ``run``, and whether they were cached; in one process."""
+    rows: Tensor | None = None
+    try:
+        if cache is not None and compute.processes.first:
+            with contextlib.suppress(StorageError):  # an unreadable file: the network runs
+                records, present = cache.read(0, np.arange(cache.samples, dtype=np.int64))
+                found = cache.record.decode(records)[1]
+                rows = torch.from_numpy(found) if found is not None and present.all() else None
+        (missing,) = compute.processes.highest(int(compute.processes.first and rows is None))
+        if not missing:
+            return rows, True
+        rows = run()
+        if cache is not None and rows is not None:
+            try:
+                values = rows.numpy()
+                records = cache.record.encode(np.zeros((len(values), 0), np.float32), values)
+                cache.write(0, np.arange(len(values), dtype=np.int64), records)
+                cache.flush()
+            except StorageError as error:
+                warn(f"a teacher's outputs are not cached: {error}")
+        return rows, False
+    finally:
+        if cache is not None:
+            cache.close()
 
 
 def embedding_widths(distiller: Distiller) -> list[int]:

@@ -31,7 +31,7 @@ from potstill.export.formats import (
 )
 from potstill.export.int8 import calibration_images, class_balanced_indices, quantize_network
 from potstill.export.loading import find_model_folder, load_classifier
-from potstill.export.onnx import facts_path, prepare_batch
+from potstill.export.onnx import export_graph, facts_path, finalize_model, prepare_batch
 from potstill.export.options import (
     ALL_THAT_RUN,
     COMPARED_IMAGES,
@@ -48,7 +48,7 @@ from potstill.export.options import (
     without_preprocessing,
 )
 from potstill.export.preprocessing import create_preprocessing
-from potstill.formatting import format_names
+from potstill.formatting import format_columns, format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
 from potstill.io import check_exists, read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
@@ -117,14 +117,7 @@ def export_table(found: "Mapping[str, Path | PotstillError]") -> str:
             size = sum(each["bytes"] for each in facts["files"].values()) / 2**20
             figures = (f"{size:.1f}", f"{time['p50']:.2f}", f"{time['p95']:.2f}", f"{same['agreement']:.2%}")
             rows.append((name, str(path), *figures))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = format_columns(rows, left=(0, 1))
     left_out = {name: str(each) for name, each in found.items() if not isinstance(each, Path)}
     lines += [f"left out: {name}: {'; '.join(reason.splitlines())}" for name, reason in left_out.items()]
     return "\n".join(lines) + "\n"
@@ -179,10 +172,6 @@ class Parity:
     def within(self) -> bool:
         """Whether no logit differs by more than ``limit``, relative to the largest logit if that is above 1."""
         return self.max_difference <= self.limit * max(1.0, self.largest_logit)  # False for NaN
-
-    def as_json(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        return asdict(self)
 
 
 def compute_parity(reference: NDArray[Any], exported: NDArray[Any]) -> Parity:
@@ -284,8 +273,6 @@ def convert_network(
     ``choose_ranges`` looks for the activation ranges that change the outputs least; it takes longer, and matters where
     accuracy does.
     """
-    from potstill.export.onnx import export_graph, finalize_model
-
     find_format("onnx")
     metadata = ExportMetadata(architecture, tuple(splits.class_names), spec, "none", int8=int8)
     network = export_graph(module.eval(), metadata)
@@ -341,19 +328,14 @@ class Exporter:
 
     def _plain(self) -> tuple[ExportedFiles, dict[str, Any]]:
         files = self.form.convert(self.classifier.module, self.metadata)
+        facts: dict[str, Any] = dict.fromkeys(("parity", "prepared", "accuracy", "calibration", "latency_ms"))
         if self.form.open is None:
             self.note("this format runs on other machines only: converted, not compared with PyTorch")
-            return files, {"parity": None, "prepared": None, "accuracy": None, "calibration": None, "latency_ms": None}
+            return files, facts
         answer = self.form.open(files, threads=torch.get_num_threads())
         found, prepared = self._compare(answer)
         times = self._measure_latency({self._engine: answer})
-        return files, {
-            "parity": found.as_json(),
-            "prepared": prepared,
-            "accuracy": None,
-            "calibration": None,
-            "latency_ms": times,
-        }
+        return files, facts | {"parity": asdict(found), "prepared": prepared, "latency_ms": times}
 
     def _compare(self, answer: Predictor) -> tuple[Parity, dict[str, Any] | None]:
         """Compare with PyTorch on the same input and, if the file resizes images, on images resized by Pillow too."""
@@ -378,8 +360,6 @@ class Exporter:
         return same, {"max_difference": other.max_difference, "agreement": other.agreement}
 
     def _export_int8(self) -> tuple[ExportedFiles, dict[str, Any]]:
-        from potstill.export.onnx import export_graph, finalize_model
-
         make, load = self.form.from_onnx, self.form.open
         assert make is not None
         assert load is not None
@@ -405,7 +385,7 @@ class Exporter:
             self.note(f"int8: activation ranges are means over batches of {ranges['batch']} training images")
         self._check_accuracy_drop(before, after, len(labels))
         return files, {
-            "parity": same.as_json(),
+            "parity": asdict(same),
             "prepared": prepared,
             "accuracy": {
                 "images": len(labels),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from potstill.console import silence_native_stderr
-from potstill.errors import ArtifactError, root_cause_line, storage_error
+from potstill.errors import ArtifactError, first_line, root_cause_line, storage_error
 from potstill.models.exported_files import METADATA_KEY, PREPROCESSING_MODES, ExportMetadata
 
 if TYPE_CHECKING:
@@ -72,6 +72,20 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+@contextlib.contextmanager
+def converting(failure: str) -> Iterator[None]:
+    """Be ``quiet`` within the block; whatever a converter raises becomes an ArtifactError, ``failure: REASON``."""
+    try:
+        with quiet():
+            yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        if (storage := storage_error(error)) is not None:
+            raise storage from error
+        raise ArtifactError(f"{failure}: {root_cause_line(error)}") from error
+
+
 def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: bool = True) -> Any:
     """Return the network with its preprocessing as a ``torch.export.ExportedProgram``."""
     import torch
@@ -81,14 +95,8 @@ def export_program(module: "nn.Module", metadata: ExportMetadata, *, any_batch: 
     whole = torch.nn.Sequential(*create_preprocessing(metadata.input, metadata.inside), module).eval()
     sample = example_input(metadata.input, metadata.inside)
     shapes: Any = (dynamic_axes(metadata.inside),) if any_batch else None
-    try:
-        with quiet():
-            return torch.export.export(whole, (sample if any_batch else sample[:1],), dynamic_shapes=shapes)
-    except Exception as error:  # whatever a foreign network makes the exporter raise
-        if (storage := storage_error(error)) is not None:
-            raise storage from error
-        reason = root_cause_line(error)
-        raise ArtifactError(f"{metadata.architecture} cannot be exported by torch.export: {reason}") from error
+    with converting(f"{metadata.architecture} cannot be exported by torch.export"):
+        return torch.export.export(whole, (sample if any_batch else sample[:1],), dynamic_shapes=shapes)
 
 
 def convert_to_torch_export(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
@@ -119,16 +127,12 @@ TORCH_EXPORT = ExportFormat(convert_to_torch_export, open_torch_export_files, ".
 def convert_to_executorch(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
     """Convert to one ``.pte`` with XNNPACK, for one image at a time; class names are only in NAME.json."""
     program = export_program(module, metadata, any_batch=False)
-    try:
-        with quiet():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
+    with converting(f"{metadata.architecture} cannot be converted to ExecuTorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
 
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            return {".pte": bytes(lowered.to_executorch().buffer)}
-    except Exception as error:  # whatever a foreign network makes the converter raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{metadata.architecture} cannot be converted to ExecuTorch: {line[:300]}") from error
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return {".pte": bytes(lowered.to_executorch().buffer)}
 
 
 def open_executorch_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
@@ -176,10 +180,10 @@ def convert_to_litert(module: "nn.Module", metadata: ExportMetadata) -> Exported
                 converted.export(str(path))
                 content = path.read_bytes()
     except Exception as error:  # whatever a foreign network makes the converter raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        line = first_line(error)
         if missing := re.search(r"Lowering not found: (aten[.](\w+)[\w.]*)", str(error)):
             line = f"it has no operation for {missing[1]}, which {find_layer(program, missing[2])} uses\n{OTHER_WAYS}"
-        raise ArtifactError(f"{metadata.architecture} cannot be converted to LiteRT: {line[:600]}") from error
+        raise ArtifactError(f"{metadata.architecture} cannot be converted to LiteRT: {line}") from error
     held = io.BytesIO(content)
     with zipfile.ZipFile(held, "a") as appended:
         for name, text in (
@@ -235,19 +239,13 @@ LITERT = ExportFormat(
 
 def convert_to_coreml(module: "nn.Module", metadata: ExportMetadata) -> ExportedFiles:
     """Convert to a zip of the ``.mlpackage`` folder, for Apple's devices, for one image at a time, in float32."""
-    try:
-        with quiet():
-            import coremltools
+    with converting(f"{metadata.architecture} cannot be converted to Core ML"):
+        import coremltools
 
-            program = export_program(module, metadata, any_batch=False).run_decompositions({})
-            model = coremltools.convert(
-                program, convert_to="mlprogram", compute_precision=coremltools.precision.FLOAT32, skip_model_load=True
-            )
-    except ArtifactError:
-        raise
-    except Exception as error:  # whatever a foreign network makes the converter raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{metadata.architecture} cannot be converted to Core ML: {line[:300]}") from error
+        program = export_program(module, metadata, any_batch=False).run_decompositions({})
+        model = coremltools.convert(
+            program, convert_to="mlprogram", compute_precision=coremltools.precision.FLOAT32, skip_model_load=True
+        )
     model.user_defined_metadata[METADATA_KEY] = metadata.as_text()
     held = io.BytesIO()
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as packed:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from potstill.data.image_sets import read_pixels
 from potstill.data.preprocessing import crop_to_input, decoded_side, normalize_array
 from potstill.data.splits import DataSplits
-from potstill.errors import ArtifactError
+from potstill.errors import ArtifactError, first_line
 from potstill.export.formats import quiet
 from potstill.export.onnx import INPUT_NAME
 from potstill.input_spec import InputSpec
@@ -108,8 +108,7 @@ def quantize_network(network: Any, images: CalibrationImages, *, choose: bool = 
                     break
                 best, batch, divergence = other, size, found
         except Exception as error:  # onnxruntime's tool raises whatever it meets
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ArtifactError(f"onnxruntime cannot quantize this network: {line[:300]}") from error
+            raise ArtifactError(f"onnxruntime cannot quantize this network: {first_line(error)}") from error
         return best, {"method": "MinMax", "batch": batch, "divergence": divergence}
 
 

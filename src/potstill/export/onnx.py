@@ -5,6 +5,7 @@ OpenVINO and ncnn are made of it.
 Loading needs numpy, Pillow and onnxruntime only: no torch and no onnx at the top of this module.
 """
 
+import functools
 import io
 import os
 import re
@@ -21,16 +22,17 @@ from numpy.typing import NDArray
 from potstill.console import silence_native_stderr
 from potstill.data.image_io import Pixels
 from potstill.data.preprocessing import crop_to_input, normalize_array
-from potstill.errors import ArtifactError, root_cause_line, storage_error
+from potstill.errors import ArtifactError, first_line
 from potstill.export.formats import (
     OTHER_WAYS,
     ExportedFiles,
     ExportFormat,
     Predictor,
+    converting,
     export_program,
     find_layer,
-    quiet,
 )
+from potstill.input_spec import InputSpec
 from potstill.io import DAMAGED, check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.exported_files import (
     METADATA_KEY,
@@ -100,10 +102,9 @@ def _check_metadata(model: OnnxModel, path: Path) -> None:
     try:
         shape = model.predictor(blank).shape
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(
             f"{path}: its network does not take the images of its metadata, {list(blank.shape)} {blank.dtype}; export "
-            f"it anew ({line[:200]})"
+            f"it anew ({first_line(error)})"
         ) from error
     if shape != (1, classes):
         raise ArtifactError(
@@ -163,27 +164,15 @@ def finalize_model(network: Any, metadata: ExportMetadata) -> bytes:
     if model.ByteSize() > _MAX_BYTES:
         raise ArtifactError(f"{metadata.architecture} needs more than the 2 GiB that one ONNX file can hold")
     content: bytes = model.SerializeToString(deterministic=True)
-    try:
+    with converting(f"the ONNX checker refuses {metadata.architecture}"):
         onnx.checker.check_model(content, full_check=True)
-    except Exception as error:  # the checker and its shape inference have several classes of their own
-        raise ArtifactError(f"the ONNX checker refuses {metadata.architecture}: {root_cause_line(error)}") from error
     return content
 
 
 def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
     import onnx
 
-    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
-
-    before = create_preprocessing(metadata.input, metadata.inside).eval()
-    first = _run_exporter(
-        before,
-        example_input(metadata.input, metadata.inside),
-        dynamic_axes(metadata.inside),
-        "preparation",
-        INPUT_NAME,
-        _PREPROCESSED_NAME,
-    )
+    first = onnx.ModelProto.FromString(_export_preprocessing(metadata.input, metadata.inside))
     first.ir_version = network.ir_version
     for name in sorted({each.domain for each in network.opset_import} - {each.domain for each in first.opset_import}):
         version = next(each.version for each in network.opset_import if each.domain == name)
@@ -193,19 +182,25 @@ def _add_preprocessing(network: Any, metadata: ExportMetadata) -> Any:
     return onnx.compose.merge_models(prefixed, network, io_map=[(_PREPROCESSED_NAME, f"network/{INPUT_NAME}")])
 
 
+@functools.lru_cache(maxsize=8)
+def _export_preprocessing(spec: InputSpec, inside: str) -> bytes:
+    """Return the network's preprocessing as an ONNX file; to export it takes as long as a small network."""
+    from potstill.export.preprocessing import create_preprocessing, dynamic_axes, example_input
+
+    module, sample = create_preprocessing(spec, inside).eval(), example_input(spec, inside)
+    exported = _run_exporter(module, sample, dynamic_axes(inside), "preparation", INPUT_NAME, _PREPROCESSED_NAME)
+    content: bytes = exported.SerializeToString()
+    return content
+
+
 def _run_exporter(module: "nn.Module", sample: Any, axes: dict[int, Any], name: str, taken: str, given: str) -> Any:
     import torch
 
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
-                external_data=False, verbose=False,
-            )  # fmt: skip
-    except Exception as error:  # whatever a foreign network makes the exporter raise
-        if (storage := storage_error(error)) is not None:
-            raise storage from error
-        raise ArtifactError(f"{name} cannot be exported to ONNX: {root_cause_line(error)}") from error
+    with converting(f"{name} cannot be exported to ONNX"):
+        program = torch.onnx.export(
+            module, (sample,), dynamo=True, dynamic_shapes=(axes,), input_names=[taken], output_names=[given],
+            external_data=False, verbose=False,
+        )  # fmt: skip
     assert program is not None
     return program.model_proto
 

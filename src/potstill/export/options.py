@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.code_references import permit_code, resolve_reference
+from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.export.evaluate import run_data_settings
 from potstill.export.formats import COREML, EXECUTORCH, LITERT, TORCH_EXPORT, ExportFormat
@@ -90,8 +91,6 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
             f"{folder} is not in a run, so there are no images to compare the export with it; name them: --data DIR"
         )
     if settings is None:
-        from potstill.data.settings import DataSettings
-
         return DataSettings(source=str(source))
     if source is None:
         from potstill.data.datasets import check_source

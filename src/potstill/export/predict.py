@@ -264,10 +264,9 @@ def create_predictor(
         f"most {100 * risk:g} % get a wrong answer although the teacher's would be right"
     )
 
-    from potstill.config.recipe import TeachersSettings
-    from potstill.experiment.ensembles import average_probabilities
+    from potstill.experiment.ensembles import cascade_average
 
-    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": cascade.weights})
+    average = cascade_average(cascade)
     student = _open_torch(folder, device, None, note)
     teachers = tuple(_open_torch(folder.parent / name, device, None, note) for name in cascade.teachers)
     for name, teacher in zip(cascade.teachers, teachers, strict=True):
@@ -275,7 +274,7 @@ def create_predictor(
             raise ArtifactError(f"{folder.parent / name} has other classes than {folder}")
 
     def combine(each: list[list[list[float]]]) -> list[list[float]]:
-        rows: list[list[float]] = average_probabilities([np.asarray(rows) for rows in each], settings).tolist()
+        rows: list[list[float]] = average([np.asarray(rows) for rows in each]).tolist()
         return rows
 
     return Predictor(student, teachers, combine, threshold)

@@ -9,9 +9,9 @@ from typing import Any
 
 from potstill.code_references import is_code_reference
 from potstill.config.yaml import dump_yaml, parse_yaml
-from potstill.errors import ArtifactError, UsageError
+from potstill.errors import ArtifactError, UsageError, first_line
 from potstill.experiment.run_folder import find_model
-from potstill.hub import CONNECT_SECONDS, create_client, first_line, hub_errors, is_reachable
+from potstill.hub import CONNECT_SECONDS, create_client, hub_errors, is_reachable
 from potstill.io import read_bytes, read_checksummed_json, read_checksummed_text, write_checksummed_json
 from potstill.models.families.library_models import Timm, size_arguments
 from potstill.models.model_file import FACTS_FILE, WEIGHTS_FILE, Classifier, load_model, read_facts

@@ -254,13 +254,10 @@ def _find_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall 
     if activated is not None and activated.parents and activated.parents[-1] in _norm_calls(trace):
         found: ModuleCall | None = activated.parents[-1]
     else:
-        found = _source_norm(trace, call.output if activated is None else activated.before)
+        source = call.output if activated is None else activated.before
+        found = next((norm for norm in reversed(_norm_calls(trace)) if norm.output is source), None)
         found = found or _last_norm(trace, call, activated)
     return found.path if found is not None and _has_channels_of(found, call) else None
-
-
-def _source_norm(trace: ForwardTrace, tensor: Tensor | None) -> ModuleCall | None:
-    return next((norm for norm in reversed(_norm_calls(trace)) if norm.output is tensor), None)
 
 
 def _last_norm(trace: ForwardTrace, call: ModuleCall, activated: ActivationCall | None) -> ModuleCall | None:

@@ -1,4 +1,4 @@
-"""AB: match which neurons are active, by their values before the activation, before labels are learnt.
+"""AB: match which neurons are active, by the signs of their values before the activation, in a phase before the labels.
 
 Heo, Lee, Yun and Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons",
 AAAI 2019.  https://arxiv.org/abs/1811.03233
@@ -29,7 +29,7 @@ def ab_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], *, m
     Args:
         student_maps: each of [B, C, H, W], before activation and after its connector.
         teacher_maps: of the same shapes, before activation.
-        margin: :math:`\mu`, how far beyond 0 the student shall be.
+        margin: :math:`\mu`, margin beyond 0 that the student must reach.
 
     Example:
         >>> student, teacher = torch.tensor([1.0, -3.0]).view(1, 1, 1, 2), torch.tensor([-1.0, 2.0]).view(1, 1, 1, 2)
@@ -50,7 +50,7 @@ class AB(Method):
     name = "ab"
 
     weight: NonNegative = option(default=1.0, doc="weight of the boundaries")
-    margin: Positive = option(default=1.0, doc="how far beyond 0 the student's values shall be")
+    margin: Positive = option(default=1.0, doc="margin beyond 0 that the student's values must reach")
     init_share: Share = option(
         default=0.111,
         doc="share of the epochs that come before labels; the authors' 30 of 270. 0, or a run of one epoch: labels "

@@ -1,4 +1,4 @@
-"""Alpha-beta divergence: a family that leads from forward to reverse KL and to Hellinger's distance.
+"""Alpha-beta divergence: a family between forward and reverse KL, with the Hellinger distance among its members.
 
 Wang, Yang, Wang, Wang, Xu and Huang, "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge
 Distillation via alpha-beta-Divergence", ICML 2025.  https://arxiv.org/abs/2505.04560

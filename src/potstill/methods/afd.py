@@ -1,4 +1,4 @@
-"""AFD: trained attention decides for each image how much a stage of the teacher guides each stage of the student.
+"""AFD: trained attention weighs, for each image, all pairs of a teacher stage and a student stage.
 
 Ji, Heo and Park, "Show, Attend and Distill: Knowledge Distillation via Attention-Based Feature Matching", AAAI 2021.
 https://arxiv.org/abs/2102.02973

@@ -1,4 +1,4 @@
-"""Attention Transfer: match where the networks look, that is how much each place of a feature map responds.
+"""Attention Transfer: match spatial attention maps, the mean squared activation at each position.
 
 Zagoruyko and Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
 Networks via Attention Transfer", ICLR 2017.  https://arxiv.org/abs/1612.03928

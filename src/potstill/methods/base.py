@@ -235,7 +235,7 @@ class Method(nn.Module):
         return ""
 
     def label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """What the labels say; nothing where their weight is 0."""
+        """Return the label term; nothing where its weight is 0."""
         if self.label_weight == 0:
             return {}
         return {"ce": self.label_weight * self.label_loss(student.logits, batch.targets)}

@@ -1,4 +1,4 @@
-"""Binary distillation: each class is a yes-or-no question, to be answered with the teacher's probability.
+"""Binary distillation: match one-vs-rest (sigmoid) probabilities, one binary problem a class.
 
 Hao, Guo, Han, Hu, Xu and Wang, "Revisit the Power of Vanilla Knowledge Distillation: from Small Scale to Large Scale",
 NeurIPS 2023 (there called binary KL).  https://arxiv.org/abs/2305.15781

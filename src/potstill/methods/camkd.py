@@ -1,4 +1,4 @@
-"""CA-MKD: of several teachers, listen to those that know the image's label.
+"""CA-MKD: weigh several teachers, for each image, by their cross-entropy on its label.
 
 Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", ICASSP 2022.
 https://arxiv.org/abs/2201.00007

@@ -1,4 +1,4 @@
-"""CAT-KD: match where each class is seen, as class activation maps.
+"""CAT-KD: match class activation maps.
 
 Guo, Yan, Li and Lin, "Class Attention Transfer Based Knowledge Distillation", CVPR 2023.
 https://arxiv.org/abs/2304.12777
@@ -49,7 +49,7 @@ def cat_kd_loss(student_maps: Tensor, teacher_maps: Tensor, *, resolution: Count
 
 
 def class_activation_maps(maps: Tensor, head: Head) -> Tensor:
-    """What the head would say at each place, without its bias: [B, D, H, W] -> [B, K, H, W].
+    """Return the classifier's logits at each position, without its bias: [B, D, H, W] -> [B, K, H, W].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Correlation congruence: embeddings shall differ from the teacher's in the same way from image to image.
+"""Correlation congruence: match the similarities between all embeddings of a batch.
 
 Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019.
 https://arxiv.org/abs/1904.01802

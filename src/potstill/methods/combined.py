@@ -1,4 +1,4 @@
-"""Combined: several methods at once, each times a factor.
+"""Combined: a weighted sum of several methods.
 
 The published combinations are sums of this kind: CRD + KD (Tian et al., "Contrastive Representation Distillation",
 ICLR 2020, https://arxiv.org/abs/1910.10699), ReviewKD + DKD, WKD-L + WKD-F.

@@ -1,4 +1,4 @@
-"""Cosine distance of projected embeddings: the direction of the teacher's summary, not its length.
+"""Cosine distance: match the direction of projected embeddings, not their length.
 
 Ranzinger, Heinrich, Kautz and Molchanov, "AM-RADIO: Agglomerative Vision Foundation Model -- Reduce All Domains Into
 One", CVPR 2024.

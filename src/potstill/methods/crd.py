@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: recognise an image's teacher embedding among those of other classes.
+"""Contrastive representation distillation: contrast an image's teacher embedding with those of other classes.
 
 Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.  https://arxiv.org/abs/1910.10699
 Two memory banks hold an embedding of every training image for each network: the student's embedding is compared with

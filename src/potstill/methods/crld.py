@@ -1,4 +1,4 @@
-"""CRLD: match the logits of two views, within each and across them, where the teacher is sure.
+"""CRLD: match the logits of two views, within and across views, on images where the teacher is confident.
 
 Zhang, Liu, Cai and Ma, "Cross-View Consistency Regularisation for Knowledge Distillation", ACM Multimedia 2024.
 https://arxiv.org/abs/2412.16493
@@ -28,7 +28,7 @@ def crld_within_loss(
     temperature: Positive = 4.0,
     threshold: Share = 0.9,
 ) -> Tensor:
-    r"""Divergence from the teacher within each view, of images of whose usual view the teacher is sure.
+    r"""Divergence from the teacher within each view, on images where it is confident in the usual view.
 
     .. math:: \frac{1}{B} \sum_b \big[\max p^w_b \ge \tau\big] \,
         \big(\ell(z_s^w, z_t^w)_b + \ell(z_s^s, z_t^s)_b\big),
@@ -67,7 +67,7 @@ def crld_cross_loss(
     temperature: Positive = 4.0,
     threshold: Share = 0.2,
 ) -> Tensor:
-    r"""Divergence from what the teacher says of the other view, of images of whose strong view the teacher is sure.
+    r"""Divergence from the teacher's logits of the other view, on images where it is confident in the strong view.
 
     .. math:: \frac{1}{B} \sum_b \big[\max p^s_b \ge \tau\big] \,
         \big(\ell(z_s^s, z_t^w)_b + \ell(z_s^w, z_t^s)_b\big)

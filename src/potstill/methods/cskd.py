@@ -1,4 +1,4 @@
-"""CS-KD: without a teacher, predict for an image what the student itself says of another image of its class.
+"""CS-KD: no teacher; match the student's own prediction for another image of the same class.
 
 Yun, Park, Lee and Shin, "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020.
 https://arxiv.org/abs/2003.13964
@@ -15,7 +15,7 @@ from potstill.types import Batch, Outputs
 
 
 class CSKD(Method):
-    """Labels and the student's word on an image of the same class: ``CE + weight * KD``.
+    """Labels and the student's own prediction for another image of the same class: ``CE + weight * KD``.
 
     The loss is ``kd_loss`` with the second image's logits in the teacher's place.
     """
@@ -23,7 +23,7 @@ class CSKD(Method):
     name = "cskd"
     needs = Requirements(teacher=False, second="same class", second_gradient=False, labels=True)
 
-    weight: NonNegative = option(default=1.0, doc="weight of that word; the paper's lambda")
+    weight: NonNegative = option(default=1.0, doc="weight of that prediction; the paper's lambda")
     temperature: Positive = option(default=4.0, doc="T of both")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term, for the first images only")
 

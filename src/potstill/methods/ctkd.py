@@ -1,4 +1,4 @@
-"""Curriculum temperature: one learnt temperature that makes the student's task harder, more so as training goes on.
+"""Curriculum temperature: a learned temperature that raises the loss, by a weight that grows during training.
 
 Li, Li, Yang, Zhao, Song, Luo, Li and Yang, "Curriculum Temperature for Knowledge Distillation", AAAI 2023.
 https://arxiv.org/abs/2211.16231

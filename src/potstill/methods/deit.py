@@ -1,4 +1,4 @@
-"""DeiT: a student with a head for the teacher beside the one for labels; its logits are the mean of both.
+"""DeiT: a second head learns from the teacher, beside the one for labels; the prediction is the mean of both.
 
 Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021.
 https://arxiv.org/abs/2012.12877

@@ -1,4 +1,4 @@
-"""Dual-head optimisation: labels and teacher train a head each on shared features, and the two heads predict together.
+"""Dual-head optimisation: one head for labels and one for the teacher on shared features, combined for predictions.
 
 Kang, Lee, Jang and Hwang, "Simple yet Effective Semi-supervised Knowledge Distillation from Vision-Language Models via
 Dual-Head Optimization", preprint 2025.  https://arxiv.org/abs/2505.07675

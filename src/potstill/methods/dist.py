@@ -1,4 +1,4 @@
-"""DIST: correlate with the teacher's probabilities, sample by sample and class by class, rather than equal them.
+"""DIST: match by Pearson correlation of probabilities, over the classes of an image and the images of a class.
 
 Huang, You, Wang, Qian and Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
 https://arxiv.org/abs/2205.10536

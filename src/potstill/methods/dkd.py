@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: weigh what the teacher says of the labelled class and of the others separately.
+"""Decoupled knowledge distillation: separate weights for the labelled class and for the distribution over the others.
 
 Zhao, Cui, Song, Qiu and Liang, "Decoupled Knowledge Distillation", CVPR 2022.  https://arxiv.org/abs/2203.08679
 Paper and release (mdistiller) agree.  The release takes the logarithm of a sum that can round to 0 and is infinite for

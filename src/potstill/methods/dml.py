@@ -1,4 +1,4 @@
-"""DML: several students learn together, each from labels and from what the others say.
+"""DML: several students train together, each on labels and on the others' predictions.
 
 Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018.  https://arxiv.org/abs/1706.00384
 No teacher is needed.  The other students are untrained copies of the student's network; they are trained with it and

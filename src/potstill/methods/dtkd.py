@@ -1,4 +1,4 @@
-"""Dynamic temperature: a temperature for each image and each network, so that both softmaxes are equally sharp.
+"""Dynamic temperature: a temperature for each image and network that makes both softmaxes equally sharp.
 
 Wei and Bai, "Dynamic Temperature Knowledge Distillation", 2024.  https://arxiv.org/abs/2404.12711
 Sharpness is judged by the largest logit, as in the release, where gradients also pass through the student's

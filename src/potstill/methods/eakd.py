@@ -1,4 +1,4 @@
-"""Entropy-based adaptive distillation: images on which teacher and student are unsure count more.
+"""Entropy-based adaptive distillation: larger weights for images on which teacher and student have high entropy.
 
 Su, Tseng, Pu, Zhao, Chen and Lee, "EA-KD: Entropy-based Adaptive Knowledge Distillation", ICCV 2025.
 https://arxiv.org/abs/2311.13621

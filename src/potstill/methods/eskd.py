@@ -1,4 +1,4 @@
-"""ESKD: listen to the teacher early in training only, then learn from labels alone.
+"""ESKD: distil in the first epochs only, then train on labels alone.
 
 Cho and Hariharan, "On the Efficacy of Knowledge Distillation", ICCV 2019.  https://arxiv.org/abs/1910.01348
 The paper's other half, a teacher whose own training stops early, is ``teacher.training.epochs``.

@@ -1,4 +1,4 @@
-"""FSP: match how features flow from one stage to the next, before labels are learnt.
+"""FSP: match the inner products between the maps of two stages, in a phase before the labels.
 
 Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
 Learning", CVPR 2017.

@@ -1,4 +1,4 @@
-"""FT: match factors of the last map, which a small network has learnt to paraphrase before training.
+"""FT: match factors of the last map, from an encoder that is trained on the teacher's maps first.
 
 Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018.
 https://arxiv.org/abs/1802.04977

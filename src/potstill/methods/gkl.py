@@ -1,4 +1,4 @@
-"""GKL: IKL with flatter weights, normalised over the batch, and weights by class from the start.
+"""GKL: IKL with flatter class weights, normalised over the batch and in use from the start.
 
 Cui, Zhu, Xu, Tian, Qi, Yu, Zhang and Hong, "Generalized Kullback-Leibler Divergence Loss", 2025.
 https://arxiv.org/abs/2503.08038
@@ -53,7 +53,7 @@ class GKL(IKL):
     class_prior: bool = option(
         default=True,
         doc="weigh by the teacher's mean probabilities of the image's class over the last epoch (in the first epoch: "
-        "all classes alike) instead of by what it says of the image",
+        "all classes alike) instead of by its probabilities for the image",
     )
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {

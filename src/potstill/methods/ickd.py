@@ -1,4 +1,4 @@
-"""Inter-channel correlation: channels that respond together in the teacher shall do so in the student.
+"""Inter-channel correlation: match the correlations between channels.
 
 Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation", ICCV 2021.
 https://arxiv.org/abs/2202.03680

@@ -1,4 +1,4 @@
-"""IKL: hold all differences between two logits of an image to the teacher's, weighted by how likely both classes are.
+"""IKL: match the differences between all pairs of logits, weighted by the probabilities of both classes.
 
 Cui, Tian, Zhong, Qi, Yu and Zhang, "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024.
 https://arxiv.org/abs/2305.13948
@@ -128,7 +128,7 @@ class IKL(Method):
     class_prior: bool = option(
         default=False,
         doc="weigh by the teacher's mean probabilities of the image's class over the last epoch (in the first epoch: "
-        "all classes alike) instead of by what it says of the image",
+        "all classes alike) instead of by its probabilities for the image",
     )
     warmup_epochs: Epochs = option(default=20.0, of_epochs=240, doc="until both weights are whole; 0: from the start")
     ce_weight: NonNegative = option(default=1.0, doc="weight of the label term")

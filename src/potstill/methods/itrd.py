@@ -1,4 +1,4 @@
-"""Information theoretic representation distillation: correlate the features, match which images are alike.
+"""Information theoretic representation distillation: correlate features, and match the similarities between images.
 
 Miles, Lopez Rodriguez and Mikolajczyk, "Information Theoretic Representation Distillation", BMVC 2022.
 https://arxiv.org/abs/2112.00459

@@ -1,4 +1,4 @@
-"""Logit regression: equal the teacher's logits themselves, without a softmax.
+"""Logit regression: mean squared error between logits, without a softmax.
 
 Ba and Caruana, "Do Deep Nets Really Need to be Deep?", NIPS 2014.  https://arxiv.org/abs/1312.6184
 The form of the common toolboxes, a mean over images and classes; the paper sums over classes and halves.  Unlike every

@@ -1,4 +1,4 @@
-"""Logit standardisation: give student and teacher logits mean 0 and deviation 1 before a loss compares them.
+"""Logit standardisation: scale the logits of both networks to mean 0 and deviation 1 before another method's loss.
 
 Sun, Ren, Li, Wang and Cao, "Logit Standardization in Knowledge Distillation", CVPR 2024.
 https://arxiv.org/abs/2403.01427

@@ -1,4 +1,4 @@
-"""MLLD: match logits at several temperatures, image by image, between the images of a batch and between the classes.
+"""MLLD: match logits at several temperatures: by image, between images of a batch, and between classes.
 
 Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023.
 https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html

@@ -1,4 +1,4 @@
-"""KD++: embeddings shall point to the teacher's class means, and be long.
+"""KD++: pull embeddings towards the teacher's class means, and make them long.
 
 Wang, Cheng, Duan, Wang, Feng and Kong, "Improving Knowledge Distillation via Regularizing Feature Norm and Direction",
 arXiv 2023.  https://arxiv.org/abs/2305.17007

@@ -1,4 +1,4 @@
-"""Normalised knowledge distillation: the teacher's trust in the label, and its other classes rescaled to sum to 1.
+"""Normalised knowledge distillation: the teacher's probability of the label, and the other classes renormalised.
 
 Yang, Zeng, Li, Zhang, Yuan and Li, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
 Normalized Loss and Customized Soft Labels", ICCV 2023.  https://arxiv.org/abs/2303.13005
@@ -96,7 +96,7 @@ def nkd_loss(
 
 
 class NKD(Method):
-    """Labels, the teacher's trust in them, and its other classes: ``CE + target + gamma * others``.
+    """Labels, the teacher's probability of them, and the other classes: ``CE + target + gamma * others``.
 
     Traps:
         Two classes are refused: the part on the others is then 0.

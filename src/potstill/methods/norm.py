@@ -1,4 +1,4 @@
-"""NORM: many student representations at once shall match the teacher's last map, by a block that merges afterwards.
+"""NORM: match the teacher's last map with many student representations, by a block that merges into the network.
 
 Liu, Li, Li and Yao, "NORM: Knowledge Distillation via N-to-One Representation Matching", ICLR 2023.
 https://arxiv.org/abs/2305.13803

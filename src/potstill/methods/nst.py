@@ -1,4 +1,4 @@
-"""NST: match how the channels of a map are distributed over its places.
+"""NST: match the distribution of each channel's activations over positions, by maximum mean discrepancy.
 
 Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017.
 https://arxiv.org/abs/1707.01219

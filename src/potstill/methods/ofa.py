@@ -1,4 +1,4 @@
-"""OFA-KD: let every stage of the student say its own logits, so that teachers of any architecture can be compared.
+"""OFA-KD: match logits that each stage of the student predicts, so that teachers of any architecture can be used.
 
 Hao, Guo, Han, Tang, Hu, Wang and Xu, "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
 Distillation", NeurIPS 2023.  https://arxiv.org/abs/2310.19444

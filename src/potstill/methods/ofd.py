@@ -1,4 +1,4 @@
-"""OFD: match the teacher before its last activation, leaving aside what the activation would cut off anyway.
+"""OFD: match maps before the teacher's last activation, with a margin for values that the activation cuts off.
 
 Heo, Kim, Yun, Park, Kwak and Choi, "A Comprehensive Overhaul of Feature Distillation", ICCV 2019.
 https://arxiv.org/abs/1904.01866

@@ -1,4 +1,4 @@
-"""PCT: keep what the model in use has right, beside any other method: focal distillation against negative flips.
+"""PCT: keep what the deployed model has right, beside any other method: focal distillation against negative flips.
 
 Yan, Xiong, Kundu, Yang, Deng, Wang, Xia and Soatto, "Positive-Congruent Training: Towards Regression-Free Model
 Updates", CVPR 2021.  https://arxiv.org/abs/2011.09161

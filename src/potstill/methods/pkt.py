@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer: match how likely each image is to be another's neighbour.
+"""Probabilistic knowledge transfer: match each image's distribution over its neighbours.
 
 Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
 https://arxiv.org/abs/1803.10837

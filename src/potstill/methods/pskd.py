@@ -1,4 +1,4 @@
-"""PS-KD: without a teacher, mix the labels with the student's own predictions of the image one epoch ago.
+"""PS-KD: no teacher; mix the labels with the student's own predictions of the previous epoch.
 
 Kim, Ji, Yoon and Hwang, "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021.
 https://arxiv.org/abs/2006.12000

@@ -1,4 +1,4 @@
-"""ReviewKD: student stages, fused from deep to shallow, match the teacher's at every level of detail.
+"""ReviewKD: match the teacher's stages with student stages that are fused from deep to shallow.
 
 Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021.  https://arxiv.org/abs/2104.09044
 The teacher's maps are taken before their last activation.  The student's are taken after it for CIFAR and before it

@@ -1,4 +1,4 @@
-"""Relational knowledge distillation: match the distances and angles between the images' embeddings.
+"""Relational knowledge distillation: match distances and angles between the embeddings of a batch.
 
 Park, Kim, Lu and Cho, "Relational Knowledge Distillation", CVPR 2019.  https://arxiv.org/abs/1904.05068
 The weights 25 and 50 and the pooled features are those of RepDistiller and mdistiller, where the published

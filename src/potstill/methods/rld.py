@@ -1,4 +1,4 @@
-"""Refined logit distillation: the teacher's confidence goes to the label, and what it ranks above the label is ignored.
+"""Refined logit distillation: match the teacher's confidence, and its classes except those ranked above the label.
 
 Sun, Chen, Lyu, Chen, Chen and Wang, "Knowledge Distillation with Refined Logits", ICCV 2025.
 https://arxiv.org/abs/2408.07703

@@ -1,4 +1,4 @@
-"""SDD: match logits of image regions at several scales, more where a region's answer is unlike the whole image's.
+"""SDD: match logits of image regions at several scales, with more weight where region and image disagree.
 
 Wei, Luo and Luo, "Scale Decoupled Distillation", CVPR 2024.  https://arxiv.org/abs/2403.13512
 Paper and release agree for the variants on Hinton's loss and on DKD; the release's third, on NKD, masks nothing and is

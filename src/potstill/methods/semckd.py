@@ -1,4 +1,4 @@
-"""SemCKD: each image decides which of the teacher's stages a stage of the student learns from.
+"""SemCKD: trained attention weighs, for each image, the teacher stages that each student stage is matched with.
 
 Chen, Mei, Zhang, Wang, Wang, Feng and Chen, "Cross-Layer Distillation with Semantic Calibration", AAAI 2021.
 https://arxiv.org/abs/2012.03236

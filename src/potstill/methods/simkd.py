@@ -1,4 +1,4 @@
-"""SimKD: give the student the teacher's classifier, and teach it the features that belong to it.
+"""SimKD: use the teacher's classifier, and regress the features that enter it.
 
 Chen, Mei, Zhang, Wang, Feng and Chen, "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022.
 https://arxiv.org/abs/2203.14001

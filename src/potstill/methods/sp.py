@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation: images that look alike to the teacher shall look alike to the student.
+"""Similarity-preserving distillation: match the similarities between the images of a batch.
 
 Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019.  https://arxiv.org/abs/1907.09682
 The rows of the similarity matrix have length 1, as in the paper, RepDistiller and mdistiller; torchdistill divides

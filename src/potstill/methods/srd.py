@@ -1,4 +1,4 @@
-"""Simple recipe distillation: one linear projector, batch statistics and a soft maximum of the differences.
+"""Simple recipe distillation: linear projection, batch normalisation, and a log-sum of powers of the differences.
 
 Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", AAAI 2024.
 https://arxiv.org/abs/2303.11098

@@ -1,4 +1,4 @@
-"""Softmax regression representation learning: the teacher's own head shall say the same of the student's features.
+"""Softmax regression representation learning: match logits of the teacher's classifier on the features of both.
 
 Yang, Martinez, Bulat and Tzimiropoulos, "Knowledge Distillation via Softmax Regression Representation Learning",
 ICLR 2021.  https://openreview.net/forum?id=ZzwDy_wiWv
@@ -39,7 +39,7 @@ def srrl_feature_loss(connected: Tensor, teacher: Tensor) -> Tensor:
 
 
 def srrl_regression_loss(head_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""Mean squared difference of what the teacher's head says of the student's features and of its own.
+    r"""Mean squared difference of the logits of the teacher's head on the student's features and on its own.
 
     .. math:: \frac{1}{B K} \lVert W_t h + b_t - z_t \rVert^2
 

@@ -1,4 +1,4 @@
-"""Teacher-free knowledge distillation: a hand-made teacher, or the student's own earlier self, in a teacher's place.
+"""Teacher-free knowledge distillation: a hand-made distribution, or an earlier copy of the student, as teacher.
 
 Yuan, Tay, Li, Wang and Feng, "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020.
 https://arxiv.org/abs/1909.11723

@@ -1,4 +1,4 @@
-"""Transformed teacher matching: soften the teacher only, and let the student match it at temperature 1.
+"""Transformed teacher matching: a temperature on the teacher only; the student is compared at temperature 1.
 
 Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024.
 https://arxiv.org/abs/2402.11148

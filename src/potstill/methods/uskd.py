@@ -1,4 +1,4 @@
-"""USKD: without a teacher, make soft labels of the student's own certainty and of a weak head's ranking of the classes.
+"""USKD: no teacher; soft labels from the student's own confidence and from a weak head's ranking of classes.
 
 Yang, Zeng, Li, Zhang, Yuan and Li, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
 Normalized Loss and Customized Soft Labels", ICCV 2023.  https://arxiv.org/abs/2303.13005

@@ -1,4 +1,4 @@
-"""VID: predict the teacher's maps from the student's, with a variance learnt for each channel.
+"""VID: predict the teacher's maps from the student's, with a learned variance for each channel.
 
 Ahn, Hu, Damianou, Lawrence and Dai, "Variational Information Distillation for Knowledge Transfer", CVPR 2019.
 https://arxiv.org/abs/1904.05835

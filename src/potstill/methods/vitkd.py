@@ -1,4 +1,4 @@
-"""ViTKD: mimic the teacher's shallow tokens, and generate its masked deep ones.
+"""ViTKD: match the tokens of shallow layers, and generate masked tokens of deep layers.
 
 Yang, Li, Zeng, Li, Yuan and Li, "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation", 2022.
 https://arxiv.org/abs/2209.02432

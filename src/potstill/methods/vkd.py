@@ -1,4 +1,4 @@
-"""VkD: an orthogonal projection keeps the relations of the student's features, and the teacher's are normalised.
+"""VkD: an orthogonal projection of the student's features, and normalised features of the teacher.
 
 Miles, Elezi and Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections", CVPR 2024.
 https://arxiv.org/abs/2403.06213

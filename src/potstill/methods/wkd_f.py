@@ -1,4 +1,4 @@
-"""WKD-F: match mean and spread of each channel, as the Wasserstein distance of two Gaussians does.
+"""WKD-F: match mean and deviation of each channel, by the Wasserstein distance of two Gaussians.
 
 Lv, Yang and Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation", NeurIPS 2024.
 https://arxiv.org/abs/2412.08139

@@ -1,4 +1,4 @@
-"""WKD-L: match logits by the cost of carrying probability from class to class, where similar classes are near.
+"""WKD-L: match probabilities by optimal transport, where moving between similar classes costs little.
 
 Lv, Yang and Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation", NeurIPS 2024.
 https://arxiv.org/abs/2412.08139

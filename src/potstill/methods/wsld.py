@@ -1,4 +1,4 @@
-"""Weighted soft labels: soft targets count less for images that the student knows better than the teacher.
+"""Weighted soft labels: smaller weights for images on which the student's loss is low relative to the teacher's.
 
 Zhou, Song, Chen, Zhou, Wang, Yuan and Zhang, "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance
 Tradeoff Perspective", ICLR 2021.  https://arxiv.org/abs/2102.00650

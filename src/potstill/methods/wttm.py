@@ -1,4 +1,4 @@
-"""Weighted transformed teacher matching: TTM, where images on which the teacher is unsure count more.
+"""Weighted transformed teacher matching: TTM, with larger weights where the teacher's distribution is flat.
 
 Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024.
 https://arxiv.org/abs/2402.11148

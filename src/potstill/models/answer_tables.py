@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.errors import ArtifactError, DataError, UsageError
+from potstill.errors import ArtifactError, DataError, UsageError, first_line
 from potstill.formatting import format_names
 
 AnswerKind = Literal["probabilities", "logits", "embeddings"]
@@ -90,8 +90,7 @@ def _read(path: Path, modified: int, size: int) -> AnswerTable:
     except (ArtifactError, DataError, UsageError):
         raise
     except Exception as error:  # damaged bytes make these parsers raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} cannot be read as a table of answers: {reason[:300]}") from error
+        raise ArtifactError(f"{path} cannot be read as a table of answers: {first_line(error)}") from error
     plain = tuple(str(PurePosixPath(str(each).replace("\\", "/"))) for each in paths)
     doubled = [(name, count) for name, count in Counter(plain).items() if count > 1]
     if doubled:

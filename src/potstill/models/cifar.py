@@ -27,6 +27,7 @@ pixels.  Weights start as torch draws them, as in the released networks.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,11 +37,44 @@ from torch import Tensor, nn
 from potstill.errors import UsageError
 from potstill.input_spec import InputSpec, Triple
 
+
+class _Network(nn.Module):
+    """All layers one after the other, global average pooling, and the last layer, a linear head."""
+
+    def _draw_weights(self) -> None:
+        """Draw the weights of all convolutions, as most papers do."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, K] of images [B, C, H, W]."""
+        *layers, head = self.children()
+        for layer in layers:
+            images = layer(images)
+        logits: Tensor = head(images.mean(dim=(2, 3)))
+        return logits
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+_Block = Callable[[int, int, int], nn.Module]  # of inputs, width and stride
+
+
+def _stage(block: _Block, inputs: int, width: int, blocks: int, stride: int, expansion: int = 1) -> nn.Sequential:
+    return nn.Sequential(block(inputs, width, stride), *(block(expansion * width, width, 1) for _ in range(blocks - 1)))
+
+
 RESNET_WIDTHS = (16, 16, 32, 64)  # stem, then the three stages
 RESNET_WIDTHS_X4 = (32, 64, 128, 256)  # the x4 networks of the distillation literature (resnet8x4, resnet32x4)
 
 
-class ResNet(nn.Module):
+class ResNet(_Network):
     """``6n + 2`` layers: a 3x3 stem, three stages of n blocks, global average pooling, one linear head.
 
     Where a block changes shape, its shortcut is a 1x1 convolution with BatchNorm (option B of the paper), as in all
@@ -61,24 +95,17 @@ class ResNet(nn.Module):
         super().__init__()
         blocks = (depth - 2) // 6
         stem, *stages = widths
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU())
-        self.stage1 = _basic_stage(stem, stages[0], blocks, stride=1, option=shortcut)
-        self.stage2 = _basic_stage(stages[0], stages[1], blocks, stride=2, option=shortcut)
-        self.stage3 = _basic_stage(stages[1], stages[2], blocks, stride=2, option=shortcut)
+        block = partial(_BasicBlock, option=shortcut)
+        self.stem = _convolution(in_chans, stem, 3)
+        self.stage1 = _stage(block, stem, stages[0], blocks, stride=1)
+        self.stage2 = _stage(block, stages[0], stages[1], blocks, stride=2)
+        self.stage3 = _stage(block, stages[1], stages[2], blocks, stride=2)
         self.head = nn.Linear(stages[2], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.stage3(self.stage2(self.stage1(self.stem(images))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+        self._draw_weights()
 
 
 class _BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, option: str) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, option: str = "B") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -108,11 +135,6 @@ class _ZeroPadding(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
 
 
-def _basic_stage(inputs: int, outputs: int, blocks: int, stride: int, option: str = "B") -> nn.Sequential:
-    first = _BasicBlock(inputs, outputs, stride, option)
-    return nn.Sequential(first, *(_BasicBlock(outputs, outputs, 1, option) for _ in range(blocks - 1)))
-
-
 FOUR_STAGE_BLOCKS = {  # in each of the four stages
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -125,7 +147,7 @@ _EXPANSION = 4
 _FIRST_WITH_BOTTLENECKS = 50
 
 
-class FourStageResNet(nn.Module):
+class FourStageResNet(_Network):
     """A 3x3 stem, four stages of residual blocks, global average pooling, one linear head.
 
     Blocks of two 3x3 convolutions up to ``depth`` 34; bottlenecks in 50, 101 and 152.
@@ -133,23 +155,14 @@ class FourStageResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_chans, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        bottlenecks = depth >= _FIRST_WITH_BOTTLENECKS
-        build_stage = _bottleneck_stage if bottlenecks else _basic_stage
-        inputs = (64, *((_EXPANSION if bottlenecks else 1) * width for width in FOUR_STAGE_WIDTHS))
-        blocks = FOUR_STAGE_BLOCKS[depth]
-        stages = [build_stage(inputs[i], FOUR_STAGE_WIDTHS[i], blocks[i], stride=1 if i == 0 else 2) for i in range(4)]
-        self.stage1, self.stage2, self.stage3, self.stage4 = stages
+        self.stem = _convolution(in_chans, 64, 3)
+        block: _Block
+        block, expansion = (_Bottleneck, _EXPANSION) if depth >= _FIRST_WITH_BOTTLENECKS else (_BasicBlock, 1)
+        inputs = (64, *(expansion * width for width in FOUR_STAGE_WIDTHS))
+        rows = zip(inputs, FOUR_STAGE_WIDTHS, FOUR_STAGE_BLOCKS[depth], (1, 2, 2, 2), strict=False)
+        self.stage1, self.stage2, self.stage3, self.stage4 = (_stage(block, *row, expansion) for row in rows)
         self.head = nn.Linear(inputs[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(images)))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+        self._draw_weights()
 
 
 class _Bottleneck(nn.Module):
@@ -173,12 +186,10 @@ class _Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(residual)) + self.shortcut(x))
 
 
-def _bottleneck_stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    first = _Bottleneck(inputs, width, stride)
-    return nn.Sequential(first, *(_Bottleneck(_EXPANSION * width, width, 1) for _ in range(blocks - 1)))
+WIDE_RESNETS = ((16, 1), (16, 2), (28, 10), (40, 1), (40, 2))  # depth and width of those that lists name
 
 
-class WideResNet(nn.Module):
+class WideResNet(_Network):
     """WRN-d-k: a 3x3 stem of 16 channels, three stages of ``(d - 4) / 6`` blocks, global average pooling, a head.
 
     BatchNorm and ReLU come before each convolution (table 1 of the paper); the shortcut of a block that changes shape
@@ -191,21 +202,13 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks = (depth - 4) // 6
         self.stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-        self.stage1 = _wide_stage(16, 16 * width, blocks, stride=1)
-        self.stage2 = _wide_stage(16 * width, 32 * width, blocks, stride=2)
-        self.stage3 = _wide_stage(32 * width, 64 * width, blocks, stride=2)
+        self.stage1 = _stage(_PreActivationBlock, 16, 16 * width, blocks, stride=1)
+        self.stage2 = _stage(_PreActivationBlock, 16 * width, 32 * width, blocks, stride=2)
+        self.stage3 = _stage(_PreActivationBlock, 32 * width, 64 * width, blocks, stride=2)
         self.bn = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU()  # a layer, so that methods can put others behind the last map
         self.head = nn.Linear(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.relu(self.bn(self.stage3(self.stage2(self.stage1(self.stem(images))))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
+        self._draw_weights()
 
 
 class _PreActivationBlock(nn.Module):
@@ -223,11 +226,6 @@ class _PreActivationBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-def _wide_stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
-    first = _PreActivationBlock(inputs, outputs, stride)
-    return nn.Sequential(first, *(_PreActivationBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
-
-
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 VGG_CONVOLUTIONS = {  # in each of the five stages
     8: (1, 1, 1, 1, 1),
@@ -238,7 +236,7 @@ VGG_CONVOLUTIONS = {  # in each of the five stages
 }
 
 
-class VGG(nn.Module):
+class VGG(_Network):
     """VGG for 32 px images: BatchNorm after each convolution, and one linear head behind global average pooling.
 
     Five stages of 3x3 convolutions with 2x2 max pooling between them, but the fourth below 64 px: the last stage sees
@@ -252,11 +250,7 @@ class VGG(nn.Module):
         self.stage1, self.stage2, self.stage3, self.stage4, self.stage5 = stages
         self.pool = nn.MaxPool2d(2)
         self.head = nn.Linear(VGG_CHANNELS[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self._draw_weights()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, K] of images [B, C, H, W]."""
@@ -291,36 +285,26 @@ MOBILENET_STAGES = ((0, 1), (2,), (3, 4), (5, 6))  # rows of one resolution: 16,
 _MOBILENET_STEM, _MOBILENET_LAST = 32, 1280  # the last convolution keeps its width in narrow networks
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(_Network):
     """A 3x3 stem of stride 2, inverted residuals in four stages, a 1x1 convolution, global average pooling, a head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
         channels = _MOBILENET_STEM // 2  # half the paper's width
-        self.stem = _mobilenet_convolution(in_chans, channels, 3, stride=2)
+        self.stem = _convolution(in_chans, channels, 3, stride=2)
         stages = []
         for rows in MOBILENET_STAGES:
             blocks: list[nn.Module] = []
             for expansion, full, count, stride in (MOBILENET_ROWS[row] for row in rows):
-                for position in range(count):
-                    outputs = full // 2
-                    blocks.append(_InvertedResidual(channels, outputs, stride if position == 0 else 1, expansion))
-                    channels = outputs
+                blocks += _stage(partial(_InvertedResidual, expansion=expansion), channels, full // 2, count, stride)
+                channels = full // 2
             stages.append(nn.Sequential(*blocks))
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
-        self.last = _mobilenet_convolution(channels, _MOBILENET_LAST, 1)
+        self.last = _convolution(channels, _MOBILENET_LAST, 1)
         self.head = nn.Linear(_MOBILENET_LAST, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self._draw_weights()
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.last(self.stage4(self.stage3(self.stage2(self.stage1(self.stem(images))))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
 
 
 class _InvertedResidual(nn.Module):
@@ -343,35 +327,22 @@ class _InvertedResidual(nn.Module):
         return x + linear if self.adds else linear
 
 
-def _mobilenet_convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
 SHUFFLENET_V1_CHANNELS = (240, 480, 960)  # for three groups
 SHUFFLENET_V1_BLOCKS = (4, 8, 4)
 SHUFFLENET_V1_GROUPS = 3
 _SHUFFLENET_V1_STEM = 24
 
 
-class ShuffleNetV1(nn.Module):
+class ShuffleNetV1(_Network):
     """A 1x1 stem, three stages of shuffling units, global average pooling, one linear head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, _SHUFFLENET_V1_STEM, 1, bias=False), nn.BatchNorm2d(_SHUFFLENET_V1_STEM), nn.ReLU()
-        )
+        self.stem = _convolution(in_chans, _SHUFFLENET_V1_STEM, 1)
         inputs = (_SHUFFLENET_V1_STEM, *SHUFFLENET_V1_CHANNELS)
-        stages = [_shufflenet_v1_stage(inputs[i], SHUFFLENET_V1_CHANNELS[i], SHUFFLENET_V1_BLOCKS[i]) for i in range(3)]
-        self.stage1, self.stage2, self.stage3 = stages
+        rows = zip(inputs, SHUFFLENET_V1_CHANNELS, SHUFFLENET_V1_BLOCKS, strict=False)
+        self.stage1, self.stage2, self.stage3 = (_stage(_ShuffleV1Unit, *row, stride=2) for row in rows)
         self.head = nn.Linear(SHUFFLENET_V1_CHANNELS[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.stage3(self.stage2(self.stage1(self.stem(images))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
 
 
 class _ShuffleV1Unit(nn.Module):
@@ -400,70 +371,40 @@ class _ShuffleV1Unit(nn.Module):
         return F.relu(branch + x)
 
 
-def _shufflenet_v1_stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        _ShuffleV1Unit(inputs, outputs, 2), *(_ShuffleV1Unit(outputs, outputs, 1) for _ in range(blocks - 1))
-    )
-
-
 SHUFFLENET_V2_CHANNELS = (116, 232, 464)
 SHUFFLENET_V2_BLOCKS = (4, 8, 4)
 _SHUFFLENET_V2_STEM, _SHUFFLENET_V2_LAST = 24, 1024
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(_Network):
     """A 1x1 stem, three stages of shuffling units, a 1x1 convolution, global average pooling, one linear head."""
 
     def __init__(self, num_classes: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_pointwise(in_chans, _SHUFFLENET_V2_STEM))
+        self.stem = _convolution(in_chans, _SHUFFLENET_V2_STEM, 1)
         inputs = (_SHUFFLENET_V2_STEM, *SHUFFLENET_V2_CHANNELS)
-        stages = [_shufflenet_v2_stage(inputs[i], SHUFFLENET_V2_CHANNELS[i], SHUFFLENET_V2_BLOCKS[i]) for i in range(3)]
-        self.stage1, self.stage2, self.stage3 = stages
-        self.last = nn.Sequential(*_pointwise(SHUFFLENET_V2_CHANNELS[-1], _SHUFFLENET_V2_LAST))
+        rows = zip(inputs, SHUFFLENET_V2_CHANNELS, SHUFFLENET_V2_BLOCKS, strict=False)
+        self.stage1, self.stage2, self.stage3 = (_stage(_ShuffleV2Unit, *row, stride=2) for row in rows)
+        self.last = _convolution(SHUFFLENET_V2_CHANNELS[-1], _SHUFFLENET_V2_LAST, 1)
         self.head = nn.Linear(_SHUFFLENET_V2_LAST, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K] of images [B, C, H, W]."""
-        features = self.last(self.stage3(self.stage2(self.stage1(self.stem(images)))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
-        return logits
 
 
 class _ShuffleV2Unit(nn.Module):
-    """Half of the channels pass by, the others are convolved; then both are shuffled (figure 3c of the paper)."""
+    """Half of the channels pass by, the others are convolved; then both are shuffled (figure 3c of the paper).
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        half = channels // 2
-        self.branch = nn.Sequential(*_pointwise(half, half), *_depthwise(half, stride=1), *_pointwise(half, half))
+    With stride 2, both branches read all channels and halve the resolution (figure 3d).
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        passing, convolved = x.chunk(2, dim=1)
-        return F.channel_shuffle(torch.cat([passing, self.branch(convolved)], dim=1), 2)
-
-
-class _ShuffleV2DownsamplingUnit(nn.Module):
-    """Both branches read all channels and halve the resolution (figure 3d)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         half = outputs // 2
-        self.short = nn.Sequential(*_depthwise(inputs, stride=2), *_pointwise(inputs, half))
-        self.branch = nn.Sequential(*_pointwise(inputs, half), *_depthwise(half, stride=2), *_pointwise(half, half))
+        self.short = nn.Sequential(*_depthwise(inputs, 2), *_convolution(inputs, half, 1)) if stride == 2 else None
+        first = _convolution(inputs if stride == 2 else half, half, 1)
+        self.branch = nn.Sequential(*first, *_depthwise(half, stride), *_convolution(half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.channel_shuffle(torch.cat([self.short(x), self.branch(x)], dim=1), 2)
-
-
-def _shufflenet_v2_stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        _ShuffleV2DownsamplingUnit(inputs, outputs), *(_ShuffleV2Unit(outputs) for _ in range(blocks - 1))
-    )
-
-
-def _pointwise(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        passing, convolved = x.chunk(2, dim=1) if self.short is None else (self.short(x), x)
+        return F.channel_shuffle(torch.cat([passing, self.branch(convolved)], dim=1), 2)
 
 
 def _depthwise(channels: int, stride: int) -> list[nn.Module]:
@@ -473,36 +414,15 @@ def _depthwise(channels: int, stride: int) -> list[nn.Module]:
 
 # Name -> network for (num_classes, in_chans).
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet8": lambda classes, chans: ResNet(8, classes, chans),
-    "resnet14": lambda classes, chans: ResNet(14, classes, chans),
-    "resnet20": lambda classes, chans: ResNet(20, classes, chans),
-    "resnet32": lambda classes, chans: ResNet(32, classes, chans),
-    "resnet44": lambda classes, chans: ResNet(44, classes, chans),
-    "resnet56": lambda classes, chans: ResNet(56, classes, chans),
-    "resnet110": lambda classes, chans: ResNet(110, classes, chans),
-    "resnet20_a": lambda classes, chans: ResNet(20, classes, chans, shortcut="A"),
-    "resnet32_a": lambda classes, chans: ResNet(32, classes, chans, shortcut="A"),
-    "resnet44_a": lambda classes, chans: ResNet(44, classes, chans, shortcut="A"),
-    "resnet56_a": lambda classes, chans: ResNet(56, classes, chans, shortcut="A"),
-    "resnet110_a": lambda classes, chans: ResNet(110, classes, chans, shortcut="A"),
-    "resnet8x4": lambda classes, chans: ResNet(8, classes, chans, RESNET_WIDTHS_X4),
-    "resnet32x4": lambda classes, chans: ResNet(32, classes, chans, RESNET_WIDTHS_X4),
-    "resnet18": lambda classes, chans: FourStageResNet(18, classes, chans),
-    "resnet34": lambda classes, chans: FourStageResNet(34, classes, chans),
-    "resnet50": lambda classes, chans: FourStageResNet(50, classes, chans),
-    "wrn_16_1": lambda classes, chans: WideResNet(16, 1, classes, chans),
-    "wrn_16_2": lambda classes, chans: WideResNet(16, 2, classes, chans),
-    "wrn_28_10": lambda classes, chans: WideResNet(28, 10, classes, chans),
-    "wrn_40_1": lambda classes, chans: WideResNet(40, 1, classes, chans),
-    "wrn_40_2": lambda classes, chans: WideResNet(40, 2, classes, chans),
-    "vgg8": lambda classes, chans: VGG(8, classes, chans),
-    "vgg11": lambda classes, chans: VGG(11, classes, chans),
-    "vgg13": lambda classes, chans: VGG(13, classes, chans),
-    "vgg16": lambda classes, chans: VGG(16, classes, chans),
-    "vgg19": lambda classes, chans: VGG(19, classes, chans),
-    "mobilenetv2": lambda classes, chans: MobileNetV2(classes, chans),
-    "shufflenetv1": lambda classes, chans: ShuffleNetV1(classes, chans),
-    "shufflenetv2": lambda classes, chans: ShuffleNetV2(classes, chans),
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}_a": partial(ResNet, depth, shortcut="A") for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(ResNet, depth, widths=RESNET_WIDTHS_X4) for depth in (8, 32)},
+    **{f"resnet{depth}": partial(FourStageResNet, depth) for depth in (18, 34, 50)},
+    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth, width in WIDE_RESNETS},
+    **{f"vgg{depth}": partial(VGG, depth) for depth in VGG_CONVOLUTIONS},
+    "mobilenetv2": MobileNetV2,
+    "shufflenetv1": ShuffleNetV1,
+    "shufflenetv2": ShuffleNetV2,
 }
 
 

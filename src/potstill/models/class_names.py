@@ -97,8 +97,9 @@ def find_outputs(
     known = None if names is None else OutputNames(names)
     missing = [name for name in ours if not wanted.get(name)]
     if missing:
+        some = ", ".join(map(repr, missing[:3]))
         raise UsageError(
-            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {_some(missing)}"
+            f"{key} lacks {len(missing)} of the {len(ours)} classes of this data: {some}"
             f"{did_you_mean(missing[0], wanted)}\nIt must give the outputs of each class of the data"
         )
     groups, owner = list[list[int]](), dict[int, str]()
@@ -132,7 +133,3 @@ def _find_output(wanted: str | int, known: OutputNames | None, count: int, where
             f"{where}: {wanted!r} may be {several}: write one of these in full, or {{{wanted}: [{found[0]}]}}"
         )
     return found[0]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3]))

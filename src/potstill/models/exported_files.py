@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from potstill.code_references import PERMISSION, is_permitted
-from potstill.errors import ArtifactError, UsageError
+from potstill.errors import ArtifactError, UsageError, first_line
 from potstill.input_spec import RESIZE_MODES, InputSpec
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ def open_onnx_session(content: bytes, *, threads: int = 0, patient: bool = False
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"onnxruntime cannot use this model: {line[:300]}") from error
+        raise ArtifactError(f"onnxruntime cannot use this model: {first_line(error)}") from error
 
 
 def create_onnx_predictor(

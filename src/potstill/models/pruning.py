@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from potstill.errors import UsageError
+from potstill.errors import UsageError, first_line
 
 Widths = dict[str, dict[str, int]]  # path of a layer -> names of its numbers of channels -> channels
 
@@ -170,8 +170,7 @@ def _prune(network: nn.Module, channel_share: float, size: int, architecture: st
             logits = _logits(pruned, example)
     except Exception as error:  # whatever torch-pruning or the pruned network raises
         block = _find_unprunable(network, example, channel_share)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise _unprunable(architecture, f"{block}{reason}") from error
+        raise _unprunable(architecture, f"{block}{first_line(error)}") from error
     if logits.shape != (2, classes):
         raise _unprunable(architecture, f"its outputs became {tuple(logits.shape)}")
     for each, flag in zip(pruned.parameters(), trained, strict=True):
@@ -250,7 +249,7 @@ def _check_rebuilt(whole: nn.Module, pruned: nn.Module, example: Tensor, logits:
         with torch.no_grad():
             difference = (_logits(again, example) - logits).abs().max()
     except (UsageError, RuntimeError) as error:
-        raise _unprunable(architecture, str(error).strip().splitlines()[0][:200]) from error
+        raise _unprunable(architecture, first_line(error)) from error
     if not difference <= _MAX_DIFFERENCE * logits.abs().max().clamp(min=1):
         raise _unprunable(architecture, "its layers depend on numbers of channels in a way that is not recorded")
 

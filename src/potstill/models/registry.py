@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from potstill.code_references import is_code_reference
-from potstill.errors import PotstillError, UsageError
+from potstill.errors import PotstillError, UsageError, first_line
 from potstill.input_spec import InputSpec, Triple
 from potstill.models import cifar
 from potstill.models.families import library_models, opaque_models, open_clip_models, own_models
@@ -219,6 +219,6 @@ def _forward_black_image(module: nn.Module, name: str, in_chans: int, size: int)
 def _size_error(name: str, size: int, error: Exception) -> UsageError:
     family, bare = resolve(name)
     own = family.own_size(bare)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     advice = f"It was designed for {own} px; set the size to that" if own else "Try another size"
-    return UsageError(f"{name} cannot take images of {size} px ({reason}).\n{advice}, or choose another network")
+    reason = f"({first_line(error)}).\n{advice}, or choose another network"
+    return UsageError(f"{name} cannot take images of {size} px {reason}")

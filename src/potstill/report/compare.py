@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.config import repeat_index
+from potstill.config import STAGES, repeat_index
 from potstill.config.settings_errors import format_value
 from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
@@ -37,7 +37,7 @@ from potstill.formatting import (
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.advice import final_metric
 from potstill.report.render import render_template
-from potstill.report.run_reader import STAGES, Run, StageResult, read_predictions, read_run
+from potstill.report.run_reader import Run, StageResult, read_predictions, read_run
 from potstill.report.text_reports import ValueFormatter, gain_with_interval
 
 # key, name, how to print a value, and whether differences are percentage points

@@ -39,11 +39,6 @@ def shorten(name: str, longest: int = 18) -> str:
     return f"{name[: longest - 1 - tail]}…{name[len(name) - tail :]}"
 
 
-def display_width(text: str) -> int:
-    """Return the columns of ``text`` in a terminal: 2 for wide characters, 0 for combining ones."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def _escape_character(character: str) -> str:
     if character in _ZERO_WIDTH_JOINERS or unicodedata.category(character) not in _INVISIBLE_CATEGORIES:
         return character

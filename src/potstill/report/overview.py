@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from potstill.config import stage_name
+from potstill.config import STAGES, stage_name
 from potstill.experiment.verdict import (
     average_over_seeds,
     effect_of,
@@ -32,7 +32,7 @@ from potstill.formatting import (
 from potstill.report.advice import Advice, collect_advice
 from potstill.report.diagnostics import stages_figure
 from potstill.report.display_names import escape_invisible, picture_labels
-from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
+from potstill.report.run_reader import SPLITS, Run, StageResult
 from potstill.report.text_reports import (
     ValueFormatter,
     gain_with_interval,

@@ -28,7 +28,6 @@ from potstill.io import (
 from potstill.methods import describe_method
 
 SCHEMA = 1
-STAGES = ("teacher", "baseline", "distilled")  # of a plain run
 SPLITS = ("train", "val", "test")
 _RUN_FOLDER = "a run folder, such as runs/NAME"
 

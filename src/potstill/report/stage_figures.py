@@ -17,7 +17,7 @@ import numpy as np
 
 from potstill.config import stage_number as number_of
 from potstill.evaluation import Array
-from potstill.formatting import format_decimal, format_number, format_percent
+from potstill.formatting import display_width, format_decimal, format_number, format_percent
 from potstill.report.canvas import (
     CSS_COLORS,
     FAINT,
@@ -31,7 +31,7 @@ from potstill.report.canvas import (
     as_png_and_svg,
     text_color_on,
 )
-from potstill.report.display_names import display_width, escape_invisible, picture_labels, shorten
+from potstill.report.display_names import escape_invisible, picture_labels, shorten
 from potstill.report.run_reader import SPLITS, Run, StageResult
 
 if TYPE_CHECKING:

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from potstill.config import STAGES
 from potstill.formatting import (
     MISSING,
+    display_width,
+    format_columns,
     format_count,
     format_decimal,
     format_duration,
@@ -20,8 +23,8 @@ from potstill.formatting import (
     format_points,
     format_scaled,
 )
-from potstill.report.display_names import display_width, escape_invisible
-from potstill.report.run_reader import SPLITS, STAGES, Run, StageResult
+from potstill.report.display_names import escape_invisible
+from potstill.report.run_reader import SPLITS, Run, StageResult
 
 ValueFormatter = Callable[[Any], str]
 
@@ -56,27 +59,8 @@ def aligned_table(rows: Sequence[Sequence[str]], *, heads: int = 1) -> str:
         -------------
         Top-1  98.1 %
     """
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    lines = [_aligned_line(row, widths) for row in rows]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([*lines[:heads], rule, *lines[heads:]])
-
-
-def aligned_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return a line ``name  value`` for each pair, with aligned values."""
-    width = max((display_width(name) for name, _ in pairs), default=0)
-    return "\n".join(f"{_pad_right(name, width)}  {value}" for name, value in pairs)
-
-
-def _aligned_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = zip(cells, widths, strict=True)
-    return "  ".join(
-        [_pad_right(*first), *(" " * (width - display_width(cell)) + cell for cell, width in others)]
-    ).rstrip()
-
-
-def _pad_right(text: str, width: int) -> str:
-    return text + " " * (width - display_width(text))
+    lines = format_columns(rows)
+    return "\n".join([*lines[:heads], "-" * max(map(display_width, lines)), *lines[heads:]])
 
 
 def metrics_text(run: Run, stage: StageResult) -> str:
@@ -84,7 +68,7 @@ def metrics_text(run: Run, stage: StageResult) -> str:
     title = f"{stage.name} of run {escape_invisible(run.name)}"
     parts = [
         f"{title}\n{'=' * len(title)}",
-        aligned_pairs(_stage_facts(run, stage)),
+        "\n".join(format_columns(_stage_facts(run, stage), left=(0, 1))),
         _metric_table(run, stage),
         _class_table(stage),
     ]

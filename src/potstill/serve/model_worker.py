@@ -12,13 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from potstill.errors import ArtifactError, DataError, PotstillError, WorkerError
+from potstill.evaluation.cascade import Cascade
 from potstill.serve.middleware import ServerLimits
 
 if TYPE_CHECKING:
@@ -31,14 +31,10 @@ if TYPE_CHECKING:
 _PREVIEW_PIXELS = 480  # longer side
 
 
-@dataclass(frozen=True)
-class CascadeRule:
-    """Who answers: the student where its largest probability is above ``threshold``, else its teachers together."""
+class CascadeRule(NamedTuple):
+    """The student answers where its largest probability is above ``threshold``, else its teachers together."""
 
-    student: str  # its stage, among the worker's models
-    teachers: tuple[str, ...]
-    combine: str  # how several teachers are averaged, as in ``Cascade``
-    weights: tuple[float, ...] | None
+    cascade: Cascade  # its stages are among the worker's models
     risk: float  # the promised one
     threshold: float
 
@@ -52,7 +48,7 @@ def run_worker(pipe: Connection, folders: dict[str, str], cascade: CascadeRule |
         try:
             models = _load_models(folders)
             if cascade is not None:
-                _check_same_classes(models, cascade)
+                _check_same_classes(models, cascade.cascade)
         except PotstillError as error:
             _send(pipe, {"fatal": str(error), "exit_code": error.exit_code})
             return
@@ -77,7 +73,7 @@ def _load_models(folders: dict[str, str]) -> dict[str, "Classifier"]:
     return models
 
 
-def _check_same_classes(models: dict[str, "Classifier"], cascade: CascadeRule) -> None:
+def _check_same_classes(models: dict[str, "Classifier"], cascade: Cascade) -> None:
     for teacher in cascade.teachers:
         if models[teacher].class_names != models[cascade.student].class_names:
             raise ArtifactError(f"a cascade needs the same classes, and {teacher} has others than {cascade.student}")
@@ -115,10 +111,10 @@ def _predict_all(
     if cascade is None:
         answers = [_predict_one(stage, models, seen, head) for stage in models]
     else:
-        answers = [_predict_one(cascade.student, models, seen, head)]
+        answers = [_predict_one(cascade.cascade.student, models, seen, head)]
         sure = answers[0]["predictions"][0]["probability"] > cascade.threshold
         if not sure:
-            answers.append(_predict_together(cascade, models, seen, head))
+            answers.append(_predict_together(cascade.cascade, models, seen, head))
         answered = {"answered_by": "student" if sure else "teacher"}
     return {
         "width": pixels.shape[1],
@@ -137,18 +133,16 @@ def _predict_one(
 
 
 def _predict_together(
-    cascade: CascadeRule, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
+    cascade: Cascade, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
 ) -> dict[str, Any]:
     import torch
 
-    from potstill.config.recipe import TeachersSettings
-    from potstill.experiment.ensembles import average_probabilities
+    from potstill.experiment.ensembles import cascade_average
 
-    weights = None if cascade.weights is None else list(cascade.weights)
-    settings = TeachersSettings.model_validate({"combine": cascade.combine, "weights": weights})
+    average = cascade_average(cascade)
 
     def combine(shares: list["Tensor"]) -> "Tensor":
-        return torch.from_numpy(average_probabilities([each[None].numpy() for each in shares], settings))[0]
+        return torch.from_numpy(average([each[None].numpy() for each in shares]))[0]
 
     return _answer("teacher", cascade.teachers, models, seen, head, combine)
 

@@ -231,8 +231,10 @@ def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
     async def models() -> Models:
         """The networks that predict."""
         known = [Model(stage=stage, **about) for stage, about in worker.models.items()]
-        rule = worker.cascade
-        return Models(run=name, models=known, cascade=None if rule is None else CascadeFacts(**vars(rule)))
+        if (rule := worker.cascade) is None:
+            return Models(run=name, models=known)
+        who = {"student": rule.cascade.student, "teachers": rule.cascade.teachers}
+        return Models(run=name, models=known, cascade=CascadeFacts(**who, risk=rule.risk, threshold=rule.threshold))
 
     @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
     async def predict(
@@ -359,14 +361,7 @@ def _cascade_folders(run: Path, risk: float) -> tuple[dict[str, Path], CascadeRu
     if folder is None:
         raise UsageError(f"a cascade needs a run folder, and {run} is bare weights")
     cascade = Cascade.read(folder)
-    rule = CascadeRule(
-        student=cascade.student,
-        teachers=cascade.teachers,
-        combine=cascade.combine,
-        weights=cascade.weights,
-        risk=risk,
-        threshold=cascade.calibration.threshold(risk),
-    )
+    rule = CascadeRule(cascade, risk, cascade.calibration.threshold(risk))
     return {cascade.student: folder} | {name: folder.parent / name for name in cascade.teachers}, rule
 
 

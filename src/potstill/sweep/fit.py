@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
-from potstill.errors import StorageError, UsageError, did_you_mean
+from potstill.data.splits import DataSplits
+from potstill.errors import UsageError, did_you_mean, storing
+from potstill.experiment.plan import choose_networks, lengthen_short_trainings, plan_stages, scale_training
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.formatting import format_milliseconds, format_scaled
 from potstill.io import read_checksummed_json, write_checksummed_json
@@ -29,6 +31,7 @@ from potstill.models.model_table import (
     parse_limits,
     read_table,
 )
+from potstill.models.pretrained import offline
 from potstill.models.registry import check_model
 from potstill.sweep import refuse_test_curves, study
 from potstill.sweep.halving import (
@@ -41,12 +44,8 @@ from potstill.sweep.halving import (
     Trained,
 )
 from potstill.sweep.worker import best_on_val, train_again, train_teachers, with_chosen_cache
-from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from potstill.data.splits import DataSplits
-    from potstill.training.callbacks import SignalHandler
 
 
 class RecipeTrainings:
@@ -94,7 +93,6 @@ class RecipeTrainings:
     def pretrained(self, name: str) -> str | None:
         """Return "pretrained" if the recipe's students are, and these weights are on this machine."""
         from potstill.models.factory import why_weights_are_missing
-        from potstill.models.pretrained import offline
 
         if self.recipe.student.weights != "pretrained":
             return None
@@ -115,24 +113,14 @@ class RecipeTrainings:
         self, student: Student, settings: Mapping[str, str], epochs: int | None = None, more: Iterable[str] = ()
     ) -> Recipe:
         """Return the recipe of a training; ``epochs``: None: those of the recipe."""
-        from potstill.experiment.plan import lengthen_short_trainings
-
         chosen = {"student.model": student.name, **self.student_settings(student), **settings}
         texts = [*self.sets, *(f"{key}={text}" for key, text in chosen.items()), *more]
         recipe = load_recipe(self.source, [*texts, *self._teachers], flags=self.flags)
         recipe = with_chosen_cache(lengthen_short_trainings(recipe, len(self.data.train)), self.folder)
         if epochs is None:
             return recipe
-        training = recipe.stage_training("student")
-        ratio = min(1.0, epochs / training.epochs)
-        own = {
-            **recipe.student.training,
-            "epochs": epochs,
-            "min_steps": 0,
-            "warmup_epochs": ratio * training.warmup_epochs,
-            "milestones": [math.ceil(ratio * each) for each in training.milestones],
-            "freeze": min(training.freeze, epochs - 1),
-        }
+        freeze = min(recipe.stage_training("student").freeze, epochs - 1)
+        own = scale_training(recipe, epochs) | {"freeze": freeze}
         return recipe.model_copy(update={"student": recipe.student.model_copy(update={"training": own})})
 
     def _training(self, student: Student) -> TrainingSettings:
@@ -156,7 +144,6 @@ class RecipeTrainings:
     def estimate(self, students: Sequence[Student]) -> tuple[float, float, dict[str, float]]:
         """Return the seconds of the teacher's training, of one view of all images, and of each student's epoch."""
         from potstill.experiment.estimate import estimate_stages
-        from potstill.experiment.plan import choose_networks, plan_stages
         from potstill.training.devices import create_compute
 
         compute = create_compute(self.recipe.stage_training("student"))
@@ -393,10 +380,8 @@ def fit(
     options = {"--under": str(limits), "--students": ",".join(students), "--int8": int8}
     settings = dump_yaml(trainings.recipe.model_dump(mode="json") | options)
     description = {"recipe": settings, "data": trainings.data.fingerprint, "space": [], "grid": True}
-    try:
+    with storing(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from error
     with RunLock(folder):
         search = HalvingSearch(
             trainings,

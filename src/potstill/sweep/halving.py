@@ -78,7 +78,7 @@ class Costs:
 
     def __init__(self, epoch: Mapping[str, float], view: float, views: int) -> None:
         self._estimated, self._measured = dict(epoch), dict[str, float]()
-        self.view, self._views, self._cached = view, views, 0
+        self.view, self._views, self.cached = view, views, 0
         self._overheads = list[float]()
 
     def epoch(self, student: str) -> float:
@@ -96,11 +96,7 @@ class Costs:
 
     def new_views(self, epochs: int, cached: int | None = None) -> int:
         """Return how many views a training of so many epochs adds to the cache."""
-        return max(0, min(epochs, self._views) - (self._cached if cached is None else cached))
-
-    def views_after(self, epochs: int) -> int:
-        """Return the views of the cache after a training of so many epochs."""
-        return self._cached + self.new_views(epochs)
+        return max(0, min(epochs, self._views) - (self.cached if cached is None else cached))
 
     def record(self, student: str, epochs: int, seconds: float, inside: float, *, distilled: bool) -> None:
         """Correct the predictions by a training that took ``seconds``, ``inside`` of them in its epochs."""
@@ -111,7 +107,7 @@ class Costs:
         ratio = inside / predicted if predicted > 0 else 1.0
         self._measured[student] = self.epoch(student) * ratio
         self.view *= ratio if views else 1.0
-        self._cached += views
+        self.cached += views
         self._overheads.append(max(0.0, seconds - inside))
 
 
@@ -160,7 +156,7 @@ def seconds_of(
     per_student = max(Counter(each.student.name for each in pool).values())
     if done:  # the trials before may have had more settings of a student than are left
         per_student = max(per_student, min(len(SETTINGS), sizes[0]))
-    seconds, cached = 0.0, costs.views_after(0)
+    seconds, cached = 0.0, costs.cached
     for rung, size in enumerate(sizes):
         epochs = done[rung] if rung < len(done) else rung_epochs(plan.epochs, rung, len(sizes))
         if rung >= len(done):

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.config import stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, load_recipe
+from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, UsageError, did_you_mean
 from potstill.evaluation.significance import paired_interval, paired_loss_bound, wilson_interval
-from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.plan import PlannedStage, plan_stages, scale_training
 from potstill.experiment.resume import check_same_recipe
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_milliseconds, format_percent, format_points, format_scaled
 from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
+from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_table import Limits, parse_limits
-from potstill.training.callbacks import Observer, SilentObserver
+from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
-    from potstill.data.splits import DataSplits
     from potstill.export.formats import Predictor
     from potstill.models.model_file import Classifier
-    from potstill.training.callbacks import SignalHandler
 
 PRUNED_FOLDER, START, FINETUNED = "pruned", "start", "finetuned"
 EPOCH_SHARE = 4  # by default, fine-tuning takes this part of the student's epochs
@@ -172,20 +172,10 @@ class PrunedStudent:
 
     def _training(self, recipe: Recipe, epochs: int, changed: set[str]) -> dict[str, Any]:
         """Return the student's own training settings: a short schedule of the same shape."""
-        settings = recipe.stage_training("student")
-        ratio = min(1.0, epochs / settings.epochs)
-        quantized = settings.qat_fraction or (QAT_FRACTION if self.finetuning.int8 else 0.0)
-        if changed & {"training.qat_fraction", "student.training.qat_fraction"}:
-            quantized = settings.qat_fraction
-        return {
-            **recipe.student.training,
-            "epochs": epochs,
-            "min_steps": 0,
-            "warmup_epochs": ratio * settings.warmup_epochs,
-            "milestones": [math.ceil(ratio * each) for each in settings.milestones],
-            "freeze": 0,
-            "qat_fraction": quantized,
-        }
+        quantized = recipe.stage_training("student").qat_fraction
+        if self.finetuning.int8 and not changed & {"training.qat_fraction", "student.training.qat_fraction"}:
+            quantized = quantized or QAT_FRACTION
+        return scale_training(recipe, epochs) | {"freeze": 0, "qat_fraction": quantized}
 
     def _teachers(self, own: Recipe, planned: PlannedStage) -> list[StageSettings] | StageSettings | None:
         """Return the trained networks that the student learned from: teachers, or an assistant or generation."""
@@ -463,7 +453,6 @@ class _Search:
 
     def _try(self, folder: Path, how: str) -> _Candidate:
         from potstill.export.exporter import convert_network, single_thread_latency
-        from potstill.models.exported_files import create_onnx_predictor
         from potstill.models.model_file import load_model
         from potstill.models.pruning import count_weights
 
@@ -490,7 +479,6 @@ class _Search:
     def _finish(self, chosen: _Candidate) -> dict[str, Any]:
         from potstill.export.exporter import export
         from potstill.export.options import ExportOptions
-        from potstill.models.exported_files import create_onnx_predictor
 
         target = self.folder / "export" / f"model{'-int8' if self.int8 else ''}.onnx"
         options = ExportOptions(int8=self.int8, max_drop=1.0, output=target, data=self.work.finetuning.data)
@@ -546,7 +534,6 @@ class _Search:
     def _correct(self, predictor: "Predictor", split: str) -> Any:
         """Return for each image of a split whether a model in float32 or a file classifies it correctly, [N] bool."""
         from potstill.export.exporter import compute_logits
-        from potstill.models.exported_files import ExportMetadata
 
         student, images = self.work.student, self.splits.split(split)
         metadata = ExportMetadata(student.architecture, tuple(student.class_names), student.input, "none", int8=False)

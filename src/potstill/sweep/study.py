@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.config.recipe import Recipe, dump_recipe
 from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError, UsageError
-from potstill.experiment.resume import flatten_settings, is_result_neutral
+from potstill.experiment.resume import changed_settings, first_lines
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.sweep import Space
 
@@ -25,7 +25,6 @@ SWEEP_FILE, TRIALS_FILE, FINAL_FILE = "sweep.json", "trials.json", "final.json"
 CONFIRMATION_FILE = "confirmation.json"  # once the best trial and the baseline were trained on fresh seeds
 CONFIRMATION_FOLDER = "confirmation"  # of the run folders with the fresh seeds
 SLURM_FOLDER = "slurm"  # folder of the output of SLURM jobs
-_MAX_DIFFERENCES = 8  # named in an error message
 
 
 MAX_NAME = 64  # characters of a folder's name
@@ -73,12 +72,7 @@ def begin_or_join(folder: Path, description: dict[str, Any]) -> None:
 
 def check_same_search(folder: Path, stored: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Raise UsageError if two descriptions of a search differ in what changes its result; names the differences."""
-    old, new = (flatten_settings(parse_yaml(facts["recipe"], "recipe").value) for facts in (stored, after))
-    lines = [
-        f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not is_result_neutral(key)
-    ]
+    lines = changed_settings(*(parse_yaml(facts["recipe"], "recipe").value for facts in (stored, after)))
     spaces = [[each["text"] for each in facts["space"]] for facts in (stored, after)]
     lines += [f"  --search {text}: was there before" for text in spaces[0] if text not in spaces[1]]
     lines += [f"  --search {text}: is new" for text in spaces[1] if text not in spaces[0]]
@@ -87,10 +81,9 @@ def check_same_search(folder: Path, stored: Mapping[str, Any], after: Mapping[st
     if stored["data"] != after["data"]:
         lines.append(f"  images: were {stored['data'][:12]}, are {after['data'][:12]} (files were added or changed)")
     if lines:
-        more = [f"  and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
         raise UsageError(
             f"{folder} holds a search with other settings:\n"
-            + "\n".join(lines[:_MAX_DIFFERENCES] + more)
+            + first_lines(lines)
             + "\nRepeat the command with which it began, or give this one another --name"
         )
 

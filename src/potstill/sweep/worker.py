@@ -13,13 +13,12 @@ from potstill.config.recipe import Recipe, load_recipe
 from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.methods import needs_teacher
 from potstill.sweep import Space, baseline_space, study
-from potstill.training.callbacks import ForwardingObserver, Observer, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
     import optuna
-
-    from potstill.training.callbacks import SignalHandler
 
 
 class Pruned(Exception):
@@ -273,8 +272,6 @@ class Sweep:
 
     def _recipe_with_teacher(self) -> Recipe | None:
         """Return the recipe for training the teacher: the first of the space that needs one."""
-        from potstill.methods import needs_teacher
-
         if needs_teacher(self.recipe.method):
             return self.recipe
         methods = next((each.choices for each in self.space.dimensions if each.key == "method.name"), ())
@@ -337,9 +334,9 @@ class Sweep:
 
     def _recipe(self, chosen: Mapping[str, str], teachers: Sequence[str], more: Sequence[str] = ()) -> Recipe:
         from potstill.experiment.teacher_cache import count_views
-        from potstill.methods import needs_teacher
 
-        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != self._base(key)), *more]
+        base = {"method.name": str(self.recipe.method["name"])}
+        varied = [*(f"{key}={text}" for key, text in chosen.items() if text != base.get(key)), *more]
         recipe = load_recipe(self.source, [*self.sets, *varied], flags=self.flags)
         if teachers and needs_teacher(recipe.method):
             recipe = load_recipe(self.source, [*self.sets, *varied, *teachers], flags=self.flags)
@@ -349,9 +346,6 @@ class Sweep:
                 update={"teacher_cache": recipe.teacher_cache.model_copy(update={"views": views})}
             )
         return with_chosen_cache(recipe, self.folder)
-
-    def _base(self, key: str) -> str | None:
-        return str(self.recipe.method["name"]) if key == "method.name" else None
 
     def _run_trial(self, trial: "optuna.Trial", teachers: Sequence[str]) -> None:
         from optuna.trial import TrialState

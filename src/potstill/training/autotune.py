@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -202,9 +201,7 @@ class ThreadSelector:
             torch.set_num_threads(self.choice.threads)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         torch.set_num_threads(self.original_threads)
 
 
@@ -391,24 +388,12 @@ class BatchTrial:
             self.distiller.load_state_dict(state)
 
     def _step(self, images: int) -> None:
-        def first(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[:images]
-
-        batch = self.batch
-        shown, second = batch.images[:images], first(batch.second)
+        inputs = {name: values if values is None else values[:images] for name, values in vars(self.batch).items()}
         self.part = "teacher's forward pass"
         with self.compute.autocast():
-            teacher = self.distiller.run_teacher(shown, second, index=first(batch.index))
+            teacher = self.distiller.run_teacher(self.batch.images[:images], inputs["second"], index=inputs["index"])
             self.part = "student's forward pass"
-            step = self.distiller(
-                shown,
-                batch.labels[:images],
-                index=first(batch.index),
-                view=first(batch.view),
-                second=second,
-                soft_labels=first(batch.soft_labels),
-                teacher=teacher,
-            )
+            step = self.distiller(**inputs, teacher=teacher)
         self.part = "backward pass"
         step.loss.backward()
 

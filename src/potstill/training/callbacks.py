@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol
 
 from potstill.errors import Stopped
@@ -49,23 +49,9 @@ class Observer(Protocol):
 class SilentObserver:
     """An observer that ignores everything."""
 
-    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None: ...
+    def _ignore(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def stage(self, name: str, detail: str) -> None: ...
-
-    def epoch_start(self, epoch: int, epochs: int, steps: int, images: int) -> None: ...
-
-    def step(self, images: int) -> None: ...
-
-    def epoch_end(self, record: dict[str, Any]) -> None: ...
-
-    def wait(self, what: str, done: int, total: int) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-    def stage_end(self, name: str, seconds: float) -> None: ...
+    expect = stage = epoch_start = step = epoch_end = wait = note = warn = stage_end = _ignore
 
 
 class ForwardingObserver:
@@ -122,9 +108,7 @@ class SignalHandler:
             self._hook_before, sys.unraisablehook = sys.unraisablehook, self._handle_unraisable
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._handle_signal:  # otherwise the handler was replaced meanwhile
                 signal.signal(number, handler)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from potstill.distillation.distiller import Distiller
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import StorageError, UsageError, storage_error
+from potstill.errors import StorageError, UsageError, first_line, storage_error
 from potstill.evaluation.metrics import BUFFER_ROWS, StreamingMetrics, TermAverages
 from potstill.formatting import format_scaled
 from potstill.methods.base import Method
@@ -314,9 +314,9 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
         )
     automatic = settings.precision == "auto"
     bf16 = _has_bf16(device) if automatic else settings.precision == "bf16"
-    fp16 = settings.precision == "fp16" or (
-        automatic and not bf16 and _has_fp16_tensor_cores(device) and settings.optimizer != "dot"
-    )
+    fp16 = settings.precision == "fp16"
+    if automatic and not bf16 and device.type == "cuda" and settings.optimizer != "dot":
+        fp16 = torch.cuda.get_device_capability(device) >= (7, 0)  # has tensor cores for it
     if settings.channels_last == "auto":
         channels_last = device.type in ("cuda", "cpu")
     else:
@@ -324,12 +324,21 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
     return Compute(device, bf16, channels_last, processes, fp16=fp16)
 
 
+def _glibc() -> ctypes.CDLL | None:
+    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return allocator if hasattr(allocator, "gnu_get_libc_version") else None
+
+
+def return_freed_memory() -> None:
+    """Give the system back what ``keep_freed_memory`` holds: a teacher's gigabytes, before a small student."""
+    if allocator := _glibc():
+        allocator.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed tensors for the next step, a fifth of the CPU time; return whether it does."""
-    if sys.platform != "linux":
-        return False
-    allocator = ctypes.CDLL(None)
-    if not hasattr(allocator, "gnu_get_libc_version"):
+    allocator = _glibc()
+    if allocator is None:
         return False
     # The numbers of M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h; older versions of glibc allow 32 MiB at most.
     kept = allocator.mallopt(-3, 1 << 30) or allocator.mallopt(-3, 1 << 25)
@@ -364,15 +373,10 @@ def _resolve_device(name: str, processes: ProcessGroup) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"training.device {name!r} cannot be used: {reason}\nAllowed: auto, cpu, cuda, cuda:N, mps"
+            f"training.device {name!r} cannot be used: {first_line(error)}\nAllowed: auto, cpu, cuda, cuda:N, mps"
         ) from None
     return device
-
-
-def _has_fp16_tensor_cores(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _has_bf16(device: torch.device) -> bool:

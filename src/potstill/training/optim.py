@@ -240,6 +240,21 @@ def layer_lr_scales(network: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (last - blocks[name]) for name, _ in network.named_parameters()}
 
 
+def freeze_low_rates(network: nn.Module, settings: TrainingSettings) -> tuple[dict[str, float], list[nn.Parameter]]:
+    """Freeze what ``layer_decay_no_opt_scale`` leaves untrained; return ``layer_lr_scales`` and what is frozen."""
+    if settings.layer_decay is None:
+        return {}, []
+    scales = layer_lr_scales(network, settings.layer_decay)
+    frozen = [
+        parameter
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and scales[name] < settings.layer_decay_no_opt_scale
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return scales, frozen
+
+
 def create_optimizer(
     named: Iterable[tuple[str, nn.Parameter]],
     settings: TrainingSettings,

@@ -55,6 +55,13 @@ class TrainingSettings(BaseModel):
     layer_decay: float | None = Field(
         None, gt=0, lt=1, description="ratio of the learning rates of each block and the next one towards the head"
     )
+    layer_decay_no_opt_scale: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="blocks whose learning rate, by layer_decay, is a lower share of lr than this are not trained: "
+        "saves memory and their backward pass",
+    )
     max_grad_norm: float | None = Field(
         None, gt=0, description="clip the gradient norm to this value; null: no clipping"
     )

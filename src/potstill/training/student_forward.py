@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.distillation.distiller import Distiller
+from potstill.errors import first_line
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 from potstill.training.optim import DOT
@@ -41,11 +42,6 @@ def is_worth_compiling(steps_left: int, seconds_per_step: float) -> bool:
         (False, True)
     """
     return steps_left * seconds_per_step * EXPECTED_SAVING > COMPILE_SECONDS
-
-
-def reads_only_logits(distiller: Distiller) -> bool:
-    """Return whether the method reads only the student's logits; hooks inside a compiled network are not called."""
-    return not distiller.router.extractor.uses_hooks
 
 
 class StudentCompiler:
@@ -71,7 +67,7 @@ class StudentCompiler:
         requested = settings.compile is True or (settings.compile == "auto" and compute.device.type == "cuda")
         supported = (
             "forward" not in vars(self.student)
-            and reads_only_logits(distiller)
+            and not distiller.router.extractor.uses_hooks  # which are not called inside a compiled network
             and not isinstance(optimizer, DOT)
             and not settings.qat_fraction
         )
@@ -143,8 +139,7 @@ class StudentCompiler:
             self._warm_up(call, images)
         except Exception as error:  # compilers raise anything; training continues without
             self.enabled = False
-            reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            self.observer.note(f"not compiled: {reason}")
+            self.observer.note(f"not compiled: {first_line(error)}")
             return
         self.compiled_forward = call
         how = " with CUDA graphs" if self._uses_cuda_graphs else ""

@@ -34,7 +34,7 @@ from potstill.training.devices import (
     has_static_graph,
     synced_batch_norm,
 )
-from potstill.training.optim import GradientAccumulator, create_optimizer, layer_lr_scales, lr_factor
+from potstill.training.optim import GradientAccumulator, create_optimizer, freeze_low_rates, lr_factor
 from potstill.training.settings import TrainingSettings
 from potstill.training.student_forward import StudentCompiler, plain_epochs, simulated_int8
 from potstill.types import Batch, Outputs, Step
@@ -191,11 +191,11 @@ class Trainer:
         self.plain_epochs = plain_epochs(settings.epochs, settings.qat_fraction)
         steps = -(-train.steps // settings.gradient_accumulation_steps)
         check_distributed_support(distiller.method, settings.optimizer, compute.processes)
+        scales, self.fixed = freeze_low_rates(distiller.student, settings)
         self.ddp = DistributedDistiller(
             distiller, compute.processes, static_graph=has_static_graph(distiller, settings)
         )
         named = distiller.trained_parameters()
-        scales = {} if settings.layer_decay is None else layer_lr_scales(distiller.student, settings.layer_decay)
         self.optimizer = create_optimizer(named, settings, {f"student.{name}": scale for name, scale in scales.items()})
         self.head = _head_path(distiller.student, train.spec.size) if settings.freeze else None
         scaler = compute.gradient_scaler()
@@ -238,6 +238,8 @@ class Trainer:
                     self.checkpointer.wait()
                 raise
             self.checkpointer.wait()
+            for parameter in self.fixed:
+                parameter.requires_grad_(True)
             return history
 
     def _run(self, resume: bool) -> History:
@@ -429,15 +431,7 @@ class Trainer:
             batch = replace(batch, second=self._to_memory_format(batch.second))
         teacher = teacher_outputs(batch)
         with precision:
-            return distiller(
-                batch.images,
-                batch.labels,
-                index=batch.index,
-                view=batch.view,
-                second=batch.second,
-                soft_labels=batch.soft_labels,
-                teacher=teacher,
-            )
+            return distiller(**vars(batch), teacher=teacher)
 
     def _to_memory_format(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.compute.memory_format)

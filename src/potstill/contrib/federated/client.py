@@ -178,14 +178,7 @@ def train_locally(
             prepared = replace(batch, images=batch.images.contiguous(memory_format=compute.memory_format))
             outputs = teacher(prepared)
             with compute.autocast():
-                step = distiller(
-                    prepared.images,
-                    prepared.labels,
-                    index=prepared.index,
-                    view=prepared.view,
-                    soft_labels=prepared.soft_labels,
-                    teacher=outputs,
-                )
+                step = distiller(**vars(prepared), teacher=outputs)
             gradients.add(step)
             if settings.max_grad_norm is not None:
                 gradients.clip(settings.max_grad_norm)

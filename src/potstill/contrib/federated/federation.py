@@ -36,6 +36,7 @@ from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import describe_skipped
 from potstill.experiment.reproduce import describe_environment
 from potstill.experiment.run_folder import RunFolder
+from potstill.formatting import format_columns
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SilentObserver
@@ -147,8 +148,7 @@ def format_table(found: dict[str, Any]) -> list[str]:
     if _ALONE in found:
         alone = found[_ALONE]
         rows.append((_ALONE, "-", f"{alone['mean']:.1%}", f"mean of {alone['n']:.0f}", "-", "-", "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return format_columns(rows)
 
 
 def federate(

@@ -30,7 +30,7 @@ from potstill.distillation.teacher_cache.record_format import (
     RecordFormat,
     canonical_json,
 )
-from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, StorageError, UsageError, did_you_mean, storing
 from potstill.record_file import RecordFile, consecutive
 
 try:
@@ -189,11 +189,9 @@ class TeacherCache:
     def coverage(self, views: int | None = None) -> list[int]:
         """Return the number of records by view, of ``views`` or of all."""
         no_ids = np.empty(0, np.int64)
-        try:
+        with storing(f"read {self.path}"):
             count = self.views if views is None else views
             return [int(self._view(view, no_ids).present.sum()) for view in range(count)]
-        except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def damaged(self) -> list[tuple[int, int]]:
         """Return (view, sample) of damaged records, which count as missing."""

@@ -57,7 +57,7 @@ class Timm:
         if config is None or not config.has_weights:
             raise UsageError(f"timm publishes no weights for {name!r}; leave weights out to train it from scratch")
         path = _weights_file(name, config)
-        if _own_format(config):
+        if config.custom_load == "hf" if config.hf_hub_id else config.custom_load:  # of its own, such as JAX's .npz
             overlay: dict[str, Any] = {"file": str(path), "custom_load": True}
         else:  # read here, since older timm unpickles local files without weights_only
             overlay = {"state_dict": state_dict.read_state_dict(path), "custom_load": False}
@@ -86,11 +86,6 @@ def _weights_file(name: str, config: Any) -> Path:
         return download_from_url(config.url, f"the weights of {name!r}")
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     return download_from_hub(config.hf_hub_id, files, f"the weights of {name!r}")
-
-
-def _own_format(config: Any) -> bool:
-    """Return whether timm reads the file itself (such as JAX's .npz)."""
-    return config.custom_load == "hf" if config.hf_hub_id else bool(config.custom_load)
 
 
 class Torchvision:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from potstill.code_references import is_permitted, permit_code
-from potstill.errors import ArtifactError, PotstillError, UsageError
+from potstill.errors import ArtifactError, PotstillError, UsageError, first_line
 from potstill.input_spec import InputSpec, Triple
 from potstill.io import read_bytes, sha256_hex
 from potstill.models.answer_tables import find_rows
@@ -225,8 +225,7 @@ class FileNetwork(OpaqueNetwork):
         except PotstillError:
             raise
         except Exception as error:  # damaged bytes make these parsers raise nearly anything
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"{self.label} cannot be read as {LABELS[self.kind]}: {reason[:300]}") from error
+            raise ArtifactError(f"{self.label} cannot be read as {LABELS[self.kind]}: {first_line(error)}") from error
         self.metadata = parse_metadata(text, self.label) if text else None
         if self.metadata is not None:
             self.fixed_size = self.metadata.input.size

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.errors import ArtifactError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, UsageError, did_you_mean, first_line
 from potstill.input_spec import Triple
 from potstill.models import state_dict
 from potstill.models.pretrained import download_from_hub, download_from_url
@@ -262,9 +262,8 @@ def _text_tower(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of transformers, the hub's client, or an import
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(
-            f"the text tower of open_clip/{name} cannot be built ({reason}).\n"
+            f"the text tower of open_clip/{name} cannot be built ({first_line(error)}).\n"
             "It may need `pip install transformers`, or its tokenizer from the Hugging Face hub; networks such as "
             "open_clip/ViT-B-32 need neither"
         ) from error
