@@ -255,6 +255,9 @@ def test_embeddings_alone_train_a_student_that_gets_its_head_from_labels(embeddi
     assert f"{cosine['value']:.3f}" in page
     assert f"{cosine['value']:.3f}" in (path / "distilled" / "metrics.txt").read_text()
     assert "predicts no classes" in (path / "report.md").read_text()
+    assert "potstill predict" not in page
+    assert "potstill run RECIPE --data DIR --student " in page
+    assert [each.name for each in (path / "distilled").glob("*.png")] == ["loss_curve.png"]  # there is no top-1
     assert compare([path, path], tmp_path / "compared.html").is_file()
     assert summary("none", path)["state"] == "finished"
     with pytest.raises(ArtifactError, match=r"predicts nothing.*--student"):

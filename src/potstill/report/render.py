@@ -150,6 +150,8 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
         ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
         ("This page again", ["potstill", "report", path]),
     ]
+    if run.cosine_teachers:  # it predicts nothing before it has a head
+        commands[2] = "A head, from labeled images", ["potstill", "run", "RECIPE", "--data", "DIR", "--student", path]
     if run.folds:
         commands[1:3] = [("A model to use, trained on all images", deployment_command(run))]
     return {

@@ -443,10 +443,14 @@ def stage_pictures(run: Run, stage: StageResult) -> Iterator[tuple[str, bytes]]:
 
 
 def stage_curves(run: Run, stage: StageResult) -> dict[str, tuple[bytes, str]]:
-    """Return PNG and SVG of each curve over epochs by name; drawn at the first call."""
+    """Return PNG and SVG of each curve over epochs that has data, by name; drawn at the first call."""
     drawn = stage.parsed_files.get("curves")
     if drawn is None:
-        drawn = stage.parsed_files["curves"] = {name: _draw_curve(run, stage, name) for name in _CURVE_KINDS}
+        drawn = stage.parsed_files["curves"] = {
+            name: _draw_curve(run, stage, name)
+            for name, (_, key, _) in _CURVE_KINDS.items()
+            if any(endpoints(stage, split, key) for split in SPLITS)
+        }
     found: dict[str, tuple[bytes, str]] = drawn
     return found
 
