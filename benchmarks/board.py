@@ -181,7 +181,7 @@ def page(cells: Sequence[Cell], root: Path, arguments: str) -> Iterator[str]:
     yield from (
         "# Board",
         "",
-        f"Written by `python benchmarks/board.py{arguments}`, which trains each cell by the command below its table "
+        f"Written by `python benchmarks/board.py{arguments}`, which trains each cell by a command below "
         "and goes on where it was interrupted. Mean ± sample deviation on test; *gain* is the difference in top-1 to "
         f"`{BASELINE}`, paired by seed, with its 95 % t interval from two seeds on. Nothing was tuned for a contestant "
         "and nothing left out but what is named.",
@@ -192,7 +192,8 @@ def page(cells: Sequence[Cell], root: Path, arguments: str) -> Iterator[str]:
         group = [cell for cell in cells if (cell.data, cell.epochs) == (data, epochs)]
         done = {name: {cell.seed: found[cell] for cell in group if cell.contestant == name and cell in found}
                 for name in dict.fromkeys(cell.contestant for cell in group)}  # fmt: skip
-        missing = [f"{cell.contestant} (seed {cell.seed})" for cell in group if cell not in found]
+        missing = {name: [str(cell.seed) for cell in group if cell.contestant == name and cell not in found]
+                   for name in done}  # fmt: skip
         yield from ("", f"## {data.name}, {epochs} epochs", "")
         if any(done.values()):
             yield "| contestant | seeds | top-1 | gain | ECE | NLL |"
@@ -200,11 +201,19 @@ def page(cells: Sequence[Cell], root: Path, arguments: str) -> Iterator[str]:
         for name, by_seed in done.items():
             if by_seed:
                 yield _row(name, by_seed, done.get(BASELINE, {}))
-        if missing:
-            yield from ("", f"Not trained: {', '.join(missing)}.")
-        yield from ("", "```sh")
-        yield from (f"potstill {shlex.join(cell.command(Path('runs/board')))}" for cell in group if cell.seed == 0)
-        yield "```"
+        if any(missing.values()):
+            seeds = [f"{name} (seed {', '.join(each)})" for name, each in missing.items() if each]
+            yield from ("", f"Not trained: {'; '.join(seeds)}.")
+    yield from ("", "## Commands", "", "Seed 0, with what each contestant adds to them:", "", "```sh")
+    for data, epochs in dict.fromkeys((cell.data, cell.epochs) for cell in cells):
+        for stage in ("baseline", "distilled"):
+            teacher = ["--teacher", data.teacher(Path("runs/board"))] if stage == "distilled" else []
+            words = [*data.command(stage, Path("runs/board")), *teacher, "--epochs", str(epochs), "--seed", "0"]
+            yield f"potstill {shlex.join(words)}"
+    yield from ("```", "", "| contestant | added |", "| --- | --- |")
+    for name in dict.fromkeys(cell.contestant for cell in cells):
+        added = shlex.join([part for text in CONTESTANTS[name] for part in ("--set", text)])
+        yield f"| {name} | {f'`{added}`' if added else 'nothing'} |"
 
 
 def _summary(cells: Sequence[Cell], found: dict[Cell, dict[str, Any]]) -> Iterator[str]:

@@ -41,8 +41,11 @@ def test_the_page_has_means_paired_gains_and_the_names_of_what_is_missing(tmp_pa
     # Gains 2 and 1 points: 1.5 with a standard deviation of 0.7071, and t(0.975, 1) = 12.706
     assert "| kd | 2 | 83.50 ± 2.12 | +1.50 (-4.85 to +7.85) | 5.0 ± 0.0 | 0.500 ± 0.000 |" in text
     assert "| labels | 2 | 82.00 ± 2.83 |  | 5.0" in text
-    assert "Not trained: at, auto (seed 0), at, auto (seed 1)." in text
-    assert "potstill train quickstart --stage baseline --output-dir runs/board --epochs 4 --seed 0 --name" in text
+    assert "Not trained: at, auto (seed 0, 1)." in text
+    assert "potstill train quickstart --stage baseline --output-dir runs/board --epochs 4 --seed 0\n" in text
+    distilled = "--stage distilled --output-dir runs/board --teacher runs/board/quickstart-teacher"
+    assert f"potstill train quickstart {distilled} --epochs 4 --seed 0\n" in text
+    assert "| kd | `--set 'method={name: kd, temperature: 1.0, alpha: 0.5}'` |" in text
     assert "| contestant | quickstart, 4 |" in text
     assert "| kd | +1.5 |" in text
     assert "| at, auto |  |" in text
