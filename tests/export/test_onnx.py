@@ -5,6 +5,8 @@ import contextlib
 import pytest
 
 from potstill.errors import ArtifactError
+from potstill.export import onnx as exporting
+from potstill.input_spec import InputSpec
 from potstill.models.exported_files import read_properties
 
 onnx = pytest.importorskip("onnx", reason="needs onnx (potstill[export])")
@@ -73,3 +75,15 @@ def test_what_nests_without_end_is_refused() -> None:
         graph = field(1, field(5, field(6, graph)))  # node, attribute, graph
     with pytest.raises(ArtifactError, match="nested"):
         read_properties(field(7, graph), "x")
+
+
+def test_preprocessing_is_exported_once_for_each_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="needs onnxscript (potstill[export])")
+    export, inputs = exporting._run_exporter, []
+    monkeypatch.setattr(
+        exporting, "_run_exporter", lambda module, *rest: inputs.append(module) or export(module, *rest)
+    )
+    one, other = (InputSpec(7, mean=(mean, 0.2, 0.3)) for mean in (0.1, 0.4))  # of no other test
+    files = [exporting._export_preprocessing(spec, "normalise") for spec in (one, other, one)]
+    assert len(inputs) == 2
+    assert files[0] == files[2] != files[1]
