@@ -64,7 +64,7 @@ def verify(
     finally:
         cache.close()
     found: dict[str, Any] = {"key": path.name, "intact": recorded, "damaged": len(damaged)}
-    if recorded and cache.record.classes:  # embeddings are compared with their checksums only
+    if recorded and cache.record.classes:  # others are compared by their checksums only
         from potstill.experiment.cache_verification import verify_cache
 
         result = verify_cache(path, samples)

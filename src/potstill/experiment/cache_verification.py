@@ -48,6 +48,8 @@ def verify_cache(path: Path, samples: int = 256) -> CacheVerification:
     cache = TeacherCache.open_existing(path)
     try:
         facts, identity = cache.facts, cache.identity
+        if not cache.record.classes:
+            raise ArtifactError(f"{path} has embeddings or final predictions, compared by their checksums only")
         recipe = load_recipe(parse_yaml(facts["recipe"], str(path)).value, recorded=True)
         data = load_data(recipe.data)
         if data.target is not None:
