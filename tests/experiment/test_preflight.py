@@ -1,12 +1,14 @@
 """Settings that are right by themselves and have no effect in a training of this length, on this data."""
 
 import pytest
+import torch
 
 from potstill.data.datasets import load_data
 from potstill.errors import UsageError
 from potstill.experiment.pipeline import run
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import check_all, warn_about_settings
+from potstill.models.factory import create_model
 from potstill.training.callbacks import SilentObserver
 
 IMAGES = 42  # of training: 60, less 15 % for val and for test
@@ -59,6 +61,14 @@ def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles
     found = warnings(recipe(**changes))
     assert [text.split(": ", 1)[0] for text in found] == roles
     assert all(text.split(": ", 1)[1].startswith(message) for text in found)
+
+
+def test_of_a_ready_teacher_nothing_is_said(recipe, tmp_path):
+    path = tmp_path / "ready.pth"
+    torch.save(create_model("cifar/resnet8", 3, size=16).state_dict(), path)
+    given = {"training.batch_size": 43, "teacher.model": "cifar/resnet8", "teacher.weights": path}
+    assert [text.split(": ", 1)[0] for text in warnings(recipe(**given))] == STUDENTS
+    assert [text.split(": ", 1)[0] for text in warnings(recipe(**given, **{"teacher.head": "finetune"}))] == ALL
 
 
 @pytest.mark.parametrize(

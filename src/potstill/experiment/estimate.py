@@ -14,7 +14,7 @@ from potstill.data.splits import DataSplits
 from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.errors import PotstillError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
-from potstill.experiment.plan import PlannedStage, stage_recipe
+from potstill.experiment.plan import PlannedStage, stage_recipe, trains_network
 from potstill.formatting import format_count, format_duration, format_percent, format_scaled
 from potstill.models.families.opaque_models import find_opaque, find_table
 from potstill.models.model_file import Classifier
@@ -183,9 +183,8 @@ def estimate_stages(
         with contextlib.suppress(PotstillError):
             step, forward = cost(stage.name)
             fitted = network.head in ("probe", "finetune") or (network.head is None and stage.role == "teacher")
-            trained = stage.role != "teacher" or network.weights is None or network.head in ("finetune", "random")
             images = train + further if stage.distils else train
-            total = settings.epochs * (images * step + val * forward) if trained else 0.0
+            total = settings.epochs * (images * step + val * forward) if trains_network(recipe, stage) else 0.0
             total += (train + val) * forward if fitted and network.weights is not None else 0.0
             answered = epochs = 0.0  # images that the teacher answers, and the epochs that this takes
             if stage.distils and not (stage.repeat and recipe.data.augmentation_seed is not None):

@@ -72,6 +72,14 @@ def plan_stages(recipe: Recipe, parts: Iterable[str] = STAGES) -> tuple[PlannedS
     return tuple(stages)
 
 
+def trains_network(recipe: Recipe, stage: PlannedStage) -> bool:
+    """Return whether a stage has epochs: a ready teacher has none, with or without a fitted head."""
+    if stage.role not in ("teacher", "previous"):
+        return True
+    network = recipe.network(stage.name)
+    return network.weights is None or network.head in ("finetune", "random")
+
+
 def stage_recipe(recipe: Recipe, stage: PlannedStage) -> Recipe:
     """Return the recipe with the seed of a stage."""
     return recipe.model_copy(update={"seed": recipe.seed + stage.repeat})

@@ -35,7 +35,7 @@ from potstill.experiment.builders import (
     table_answers,
     take_deployed_network,
 )
-from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.plan import PlannedStage, plan_stages, trains_network
 from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.input_spec import InputSpec
@@ -480,7 +480,7 @@ def warn_about_settings(
     """Return warnings about settings without effect for so many epochs and images, and about small batches."""
     texts: dict[str, None] = {}  # in order, without repetitions
     images, method = len(data.train), create_stage_method(recipe)
-    for stage in planned:
+    for stage in (each for each in planned if trains_network(recipe, each)):
         settings = recipe.stage_training(stage.name)
         for text in _without_effect(settings, images):
             texts[f"{stage.role}: {text}"] = None
