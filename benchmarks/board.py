@@ -56,6 +56,7 @@ CONTESTANTS: dict[str, list[str]] = {
     "kd + at, auto": ["method={name: combined, methods: [{name: kd, temperature: 1.0}, {name: at}], scaling: auto}"],
 }
 DATA = ("benchmarks/recipes/clothing.yaml", "benchmarks/recipes/cifar10.yaml", "fashion-mnist", "solar")
+CLAIM_SEEDS = 3  # fewer give no verdict in a report either
 BASELINE = "labels"  # what the others are compared with, seed by seed
 FIGURES = (("top1", 100.0, ".2f"), ("ece", 100.0, ".1f"), ("nll", 1.0, ".3f"))
 
@@ -220,7 +221,10 @@ def _summary(cells: Sequence[Cell], found: dict[Cell, dict[str, Any]]) -> Iterat
     groups = list(dict.fromkeys((cell.data, cell.epochs) for cell in found))
     if not groups:
         return
-    yield "Gains in points of top-1, by data set and epochs; bold where the interval is above or below 0:"
+    yield (
+        "Gains in points of top-1, by data set and epochs; bold where the interval is above or below 0, with "
+        f"{CLAIM_SEEDS} seeds or more:"
+    )
     yield ""
     yield f"| contestant | {' | '.join(f'{data.name}, {epochs}' for data, epochs in groups)} |"
     yield f"| --- |{' --- |' * len(groups)}"
@@ -233,7 +237,7 @@ def _summary(cells: Sequence[Cell], found: dict[Cell, dict[str, Any]]) -> Iterat
             gains = [100 * (top1 - by_seed[BASELINE][seed]) for seed, top1 in by_seed[name].items()
                      if seed in by_seed[BASELINE]]  # fmt: skip
             mean, half = t_interval(gains)
-            mark = "**" if abs(mean) > half else ""
+            mark = "**" if len(gains) >= CLAIM_SEEDS and abs(mean) > half else ""
             row.append(f"{mark}{mean:+.1f}{mark}" if gains else "")
         yield f"| {name} | {' | '.join(row)} |"
 

@@ -52,10 +52,11 @@ def test_the_page_has_means_paired_gains_and_the_names_of_what_is_missing(tmp_pa
 
 
 def test_the_summary_marks_differences_beyond_doubt(tmp_path):
-    cells = list_cells([QUICKSTART], [4], ["labels", "kd"], 2)
-    for cell, top1 in zip(cells, [0.80, 0.82, 0.84, 0.8601], strict=True):
+    cells = list_cells([QUICKSTART], [4], ["labels", "kd"], 3)
+    for cell, top1 in zip(cells, [0.80, 0.82, 0.84, 0.8601, 0.81, 0.83], strict=True):
         write(tmp_path, cell, top1)
     assert "| kd | **+2.0** |" in list(page(cells, tmp_path, ""))
+    assert "| kd | +2.0 |" in list(page(cells[:4], tmp_path, ""))  # two seeds
 
 
 @pytest.mark.parametrize("recipe", [name for name in board.DATA if name.endswith(".yaml")])
