@@ -87,11 +87,15 @@ def test_the_end_is_in_sight_from_the_beginning(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_images_decoded_within_an_epoch_do_not_foretell_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+def with_own_clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], io.StringIO, Progress]:
+    """A progress without a terminal, what it prints, and the time that it reads."""
+    now, out = [0.0], io.StringIO()
     monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    return now, out, Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+
+
+def test_images_decoded_within_an_epoch_do_not_foretell_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out, progress = with_own_clock(monkeypatch)
     progress.expect(lambda: {"distilled": 100.0})
     progress.stage("distilled", "resnet8, 10 epochs")
     progress.epoch_start(1, 10, 100, 100)
@@ -109,10 +113,7 @@ def test_images_decoded_within_an_epoch_do_not_foretell_its_length(monkeypatch: 
 
 
 def test_a_stage_longer_than_estimated_does_not_end_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    now, out, progress = with_own_clock(monkeypatch)
     progress.expect(lambda: {"distilled": 5.0})
     progress.stage("distilled", "resnet8, 3 epochs")
     now[0] = 6.0  # the teacher's setting up
@@ -135,10 +136,7 @@ def test_a_stage_longer_than_estimated_does_not_end_now(monkeypatch: pytest.Monk
 def test_epochs_that_ask_the_teacher_do_not_foretell_the_later_ones(
     monkeypatch: pytest.MonkeyPatch, epoch: int, seconds: float, left: str
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    now, out, progress = with_own_clock(monkeypatch)
     time_of_stage = StageTime(48.0)  # 4 of 12 epochs take 10 s each, the others 1 s
     time_of_stage.first, time_of_stage.share = 40.0, 4 / 12
     progress.expect(lambda: {"distilled": time_of_stage})
@@ -152,10 +150,7 @@ def test_epochs_that_ask_the_teacher_do_not_foretell_the_later_ones(
 
 
 def test_the_first_epochs_without_the_teacher_tell_their_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("potstill.console.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=False, width=20, markup=False, highlight=False))
+    now, out, progress = with_own_clock(monkeypatch)
     time_of_stage = StageTime(180.0)  # 4 of 12 epochs take 30 s each, the others 7.5 s
     time_of_stage.first, time_of_stage.share = 120.0, 4 / 12
     progress.expect(lambda: {"distilled": time_of_stage})
