@@ -17,8 +17,10 @@ from potstill.evaluation.predictions import predict_probabilities
 from potstill.experiment import teacher_cache
 from potstill.experiment.cache_verification import verify_cache
 from potstill.experiment.pipeline import run as carry_out
+from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, write_checksummed_json
-from potstill.models.model_file import load_model, save_model
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier, load_model, save_model
 
 ALL = ("teacher", "baseline", "distilled")
 TWO_VIEWS = {"training.epochs": 3, "teacher_cache.views": 2, "data.size": 16}
@@ -149,6 +151,26 @@ def test_temperature_alpha_method_and_seed_share_a_store(first, stores):
     ):
         assert asked_and_read(again(f"run-{number}", **changes))[0] == 0
     assert sorted(identities(stores)) == before
+
+
+def test_edited_code_of_a_network_is_another_teacher(tmp_path):
+    file = tmp_path / "networks.py"
+
+    def describe(factor):
+        file.write_text(
+            f"import torch\nclass Net(torch.nn.Linear):\n"
+            f"    def forward(self, x):\n        return {factor} * super().forward(x)\n"
+        )
+        names = {}
+        exec(compile(file.read_text(), str(file), "exec"), names)
+        torch.manual_seed(0)
+        network = Classifier(names["Net"](2, 2), "networks.py:Net", ("a", "b"), InputSpec(2))
+        return teacher_cache.describe_teacher(teacher_cache.StageTeacher(network, None, "the same"))
+
+    assert describe(1) == describe(1)
+    assert describe(1) != describe(2)
+    plain = Classifier(create_model("cifar/resnet8", 2, size=16), "cifar/resnet8", ("a", "b"), InputSpec(16))
+    assert "code" not in teacher_cache.describe_teacher(teacher_cache.StageTeacher(plain, None, "the same"))
 
 
 def test_predictions_of_a_ready_teacher_are_kept_for_later_runs(first, recipe, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 
+_PACKAGE = Path(__file__).parents[1]
 MIN_VIEWS = 8  # views, where there are as many epochs
 EPOCHS_PER_VIEW = 4  # one view for so many epochs, where there are many
 TOP16_FROM_BYTES = (
@@ -303,7 +304,19 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "input": dataclasses.asdict(network.input),
         "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
+        **({} if (code := _code_digest(network.module)) is None else {"code": code}),
     }
+
+
+def _code_digest(module: nn.Module) -> str | None:
+    """SHA-256 over the files of a network's own code, which can change beside the same weights; None without such."""
+    found = hashlib.sha256()
+    codes = {getattr(getattr(type(each), "forward", None), "__code__", None) for each in module.modules()}
+    files = sorted({code.co_filename for code in codes if code is not None and "site-packages" not in code.co_filename})
+    own = [Path(file) for file in files if not Path(file).is_relative_to(_PACKAGE) and Path(file).is_file()]
+    for file in own:
+        found.update(file.read_bytes())
+    return found.hexdigest() if own else None
 
 
 def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
