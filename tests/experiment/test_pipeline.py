@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.evaluation.cascade import Cascade, CascadeCalibration
+from potstill.evaluation.cost import count_flops, measure_memory, model_summary
 from potstill.experiment import pipeline
 from potstill.experiment.builders import build_network
 from potstill.export.predict import predict
@@ -90,6 +91,16 @@ def test_results_have_the_documented_shape(run):
             assert {"top1", "top3", "f1_macro", "auc_micro", "ece", "nll", "loss"} <= entry[split].keys()
     assert "agreement" in found["stages"]["distilled"]["test"]
     assert "agreement" not in found["stages"]["baseline"]["test"]
+
+
+def test_costs_are_those_of_each_stages_own_network(run):
+    for stage in STAGES:
+        model, entry = load_model(run / stage), results(run)["stages"][stage]
+        flops = count_flops(model.module, model.input)
+        assert entry["model"]["flops"] == flops
+        assert entry["memory"] == measure_memory(model.module, model.input)
+        table = model_summary(model.module, model.input, model.class_names, flops=flops)
+        assert (run / stage / "summary.txt").read_text() == table
 
 
 @pytest.mark.parametrize("stage", STAGES)
