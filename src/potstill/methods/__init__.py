@@ -221,8 +221,8 @@ def create_method(
         name: one of ``list_methods()``, or the code of one: ``package.module:Class``, ``path/file.py:Class``.
         preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
         schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
-        scaling: "auto" bounds the terms on hidden layers by those on logits (see
-            ``potstill.distillation.distiller``), "paper" leaves all weights as they are; None: "paper".
+        scaling: "auto" bounds the teacher's terms by those of the labels (see ``potstill.distillation.distiller``),
+            "paper" leaves all weights as they are; None: "paper".
         options: by name, as ``potstill methods NAME`` lists them.
 
     Raises:
