@@ -41,6 +41,7 @@ CONTESTANTS: dict[str, list[str]] = {
     "kd, T = 4": ["method={name: kd, preset: cifar100}"],
     "srd": ["method={name: srd}"],
     "dkd": ["method={name: dkd}"],
+    "dkd, auto": ["method={name: dkd, scaling: auto}"],
     "dist": ["method={name: dist}"],
     "ls": ["method={name: ls, preset: cifar100}"],
     "nkd": ["method={name: nkd}"],
