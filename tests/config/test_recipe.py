@@ -425,7 +425,9 @@ def test_another_method_by_set_leaves_the_former_options_behind() -> None:
     # alpha of kd is not alpha of dkd: another method starts from its own defaults
     assert load("quickstart", "method.name=dkd").method == {"name": "dkd"}
     # An option that the user names together with the method is not the recipe's, and stays.
-    assert "no option 'alpha'" in problems("quickstart", "method.alpha=0.3", "method.name=supervised")[0]
+    (found,) = problems("quickstart", "method.alpha=0.3", "method.name=supervised")
+    assert "no option 'alpha'" in found
+    assert "method kd has 'alpha'" in found
     assert load("quickstart", "method.name=kd").method == load("quickstart").method
 
 

@@ -261,7 +261,9 @@ def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
     if "schedule" in given:
         texts = check_schedule(given["schedule"]) or _check_scheduled_values(method, given["schedule"])
         problems += [OptionProblem("schedule", text) for text in texts]
-    problems += [OptionProblem(key, text) for key, text in option_problems(method.options, options, chosen or ())]
+    for key, text in option_problems(method.options, options, chosen or ()):
+        elsewhere = key not in method.options and key in method_info("kd").options  # recipes and flags may mean kd
+        problems.append(OptionProblem(key, f"{text}; method kd has {key!r}" if elsewhere else text))
     for key, each in method.options.items():
         if key in options and options[key] is not None:
             problems += [OptionProblem(key, text) for text in _check_inner(key, each.schema, options[key])]
