@@ -185,7 +185,14 @@ def test_wide_gap_and_harm() -> None:
     assert advice.wide_gap(run(comparison=helped)) is None
     hurt = several(3, -0.03, -0.01) | {"gap": 0.1}
     hurt["seeds"] |= {"gap": 0.1}
-    assert advice.harmed(run(comparison=hurt)) is not None
+    found = advice.harmed(run(comparison=hurt))
+    assert found is not None
+    assert found.settings == ()
+    methods = {"{name: dkd}": True, "{name: dkd, scaling: auto}": False, "{name: kd}": False}
+    for method, bound in methods.items():
+        found = advice.harmed(run(comparison=hurt, recipe=f"name: made\nmethod: {method}\n"))
+        assert found is not None
+        assert (found.settings == ("method.scaling=auto",)) is bound
     hurt["seeds"] |= {"gap": -0.1}
     assert advice.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
     assert advice.harmed(run(comparison=unclear)) is None

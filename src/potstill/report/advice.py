@@ -537,11 +537,23 @@ def harmed(run: Run) -> Advice | None:
     gap = format_number(average_over_seeds(run.comparison or {}).get("gap"))
     if effect_of(run.comparison) != "hurt" or gap is None or gap <= 0:
         return None
+    method = recipe_setting(run, "method")
+    settings: tuple[str, ...] = ()
+    action = (
+        "Try other temperatures and weights of the label term, and train longer: soft targets need more epochs than "
+        "labels."
+    )
+    if isinstance(method, dict) and method.get("name") != "kd" and method.get("scaling") != "auto":
+        settings = ("method.scaling=auto",)
+        action = (
+            "The weights that papers give to the teacher's terms belong to long trainings: bound them by the labels. "
+            "Or train longer."
+        )
     return Advice(
         "Distillation hurt although the teacher is better",
         f"The teacher leads the baseline by {format_points(gap, signed=False)} points of top-1 on test.",
-        "Try other temperatures and weights of the label term, and train longer: soft targets need more epochs than "
-        "labels.",
+        action,
+        settings=settings,
     )
 
 
