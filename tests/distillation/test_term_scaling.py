@@ -1,11 +1,15 @@
 """Bounding a teacher's terms by those of the labels."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from potstill.distillation.distiller import LOGIT_BOUND, MEASURED_STEPS, Distiller, TermScaling
+from potstill.config.recipe import load_recipe
+from potstill.distillation.distiller import LOGIT_BOUND, MEASURED_STEPS, STEPS_BETWEEN, Distiller, TermScaling
+from potstill.experiment.preflight import create_stage_method
 from potstill.methods import check_method, create_method
 from potstill.methods.base import Method
 from potstill.models.factory import create_model
@@ -44,6 +48,10 @@ def test_the_factor_is_that_of_the_first_steps_of_each_epoch():
     # r = 3 * 2 x, g = 60 x^2: sums 6 of 60; 36 of 1560; 42 of 1620; 48 of 1680, which stays
     assert seen == pytest.approx([0.1, 36 / 1560, 42 / 1620, 48 / 1680, 48 / 1680, 48 / 1680])
     assert MEASURED_STEPS == 4
+    scaling.start_epoch()  # too early to measure anew
+    assert scaling(*pair.terms(6.0))["hint"].item() == pytest.approx(6.0 * 48 / 1680)
+    for _ in range(STEPS_BETWEEN - 7):
+        scaling(*pair.terms(6.0))
     scaling.start_epoch()
     assert scaling(*pair.terms(6.0))["hint"].item() == pytest.approx(6.0)
 
@@ -172,8 +180,16 @@ def test_the_state_is_in_the_distillers():
     other, *_ = made("at")
     other.load_state_dict(distiller.state_dict())
     assert other.scaling.factors == distiller.scaling.factors != {}
+    for _ in range(STEPS_BETWEEN - 1):
+        distiller(images, labels)
     distiller.start_epoch(1, 2)
     assert distiller.scaling.steps == 0
+
+
+def test_recipes_bound_the_terms_unless_they_say_otherwise():
+    for given, wanted in (({}, "auto"), ({"scaling": "paper"}, "paper")):
+        recipe = load_recipe("quickstart", [f"method={json.dumps({'name': 'at'} | given)}"])
+        assert create_stage_method(recipe).scaling == wanted
 
 
 def test_scaling_is_a_setting_of_the_outermost_method():

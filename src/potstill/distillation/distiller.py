@@ -24,8 +24,9 @@ from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo
 from potstill.methods.wrappers import wrap_per_teacher
 from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step, widest_float
 
-# At the start of each epoch; each costs a backward pass for each term on hidden layers, and one more.
+# At the start of an epoch; each costs a backward pass for each term on hidden layers, and one more.
 MEASURED_STEPS = 4
+STEPS_BETWEEN = 40  # at least, from one measurement to the next: epochs of a few steps are not all measured
 LOGIT_BOUND = 2.0  # of a term's gradient with respect to the logits, relative to that of the labels
 
 
@@ -372,7 +373,8 @@ class TermScaling(nn.Module):
     and no step).
 
     A term is one on hidden layers if it does not depend on the student's logits z.  In each of the first
-    ``MEASURED_STEPS`` training steps of an epoch, two norms g and r are measured for each term but the label terms:
+    ``MEASURED_STEPS`` training steps of an epoch, but not sooner than ``STEPS_BETWEEN`` steps after the last time, two
+    norms g and r are measured for each term but the label terms:
 
     - on logits: g of the term's gradient with respect to z, and r of ``LOGIT_BOUND`` times that of the cross-entropy
       with the labels, both for the images that have a label; without any the factor is 1;
@@ -383,7 +385,7 @@ class TermScaling(nn.Module):
 
     .. math:: \min(1, \sum r / \sum g)
 
-    with sums over these steps and all processes, from the first of them on; it stays until the next epoch begins.  So
+    with sums over these steps and all processes, from the first of them on; it stays until the next measurement.  So
     warm-ups and schedules count, and a term fades as the labels are learnt.  Without terms on logits (a method that
     trains hidden layers alone, or does so first) and for a term without gradient the factor is 1.
 
@@ -393,7 +395,7 @@ class TermScaling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = 0  # measured in this epoch
+        self.steps = 0  # since the measurement began
         self._sums: dict[str, Tensor] = {}  # by term: the sums of g and of r, [2]
         self._factors: dict[str, Tensor] = {}
 
@@ -403,8 +405,9 @@ class TermScaling(nn.Module):
         return {name: float(factor) for name, factor in self._factors.items()}
 
     def start_epoch(self) -> None:
-        """Measure anew; the factors stay until then."""
-        self.steps, self._sums = 0, {}
+        """Measure anew if the last time is long enough ago; the factors stay until then."""
+        if self.steps >= STEPS_BETWEEN:
+            self.steps, self._sums = 0, {}
 
     def forward(
         self,
@@ -418,9 +421,10 @@ class TermScaling(nn.Module):
 
         ``label_terms`` are the names of those from labels alone; all were computed of ``logits``, [B, K].
         """
-        if self.training and torch.is_grad_enabled() and self.steps < MEASURED_STEPS:
+        if self.training and torch.is_grad_enabled():
             self.steps += 1
-            self._measure(terms, label_terms, logits, batch, [each for each in parameters if each.requires_grad])
+            if self.steps <= MEASURED_STEPS:
+                self._measure(terms, label_terms, logits, batch, [each for each in parameters if each.requires_grad])
         return self._scaled(terms)
 
     def _scaled(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

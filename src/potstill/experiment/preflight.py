@@ -82,8 +82,8 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
 
 def create_stage_method(recipe: Recipe) -> Method:
-    """Return a new instance of the recipe's method."""
-    options = dict(recipe.method)
+    """Return a new instance of the recipe's method; its terms are bounded unless it says ``scaling: paper``."""
+    options = {"scaling": "auto"} | recipe.method
     return create_method(options.pop("name"), **options)
 
 
