@@ -150,9 +150,10 @@ def _adapted_text(training: Mapping[str, Any]) -> str:
     """Return what the method took from this training instead of from its paper, with a semicolon before it; or ""."""
     factors, epochs = training.get("term_factors"), training.get("method_epochs")
     texts = []
-    if isinstance(factors, dict) and factors:
-        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in factors.items())
-        texts.append(f"factors on the weights of hidden layers' terms in that epoch: {shown}")
+    bounded = {name: each for name, each in factors.items() if each != 1} if isinstance(factors, dict) else {}
+    if bounded:
+        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in bounded.items())
+        texts.append(f"factors that bounded the teacher's terms in that epoch: {shown}")
     if isinstance(epochs, dict) and epochs:
         shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in epochs.items())
         texts.append(f"{shown} as a share of the training")
