@@ -59,11 +59,15 @@ def test_every_shipped_recipe_is_well_and_survives_a_round_trip(name: str, tmp_p
     [
         (["teacher={model: efficientnet-lite0, weights: pretrained}"], {"name": "srd", "temperature": 1.0}),
         (["teacher=[{model: efficientnet-lite0, weights: pretrained}]"], {"name": "srd", "temperature": 1.0}),
-        ([], {"name": "kd", "temperature": 1.0}),  # a teacher from scratch
+        ([], {"name": "dist", "ce_weight": 0.0}),  # a teacher from scratch
+        (["method.alpha=0.5"], {"name": "kd", "temperature": 1.0, "alpha": 0.5}),  # which the others have not
+        (["method.temperature=2"], {"name": "dist", "ce_weight": 0.0, "temperature": 2}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.alpha=0.5"],
+         {"name": "kd", "temperature": 1.0, "alpha": 0.5}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.temperature=2"],
          {"name": "srd", "temperature": 2}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "student.weights=pretrained"],
-         {"name": "kd", "temperature": 1.0}),
+         {"name": "kd", "temperature": 1.0, "alpha": 0.0}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "data.labeled=false", "teacher.classes=[a, b]"],
          {"name": "srd", "temperature": 1.0, "ce_weight": 0.0}),
     ],
@@ -75,15 +79,14 @@ def test_the_method_auto_depends_on_the_networks(sets: list[str], expected: dict
 def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Path) -> None:
     (tmp_path / "answers.csv").write_text("path,cat,dog\nimages/1.png,0.2,0.8\n")
     recipe = load(SMALL | {"method": {"name": "auto"}}, f"teacher={{weights: {tmp_path / 'answers.csv'}}}")
-    assert recipe.method["name"] == "kd"
-    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "kd"
+    assert recipe.method["name"] == "dist"
+    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "dist"
     previous = model_folder(tmp_path / "previous", "cifar/resnet8")
     inside = load(SMALL, flags={"--method": "auto", "--previous": str(previous)}).method
-    assert (inside["name"], inside["base_method"]) == ("pct", {"name": "kd", "temperature": 1.0})
+    assert (inside["name"], inside["base_method"]) == ("pct", {"name": "dist", "ce_weight": 0.0})
     (nested,) = problems(SMALL, "method={name: ls, base_method: {name: auto}}")
     assert "the method of a whole recipe" in nested
-    ready = "teacher={model: efficientnet-lite0, weights: pretrained}"
-    assert "no option 'alpha'" in " ".join(problems(SMALL, "method={name: auto, alpha: 2}", ready))
+    assert "no option 'alhpa'" in " ".join(problems(SMALL, "method={name: auto, alhpa: 2}"))
 
 
 def test_recipes_for_everyday_use_come_first() -> None:
@@ -428,7 +431,8 @@ def test_another_method_by_set_leaves_the_former_options_behind() -> None:
     (found,) = problems("quickstart", "method.alpha=0.3", "method.name=supervised")
     assert "no option 'alpha'" in found
     assert "method kd has 'alpha'" in found
-    assert load("quickstart", "method.name=kd").method == load("quickstart").method
+    assert load("quickstart", "method.name=dist").method == {"name": "dist"}
+    assert load("few-labels", "method.name=kd").method == load("few-labels").method
 
 
 def test_required_options_of_a_new_method_point_at_the_set() -> None:
