@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no
     return write
 
 
-def model_folder(folder: Path, architecture: str) -> Path:
+def model_folder(folder: Path, architecture: str, **facts: Any) -> Path:
     folder.mkdir(parents=True)
-    write_checksummed_json(folder / "model.json", {"schema": 1, "architecture": architecture})
+    write_checksummed_json(folder / "model.json", {"schema": 1, "architecture": architecture, "facts": facts})
     return folder
 
 
@@ -74,6 +75,18 @@ def test_every_shipped_recipe_is_well_and_survives_a_round_trip(name: str, tmp_p
 )  # fmt: skip
 def test_the_method_auto_depends_on_the_networks(sets: list[str], expected: dict[str, object]) -> None:
     assert load(SMALL | {"method": {"name": "auto"}}, *sets).method == expected
+
+
+def test_the_method_auto_looks_where_a_ready_teacher_learned(tmp_path: Path) -> None:
+    """One that a run trained from scratch is no other teacher than one that this run would train."""
+    training = {"epochs": 15}
+    scratch = model_folder(tmp_path / "scratch", "cifar/resnet20", training=training)
+    copy = model_folder(tmp_path / "copy", "cifar/resnet20", weights=str(scratch))
+    tuned = model_folder(tmp_path / "tuned", "cifar/resnet20", weights="pretrained", training=training)
+    lost = model_folder(tmp_path / "lost", "cifar/resnet20", weights=str(tmp_path / "lost"))  # names itself
+    for folder, name in ((scratch, "dist"), (copy, "dist"), (tuned, "srd"), (lost, "srd")):
+        recipe = load(SMALL | {"method": {"name": "auto"}}, flags={"--teacher": str(folder)})
+        assert recipe.method["name"] == name, folder
 
 
 def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Path) -> None:

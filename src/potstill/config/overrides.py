@@ -328,8 +328,9 @@ def choose_method(value: dict[str, Any]) -> None:
     """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
 
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
-    weights and embeddings, which teach more from few images than probabilities alone; ``dist`` for other students from
-    scratch; else ``kd``, also where an option is given that only ``kd`` has.
+    embeddings that are worth learning, made from more images than the student's: weights that no run of potstill has
+    trained from scratch; ``dist`` for other students from scratch; else ``kd``, also where an option is given that only
+    ``kd`` has.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -339,7 +340,8 @@ def choose_method(value: dict[str, Any]) -> None:
         return
     teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
     model = teacher.get("model") if isinstance(teacher, dict) else None
-    ready = isinstance(teacher, dict) and teacher.get("weights") is not None
+    weights = teacher.get("weights") if isinstance(teacher, dict) else None
+    ready = weights is not None and not _trained_from_scratch(weights)
     embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
     scratch = isinstance(student, dict) and student.get("weights") is None
     unlabeled = isinstance(data, dict) and data.get("labeled") is False
@@ -359,6 +361,22 @@ def choose_method(value: dict[str, Any]) -> None:
         "kd": {"temperature": 1.0, "alpha": 0.0},
     }
     owner[key] = {"name": name} | defaults[name] | given
+
+
+def _trained_from_scratch(weights: Any) -> bool:
+    """Whether ``weights`` is the model folder of a run that trained the network from noise, or took it from such."""
+    seen = set[str]()
+    while isinstance(weights, str) and weights not in seen:
+        seen.add(weights)
+        try:
+            facts = read_checksummed_json(Path(weights) / "model.json").get("facts")
+        except (PotstillError, OSError):
+            return False  # other weights; what is wrong with them is said elsewhere
+        if not isinstance(facts, dict):
+            return False
+        if (weights := facts.get("weights")) is None:
+            return "training" in facts
+    return False
 
 
 def drop_soft_targets(value: dict[str, Any]) -> None:
