@@ -94,6 +94,8 @@ def test_what_is_written_is_read_back_the_same() -> None:
 
     assert parse_yaml(dump_yaml(value), "r.yaml").value == value
     assert yaml.safe_load(dump_yaml({"lr": 1e-5})) == {"lr": 1e-5}  # by other readers too
+    path = {"source": b"caf\xe9".decode("utf-8", "surrogateescape")}  # of a file whose name is not UTF-8
+    assert parse_yaml(dump_yaml(path), "r.yaml").value == path
 
 
 def test_recipes_are_read_by_this_reader_alone():

@@ -225,13 +225,16 @@ def test_a_prefix_may_be_the_networks_own(tmp_path):
     [
         ({"arch": "resnet18"}, "timm/resnet18"),
         ({"args": argparse.Namespace(model="resnet18", lr=0.1), "epoch": np.int64(3)}, "timm/resnet18"),
-        ({}, "torchvision/resnet18"),
+        ({}, "torchvision/convnext_tiny"),
     ],
 )
 def test_networks_that_training_scripts_name(tmp_path, beside, name):
-    from torchvision.models import resnet18
+    import torchvision
 
-    torch.save({"state_dict": resnet18(num_classes=7).state_dict(), **beside}, tmp_path / "best.pth")
+    with torch.device("meta"):
+        state = getattr(torchvision.models, name.split("/")[1])(num_classes=7).state_dict()
+    zeros = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    torch.save({"state_dict": zeros, **beside}, tmp_path / "best.pth")
     assert identify_network(tmp_path / "best.pth") == name
 
 
@@ -308,7 +311,7 @@ def test_what_cannot_be_read_is_recognised_with_the_lines_that_convert_it(tmp_pa
 
 
 def test_the_public_resnet56_on_jpeg_images(tmp_path):
-    """83 % of CIFAR-10's test images as JPEG files; on the first 100 of each class 84.1 % (measured here)."""
+    """83 % of CIFAR-10's test images as JPEG files; on the first 100 of each class 84.1 %, on 25 84.8 % (here)."""
     from potstill.data.image_io import decode
     from potstill.data.transforms import preprocess
     from potstill.models.registry import input_spec
@@ -327,10 +330,10 @@ def test_the_public_resnet56_on_jpeg_images(tmp_path):
         classes = sorted({each.split("/")[1] for each in every})
         for label, one in enumerate(classes):
             batch = []
-            for each in [each for each in every if f"/{one}/" in each][:100]:
+            for each in [each for each in every if f"/{one}/" in each][:25]:
                 batch.append(preprocess(decode(Path(archive.extract(each, tmp_path))), spec))
             with torch.no_grad():
                 right += int((loaded.module.eval()(torch.stack(batch)).argmax(dim=1) == label).sum())
             total += len(batch)
-    assert total == 1000
-    assert 0.80 <= right / total <= 0.87
+    assert total == 250
+    assert 0.77 <= right / total <= 0.90

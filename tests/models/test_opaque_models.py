@@ -105,19 +105,26 @@ def test_a_file_for_a_single_image_is_run_image_by_image(tmp_path, kind):
         assert torch.allclose(network(IMAGES), EXPECTED, atol=1e-5)
 
 
+EXPORTED_SPEC = InputSpec(SIZE, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+
+def test_a_file_that_crops_its_images_itself_is_refused(tmp_path):
+    """Whatever its kind: what it does is read from its metadata, as in the next test."""
+    metadata = ExportMetadata("own", ("a", "b", "c"), EXPORTED_SPEC, "resize")
+    (tmp_path / "model.pt2").write_bytes(TORCH_EXPORT.convert(Means(), metadata)[".pt2"])
+    with allowed_code(), pytest.raises(ArtifactError, match="--preprocessing none"):
+        FileNetwork.read("torch-export", tmp_path / "model.pt2")
+
+
 @pytest.mark.parametrize(
     ("convert", "suffix", "kind"), [(convert_to_onnx, ".onnx", "onnx"), (TORCH_EXPORT.convert, ".pt2", "torch-export")]
 )
-@pytest.mark.parametrize("inside", ["none", "normalise", "resize"])
+@pytest.mark.parametrize("inside", ["none", "normalise"])
 def test_preprocessing_of_exported_files(tmp_path, convert, suffix, kind, inside):
-    spec = InputSpec(SIZE, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    spec = EXPORTED_SPEC
     file = tmp_path / f"model{suffix}"
     file.write_bytes(convert(Means(), ExportMetadata("own", ("a", "b", "c"), spec, inside))[suffix])
     with allowed_code():
-        if inside == "resize":
-            with pytest.raises(ArtifactError, match="--preprocessing none"):
-                FileNetwork.read(kind, file)
-            return
         network = FileNetwork.read(kind, file)
         network.examine(SIZE)
     assert network.fixed_size == SIZE

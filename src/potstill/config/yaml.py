@@ -40,8 +40,12 @@ class _Dumper(_Scalars, yaml.SafeDumper):
     """Quotes text that the loader would read as another type."""
 
 
+class _FastDumper(_Scalars, getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """The same by libyaml, in a third of the time; not every PyYAML has it."""
+
+
 for _kind, _pattern in _KINDS.items():
-    for _class in (_Loader, _Dumper):
+    for _class in (_Loader, _Dumper, _FastDumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
 
 
@@ -113,7 +117,14 @@ def parse_yaml(text: str, label: str) -> Document:
 
 def dump_yaml(value: Any) -> str:
     """Return plain values as YAML from which ``parse_yaml`` reads the same values."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    try:
+        return _dump(value, _FastDumper)
+    except UnicodeEncodeError:  # a path that is not UTF-8 holds parts of characters, which libyaml does not write
+        return _dump(value, _Dumper)
+
+
+def _dump(value: Any, dumper: type[Any]) -> str:
+    return cast(str, yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:

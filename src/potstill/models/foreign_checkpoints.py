@@ -178,9 +178,9 @@ def identify_network(path: Path) -> str:
         lambda: [f"torchvision/{name}" for name in FAMILIES["torchvision"].names()],
     )
     for names in groups if len(checkpoint.tensors) >= _FEWEST_TENSORS else ():
-        networks = {name: _shapes(name) for name in names()}
+        candidates = names()
         for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
-            if found := next((name for name, own in networks.items() if convention(checkpoint, name, own)), None):
+            if found := next((name for name in candidates if convention(checkpoint, name, _shapes(name))), None):
                 return found
     raise UsageError(
         f"{path} contains weights only; give their architecture as ARCHITECTURE@{path}\n{_describe(checkpoint)}"

@@ -83,9 +83,17 @@ INVALID = {
 }
 
 
+@pytest.fixture(scope="module")
+def honest_weights():
+    """What a round of the honest clients alone gives, by algorithm, when it has been trained once."""
+    return {}
+
+
 @pytest.mark.parametrize("name", ["fedavg", "feddf", "fedmd"])
 @pytest.mark.parametrize("attack", INVALID)
-def test_an_invalid_reply_is_left_out_and_the_others_make_the_round(recipe, data, public, clients, parts, name, attack):
+def test_an_invalid_reply_is_left_out_and_the_others_make_the_round(
+    recipe, data, public, clients, parts, honest_weights, name, attack
+):
     change, why = INVALID[attack]
 
     def trained(everybody, share):
@@ -96,9 +104,10 @@ def test_an_invalid_reply_is_left_out_and_the_others_make_the_round(recipe, data
     record, state = trained(clients | {1: Hostile(clients[1], change)}, 0.5)
     assert record["clients"] == [0, 2]
     assert record["failed"]["1"].startswith(why)
-    honest = {number: client for number, client in clients.items() if number != 1}
-    _, wanted = trained(honest, 0.5)
-    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    if name not in honest_weights:
+        honest = {number: client for number, client in clients.items() if number != 1}
+        honest_weights[name] = trained(honest, 0.5)[1]
+    assert all(torch.equal(state[key], value) for key, value in honest_weights[name].items())
 
 
 @pytest.mark.parametrize(
