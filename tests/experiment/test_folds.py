@@ -190,6 +190,14 @@ def test_more_seeds_continue_every_fold_and_overwrite_begins_again(whole, made, 
     assert found["looks"]["test_evaluations"] == 2
     assert found["comparison"]["folds"]["top1_gain"]["confidence"] == 0.995
     assert set(found["repeats"]) == {"baseline-2", "distilled-2"}
+    own = [results(copy / f"fold-{fold}") for fold in range(1, FOLDS + 1)]
+    for name in ("baseline", "distilled"):  # as the comparison: over the seeds of each fold
+        tops = [np.mean([(each["stages"] | each["repeats"])[one]["test"]["top1"] for one in (name, f"{name}-2")])
+                for each in own]  # fmt: skip
+        assert [each["top1"][name] for each in found["folds"]] == pytest.approx(tops)
+        assert found["stages"][name]["over_folds"]["top1"]["mean"] == pytest.approx(np.mean(tops))
+    assert "distilled over their 2 seeds too" in render(copy).read_text(encoding="utf-8")
+    assert "(baseline and distilled: mean over the seeds)" in found["comparison"]["verdict"]
     with pytest.raises(UsageError, match="--resume needs the same recipe"):
         pipeline.run(made(seeds=2, **{"training.lr": 0.1}), output_dir=tmp_path, resume=True)
     with pytest.raises(UsageError, match="--overwrite"):
