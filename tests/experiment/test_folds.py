@@ -237,6 +237,24 @@ def test_bad_input_gives_one_message(made, recipe, tmp_path):
     assert not (tmp_path / "tiny").exists()
 
 
+def test_a_refused_run_deletes_and_writes_nothing(whole, made, recipe, tmp_path):
+    path, _, _ = whole
+    single = pipeline.run(recipe(**{"training.epochs": 1}), output_dir=tmp_path, name="single", stages=("baseline",))
+    copy = shutil.copytree(path, tmp_path / "tiny")
+    before = sorted(file for file in copy.rglob("*") if file.is_file())
+    for changes, baseline, words in (
+        ({"feature_pairs": "[[a, b]]"}, None, "feature_pairs"),
+        ({}, single, "single is no cross-validation, and this run has 3 folds"),
+        ({"data.folds": 4}, path, "has no fold 4, and this run has 4 folds"),
+        ({"training.lr": 0.1}, path, r"training\.lr: 0\.003 there, 0\.1 here"),
+    ):
+        for name, flags in (("tiny", {"overwrite": True}), ("new", {})):
+            with pytest.raises(UsageError, match=words):
+                pipeline.run(made(**changes), output_dir=tmp_path, name=name, baseline=baseline, **flags)
+        assert not (tmp_path / "new").exists()
+        assert sorted(file for file in copy.rglob("*") if file.is_file()) == before
+
+
 def test_weights_from_a_file_are_warned_of(whole):
     path, _, _ = whole
     base = {"teacher": {"model": "cifar/resnet8"}, "student": {"model": "cifar/resnet8"}}
