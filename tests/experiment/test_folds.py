@@ -1,6 +1,7 @@
 """A cross-validation: a run of each fold, and all of them together."""
 
 import csv
+import html
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from potstill.experiment import pipeline
 from potstill.experiment.folds import describe_outside_weights
 from potstill.experiment.reproduce import read_run_record
 from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.report.compare import compare, read_contender
 from potstill.report.overview import comparison_context
 from potstill.report.render import render
 from potstill.report.run_reader import read_run
@@ -148,6 +150,19 @@ def test_reports_of_the_whole_and_of_each_fold(whole):
         text = (path / f"fold-{fold}" / "report.html").read_text(encoding="utf-8")
         assert f"fold {fold} of {FOLDS}" in text
         assert "--seeds 5" not in text.partition('id="advice"')[0]
+
+
+def test_a_comparison_of_runs_knows_the_folds_and_has_the_runs_own_verdict(whole, tmp_path):
+    path, _, _ = whole
+    run = read_run(path)
+    found = read_contender("a", {0: (run, run.stages["distilled"])})
+    tested = [
+        {row["name"] for row in rows(path / f"fold-{k}" / "splits.csv") if row["split"] == "test"} for k in (1, 2, 3)
+    ]
+    assert [name in tested[fold] for (name, _), fold in zip(found.images, found.folds, strict=True)] == [True] * 60
+    page = html.unescape(compare([path], tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.count("changed by") == page.count("on average over 3 folds, on 60 images")
+    assert "<td>0</td>" in page  # its seed, of which there is one
 
 
 def test_a_fold_is_a_run_folder_and_the_whole_has_no_model(whole):
