@@ -128,6 +128,25 @@ def test_no_room_and_as_good_as_teacher() -> None:
     assert advice.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=-0.02))) is None
     behind = level | {"distilled": {"test": {"top1": 0.899}}}
     assert advice.as_good_as_teacher(run(behind, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+    unlearned = level | {"distilled": {"test": {"top1": 0.9, "at_chance": True}}}
+    assert advice.as_good_as_teacher(run(unlearned, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+
+
+@pytest.mark.parametrize("part", ["seeds", "folds"])
+def test_advice_on_top1_is_on_the_mean_over_seeds_as_the_verdict(part: str) -> None:
+    tests = {
+        name: {"test": {"top1": top1}} for name, top1 in (("teacher", 0.9), ("baseline", 0.99), ("distilled", 0.91))
+    }
+    means = {"top1": {"n": 5, "mean_a": 0.8, "mean_b": 0.85}}
+    repeats = {"seeds": 5, "folds": 5, "figures": means, "gap": 0.1, "top1_gain": {"value": 0.05}}
+    made = run(tests, comparison=gain(-0.08, 0, 0, gap=-0.09) | {part: repeats})
+    assert advice.as_good_as_teacher(made) is None
+    assert advice.no_room(made) is None
+    means["top1"] |= {"mean_a": 0.99, "mean_b": 0.95}
+    found = advice.as_good_as_teacher(made)
+    assert found is not None
+    assert "top-1 of 95.0 %" in found.evidence
+    assert "top-1 of 99.0 %" in advice.no_room(made).evidence  # type: ignore[union-attr]
 
 
 def test_overfitting() -> None:

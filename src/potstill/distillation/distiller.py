@@ -230,7 +230,10 @@ class Distiller(nn.Module):
             what = "another view of each image" if needs.second == "strong" else "for each image one of the same class"
             raise UsageError(f"{name} needs second=, {what}")
         if needs.several and len(batch) < 2:
-            raise UsageError(f"{name} compares images with each other, and this batch has {len(batch)}")
+            raise UsageError(
+                f"{name} compares images with each other, and this batch has {len(batch)}: leave out a last batch of "
+                "one image (drop_last=True of a DataLoader)"
+            )
         if needs.labels and batch.labels.device.type == "cpu" and bool((batch.labels == UNLABELED).any()):
             raise UsageError(f"{name} needs the label of every image; with unlabeled images use kd or dist")
 

@@ -49,6 +49,13 @@ def final_metric(run: Run, stage: str, split: str, key: str) -> float | None:
     return None if found is None else format_number(found.metrics.get(split, {}).get(key))
 
 
+def _mean_top1(run: Run, stage: str) -> float | None:
+    """Return top-1 on test as the verdict has it: of baseline and distilled, the mean over the seeds or folds."""
+    top1 = ((repeats_of(run.comparison) or {}).get("figures") or {}).get("top1") or {}
+    mean = format_number(top1.get({"baseline": "mean_a", "distilled": "mean_b"}.get(stage)))
+    return final_metric(run, stage, "test", "top1") if mean is None else mean
+
+
 def split_size(run: Run, split: str) -> int:
     """Return the number of images of a split; 0 if unknown."""
     counts = (run.data.get("counts") or {}).get(split)
@@ -334,7 +341,7 @@ WORTHWHILE_GAIN = 0.01  # of top-1 by twice as many images
 
 def no_room(run: Run) -> Advice | None:
     """The baseline is almost always right."""
-    top1 = final_metric(run, "baseline", "test", "top1")
+    top1 = _mean_top1(run, "baseline")
     if top1 is None or top1 < SATURATED_TOP1:
         return None
     return Advice(
@@ -347,9 +354,11 @@ def no_room(run: Run) -> Advice | None:
 
 def as_good_as_teacher(run: Run) -> Advice | None:
     """The student has caught up with its teacher."""
-    teacher, distilled = (final_metric(run, name, "test", "top1") for name in ("teacher", "distilled"))
+    teacher, distilled = (_mean_top1(run, name) for name in ("teacher", "distilled"))
     gap = format_number(average_over_seeds(run.comparison or {}).get("gap"))
     if teacher is None or distilled is None or gap is None or gap <= 0 or distilled < teacher:
+        return None
+    if run.stages["distilled"].metrics.get("test", {}).get("at_chance"):  # it has not learned
         return None
     return Advice(
         "The student is as good as its teacher",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from potstill.config import STAGES
+from potstill.experiment.verdict import first_seed_note
 from potstill.formatting import (
     MISSING,
     display_width,
@@ -350,7 +351,7 @@ def _card_text(run: Run, student: StageResult) -> str:
         else "The start of a classifier, for images like the training images: it has an embedding and no classes.",
         "## Metrics",
         _card_metrics(run),
-        "On the test split, which was used for no choice.",
+        f"On the test split, which was used for no choice. {first_seed_note(run.comparison)}".rstrip(),
         "## Limits",
         "- Metrics hold for images drawn like the test images. Nothing is known of others.\n"
         "- Confidence is not the probability of being right; see the calibration section of report.html."
