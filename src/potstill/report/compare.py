@@ -385,7 +385,7 @@ def read_contender(name: str, students: Mapping[int, tuple[Run, StageResult]]) -
 
 def _read_folds(run: Run, names: Sequence[str]) -> Array:
     """Return the fold of a cross-validation that tests each image, from 0."""
-    fold_of = {}
+    fold_of: dict[str, int] = {}
     for at, each in enumerate(run.folds):
         path = run.folder / str(each.get("folder")) / "splits.csv"
         rows = csv.reader(io.StringIO(read_bytes(path).decode("utf-8", "replace")))
