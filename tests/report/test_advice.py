@@ -207,7 +207,7 @@ def test_wide_gap_and_harm() -> None:
     found = advice.harmed(run(comparison=hurt))
     assert found is not None
     assert found.settings == ()
-    methods = {"{name: dkd}": True, "{name: dkd, scaling: auto}": False, "{name: kd}": False}
+    methods = {"{name: dkd, scaling: paper}": True, "{name: dkd, scaling: auto}": False, "{name: kd}": False}
     for method, bound in methods.items():
         found = advice.harmed(run(comparison=hurt, recipe=f"name: made\nmethod: {method}\n"))
         assert found is not None
@@ -217,16 +217,19 @@ def test_wide_gap_and_harm() -> None:
     assert advice.harmed(run(comparison=unclear)) is None
 
 
-def test_embeddings_for_students_from_scratch_of_ready_teachers() -> None:
+def test_students_from_scratch_that_gained_nothing_by_kd_get_another_method() -> None:
     def find(teacher: str = "{model: resnet18, weights: pretrained}", student: str = "{model: resnet10t}", **more: Any):
         recipe = f"name: made\nteacher: {teacher}\nstudent: {student}\n"
         results = {"comparison": gain(0.0, -0.01, 0.01), "method": {"name": "kd"}} | more
-        return advice.learn_embeddings(run(recipe=recipe, **results))
+        return advice.other_method(run(recipe=recipe, **results))
 
     found = find()
     assert found is not None
-    assert found.flags == ("--method", "srd")
-    assert find(teacher="{model: resnet18}") is None  # trained by the run: not measured
+    assert found.flags == ("--method", "auto")
+    assert "embeddings" in found.title
+    found = find(teacher="{model: resnet18}")  # trained by the run
+    assert found is not None
+    assert "correlate" in found.action
     assert find(student="{model: resnet10t, weights: pretrained}") is None
     assert find(method={"name": "srd"}) is None
     assert find(comparison=several(3, 0.001, 0.1)) is None
