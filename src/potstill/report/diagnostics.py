@@ -507,11 +507,15 @@ _GROUP_TITLES = {
     "repaired": "Newly right with distillation",
     "broken": "Newly wrong with distillation",
 }
-_GROUP_KINDS = {
-    "mistakes": "wrong predictions, the most confident first",
-    "disagreements": "images with different predictions, the most confident first",
-    "repaired": "images that baseline gets wrong and distilled right, the largest change first",
-    "broken": "images that baseline gets right and distilled wrong, the largest change first",
+_GROUP_KINDS = {  # what is counted, and the order
+    "mistakes": ("wrong prediction", "wrong predictions", ", the most confident first"),
+    "disagreements": (
+        "image with different predictions",
+        "images with different predictions",
+        ", the most confident first",
+    ),
+    "repaired": ("image", "images", " that baseline gets wrong and distilled right, the largest change first"),
+    "broken": ("image", "images", " that baseline gets right and distilled wrong, the largest change first"),
 }
 _MAX_REGION = 4096.0  # of a heat map, in sides of the image: with padding, larger than the image
 _IMAGE_TYPES = ("png", "jpeg")
@@ -541,12 +545,17 @@ def _image_group(name: str, found: dict[str, Any], images: dict[str, Any], parts
     keys = [str(key) for key in found.get("images") or []]
     return {
         "title": _GROUP_TITLES[name].format(student=parts.get("student", "the student"), teacher=parts.get("teacher")),
-        "kind": _GROUP_KINDS[name],
-        "count": format_count(found.get("count")),
+        "counted": _count_images(format_number(found.get("count")), *_GROUP_KINDS[name]),
         "none": not format_number(found.get("count")),
         "all": format_number(found.get("count")) == len(keys),
         "cards": [_image_card(key, images[key], parts) for key in keys if isinstance(images.get(key), dict)],
     }
+
+
+def _count_images(count: float | None, one: str, many: str, order: str) -> str:
+    if count == 1:
+        return f"1 {one}{order.partition(', ')[0]}"  # one has no order
+    return f"{format_count(count)} {many}{order}"
 
 
 def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from potstill.formatting import (
     MISSING,
     format_decimal,
     format_duration,
+    format_loss,
     format_milliseconds,
     format_number,
     format_percent,
@@ -271,8 +272,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
     if looks > 1:
         sentence += f". This is look {looks} of searches here at test: quote the first"
     bound = (
-        f"On {found['val_images']:,} val images it loses {format_points(chosen['loss'], signed=False)} points, and at "
-        f"most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
+        f"On {found['val_images']:,} val images it {format_loss(chosen['loss'])}, and loses "
+        f"at most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
         f"{found['max_loss']:g}."
     )
     figure = as_svg(
