@@ -538,8 +538,8 @@ def other_method(run: Run) -> Advice | None:
         ),
         "dist": (
             "Another method may suit the student better",
-            "Let its probabilities correlate with the teacher's, at any scale of the logits: on photographs of clothing "
-            "a ResNet-8 gained 10 points by that, where kd gained 3.",
+            "Let its probabilities correlate with the teacher's, at any scale of the logits: by that a ResNet-8 gained "
+            "10 points on photographs of clothing, where kd gained 3.",
         ),
     }
     if chosen["method"]["name"] not in texts:
