@@ -133,7 +133,7 @@ def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
 
 
 _RELIABILITY_SIZE = (4.0, 3.6)  # inches
-_LOWEST, _HIGHEST = 0.05, 20.0  # range of the fitted temperature
+_HIGHEST = 20.0  # temperature that is fitted
 
 
 def calibration_context(run: Run) -> dict[str, Any] | None:
@@ -149,15 +149,10 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
-    """Return a note if the temperature is in the network's logits, or at an end of its range."""
+    """Return a note if the temperature is in the network's logits, or at the end of its range."""
     temperature = facts["temperature"]
     if facts.get("applied"):
         return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."
-    if temperature <= 1.01 * _LOWEST:
-        return (
-            f"{name} makes no mistake on val, so its fitted temperature is the minimum, {_LOWEST}. Do not scale it: "
-            "on test, where it makes mistakes, it would be far too confident."
-        )
     if temperature >= 0.99 * _HIGHEST:
         return f"{name} is no better than chance on val: its fitted temperature is the maximum, {_HIGHEST:g}."
     return None
@@ -186,7 +181,7 @@ def _calibration_cells(facts: dict[str, Any]) -> list[str]:
         for key, form in (("ece", format_percent), ("nll", format_decimal))
         for each in (before, after)
     ]
-    return [format_decimal(facts["temperature"], 2), *figures]
+    return [f"{facts['temperature']:.3g}", *figures]
 
 
 def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
