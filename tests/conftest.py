@@ -177,12 +177,12 @@ _whole: list[None] = []  # as many as there are blocks of whole_runs
 _known_costs: dict[Any, Any] = {}
 
 
-def _once_for_the_same_layers(cost: Callable[..., Any]) -> Callable[..., Any]:
+def _once_for_the_same_layers(name: str, cost: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a network and further arguments, called once a session for networks that look the same."""
 
     def remembered(module: Any, *rest: Any, **named: Any) -> Any:
         shapes = [(key, value.shape, value.dtype) for key, value in module.state_dict().items()]
-        key = (cost.__name__, repr(module), repr(shapes), repr(rest), repr(named))
+        key = (name, repr(module), repr(shapes), repr(rest), repr(named))
         if key not in _known_costs:
             _known_costs[key] = cost(module, *rest, **named)
         return _known_costs[key]
@@ -208,7 +208,7 @@ def short_runs() -> Iterator[None]:
     with blank_pictures(), pytest.MonkeyPatch.context() as patch:
         instead(results, "measure_latency", lambda networks, **how: measure(networks, **how | _ONCE))
         for name in ("count_flops", "measure_memory", "model_summary"):
-            instead(results, name, _once_for_the_same_layers(getattr(results, name)))
+            instead(results, name, _once_for_the_same_layers(name, getattr(results, name)))
         instead(results, "describe_examples", lambda *_: None)
         instead(results, "describe_similarity", lambda *_: None)
         instead(reproduce, "git_state", functools.cache(reproduce.git_state))
