@@ -235,6 +235,18 @@ def test_results_end_with_verdict_and_report(capsys: pytest.CaptureFixture[str],
     assert lines == ["", *results_table(STAGES), "", *verdict, "", f"report: {tmp_path}/report.html"]
 
 
+def test_results_of_several_seeds_say_whose_the_table_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for comparison in (
+        {"seeds": {"figures": {"top1": {"n": 2}}}},
+        {"folds": {"folds": 5, "seeds": 2, "figures": {"top1": {"n": 5}}}},
+    ):
+        print_results({"stages": STAGES, "comparison": comparison}, None)
+        note = "Baseline and distilled in this table: the first of 2 seeds."
+        assert note in capsys.readouterr().out.splitlines()
+    print_results({"stages": STAGES, "comparison": {"folds": {"folds": 5, "figures": {"top1": {"n": 5}}}}}, None)
+    assert "in this table" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

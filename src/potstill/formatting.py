@@ -18,6 +18,16 @@ def format_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+def format_many(count: int, one: str, many: str | None = None) -> str:
+    """A number with what it counts; ``many``: default ``one`` with an s.
+
+    Example:
+        >>> format_many(1, "client"), format_many(1200, "client"), format_many(0, "box", "boxes")
+        ('1 client', '1,200 clients', '0 boxes')
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def display_width(text: str) -> int:
     """Return the columns of ``text`` in a terminal: 2 for wide characters, 0 for combining ones."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
@@ -111,6 +121,16 @@ def format_points(share: float, *, signed: bool = True) -> str:
     digits = next((n for n in (1, 2, 3) if round(value, n)), 1)
     text = f"{value:{'+' if signed else ''}.{digits}f}"
     return text if round(value, digits) else f"{0:.{digits}f}"
+
+
+def format_loss(share: float) -> str:
+    """A loss of accuracy as a verb with percentage points; a negative one is a gain.
+
+    Example:
+        >>> format_loss(0.018), format_loss(-0.025), format_loss(0.0)
+        ('loses 1.8 points', 'gains 2.5 points', 'loses 0.0 points')
+    """
+    return f"{'gains' if share < 0 else 'loses'} {format_points(abs(share), signed=False)} points"
 
 
 def format_difference(value: float, *, signed: bool = True) -> str:

@@ -45,7 +45,7 @@ def test_the_page_has_means_paired_gains_and_the_names_of_what_is_missing(tmp_pa
     assert "potstill train quickstart --stage baseline --output-dir runs/board --epochs 4 --seed 0\n" in text
     distilled = "--stage distilled --output-dir runs/board --teacher runs/board/quickstart-teacher"
     assert f"potstill train quickstart {distilled} --epochs 4 --seed 0\n" in text
-    assert "| kd | `--set 'method={name: kd, temperature: 1.0, alpha: 0.5}'` |" in text
+    assert "| kd | `--set 'method={name: kd, temperature: 1.0, alpha: 0.5, scaling: paper}'` |" in text
     assert "| contestant | quickstart, 4 |" in text
     assert "| kd | +1.5 |" in text
     assert "| at, auto |  |" in text

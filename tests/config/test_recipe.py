@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no
     return write
 
 
-def model_folder(folder: Path, architecture: str) -> Path:
+def model_folder(folder: Path, architecture: str, **facts: Any) -> Path:
     folder.mkdir(parents=True)
-    write_checksummed_json(folder / "model.json", {"schema": 1, "architecture": architecture})
+    write_checksummed_json(folder / "model.json", {"schema": 1, "architecture": architecture, "facts": facts})
     return folder
 
 
@@ -59,11 +60,15 @@ def test_every_shipped_recipe_is_well_and_survives_a_round_trip(name: str, tmp_p
     [
         (["teacher={model: efficientnet-lite0, weights: pretrained}"], {"name": "srd", "temperature": 1.0}),
         (["teacher=[{model: efficientnet-lite0, weights: pretrained}]"], {"name": "srd", "temperature": 1.0}),
-        ([], {"name": "kd", "temperature": 1.0}),  # a teacher from scratch
+        ([], {"name": "dist", "ce_weight": 0.0}),  # a teacher from scratch
+        (["method.alpha=0.5"], {"name": "kd", "temperature": 1.0, "alpha": 0.5}),  # which the others have not
+        (["method.temperature=2"], {"name": "dist", "ce_weight": 0.0, "temperature": 2}),
+        (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.alpha=0.5"],
+         {"name": "kd", "temperature": 1.0, "alpha": 0.5}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "method.temperature=2"],
          {"name": "srd", "temperature": 2}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "student.weights=pretrained"],
-         {"name": "kd", "temperature": 1.0}),
+         {"name": "kd", "temperature": 1.0, "alpha": 0.0}),
         (["teacher={model: efficientnet-lite0, weights: pretrained}", "data.labeled=false", "teacher.classes=[a, b]"],
          {"name": "srd", "temperature": 1.0, "ce_weight": 0.0}),
     ],
@@ -72,18 +77,29 @@ def test_the_method_auto_depends_on_the_networks(sets: list[str], expected: dict
     assert load(SMALL | {"method": {"name": "auto"}}, *sets).method == expected
 
 
+def test_the_method_auto_looks_where_a_ready_teacher_learned(tmp_path: Path) -> None:
+    """One that a run trained from scratch is no other teacher than one that this run would train."""
+    training = {"epochs": 15}
+    scratch = model_folder(tmp_path / "scratch", "cifar/resnet20", training=training)
+    copy = model_folder(tmp_path / "copy", "cifar/resnet20", weights=str(scratch))
+    tuned = model_folder(tmp_path / "tuned", "cifar/resnet20", weights="pretrained", training=training)
+    lost = model_folder(tmp_path / "lost", "cifar/resnet20", weights=str(tmp_path / "lost"))  # names itself
+    for folder, name in ((scratch, "dist"), (copy, "dist"), (tuned, "srd"), (lost, "srd")):
+        recipe = load(SMALL | {"method": {"name": "auto"}}, flags={"--teacher": str(folder)})
+        assert recipe.method["name"] == name, folder
+
+
 def test_the_method_auto_takes_logits_from_a_teacher_without_layers(tmp_path: Path) -> None:
     (tmp_path / "answers.csv").write_text("path,cat,dog\nimages/1.png,0.2,0.8\n")
     recipe = load(SMALL | {"method": {"name": "auto"}}, f"teacher={{weights: {tmp_path / 'answers.csv'}}}")
-    assert recipe.method["name"] == "kd"
-    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "kd"
+    assert recipe.method["name"] == "dist"
+    assert load(SMALL, flags={"--method": "auto"}).method["name"] == "dist"
     previous = model_folder(tmp_path / "previous", "cifar/resnet8")
     inside = load(SMALL, flags={"--method": "auto", "--previous": str(previous)}).method
-    assert (inside["name"], inside["base_method"]) == ("pct", {"name": "kd", "temperature": 1.0})
+    assert (inside["name"], inside["base_method"]) == ("pct", {"name": "dist", "ce_weight": 0.0})
     (nested,) = problems(SMALL, "method={name: ls, base_method: {name: auto}}")
     assert "the method of a whole recipe" in nested
-    ready = "teacher={model: efficientnet-lite0, weights: pretrained}"
-    assert "no option 'alpha'" in " ".join(problems(SMALL, "method={name: auto, alpha: 2}", ready))
+    assert "no option 'alhpa'" in " ".join(problems(SMALL, "method={name: auto, alhpa: 2}"))
 
 
 def test_recipes_for_everyday_use_come_first() -> None:
@@ -425,8 +441,11 @@ def test_another_method_by_set_leaves_the_former_options_behind() -> None:
     # alpha of kd is not alpha of dkd: another method starts from its own defaults
     assert load("quickstart", "method.name=dkd").method == {"name": "dkd"}
     # An option that the user names together with the method is not the recipe's, and stays.
-    assert "no option 'alpha'" in problems("quickstart", "method.alpha=0.3", "method.name=supervised")[0]
-    assert load("quickstart", "method.name=kd").method == load("quickstart").method
+    (found,) = problems("quickstart", "method.alpha=0.3", "method.name=supervised")
+    assert "no option 'alpha'" in found
+    assert "method kd has 'alpha'" in found
+    assert load("quickstart", "method.name=dist").method == {"name": "dist"}
+    assert load("few-labels", "method.name=kd").method == load("few-labels").method
 
 
 def test_required_options_of_a_new_method_point_at_the_set() -> None:

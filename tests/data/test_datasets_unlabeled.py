@@ -160,3 +160,11 @@ def test_labels_of_some_training_images_are_used(photos: Path, more: Path) -> No
         load_data(DataSettings(source=str(photos), size=8, labels_per_class=15))
     with pytest.raises(UsageError, match=r"leave out one of data\.labels_per_class and data.unlabeled"):
         load_data(DataSettings(source=str(photos), size=8, labels_per_class=3, unlabeled=str(more)))
+
+
+def test_a_class_with_fewer_labels_than_asked_for_is_said(tmp_path: Path) -> None:
+    for at, label in enumerate("a" * 20 + "b" * 4):
+        add(tmp_path / label / f"{at}.png", at)
+    data = load_data(DataSettings(source=str(tmp_path), size=8, labels_per_class=5))
+    assert data.counts()["train"] == {"a": 5, "b": 2}
+    assert "in train, up to 5 labels a class are used, and 9 images without theirs" in data.origin

@@ -138,7 +138,7 @@ def test_twenty_problems_and_a_count(make_folder) -> None:
         ({"val/a": 1, "test/a": 1}, ["no folder train"]),
         (THREE | {"valid/cat": 1}, ["val and valid are both folders for val"]),
         ({"train/a": 3, "train/b": 3, "tset/a": 1}, ["tset: unknown folder beside train; did you mean 'test'?"]),
-        ({}, ["no class folders", "--no-labels"]),
+        ({}, ["no class folders", "`potstill run --no-labels`"]),  # fit and sweep have no such option
         ({"train": 3}, ["no class folders"]),
     ],
 )
@@ -147,6 +147,20 @@ def test_bad_folders(make_folder, places: dict, words: list) -> None:
     for word in words:
         assert word in message
     assert len(message.splitlines()) <= 6
+
+
+def test_class_folders_that_are_links_are_not_missing(make_folder, tmp_path: Path) -> None:
+    real, linked = make_folder({"a": 4, "b": 4}), tmp_path / "linked"
+    linked.mkdir()
+    for name in ("a", "b"):
+        (linked / name).symlink_to(real / name)
+
+    reasons = {each.path: each.reason for each in walk_folder(linked).findings}
+
+    assert (
+        reasons["."] == "no class folders, only links; data.follow_links: true reads them (of evaluate: --follow-links)"
+    )
+    assert {each.label for each in walk_folder(linked, follow_links=True).entries} == {"a", "b"}
 
 
 def test_links(make_folder, tmp_path: Path) -> None:

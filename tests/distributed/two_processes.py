@@ -31,6 +31,7 @@ from potstill.training.devices import Compute, DistributedDistiller, gather_metr
 from potstill.training.optim import GradientAccumulator
 from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import Trainer
+from potstill.types import Batch
 
 SPEC = InputSpec(size=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 BATCH, IMAGES, CLASSES = 8, 45, 3  # the last training batch of 5 is shared 3 to 2
@@ -182,7 +183,8 @@ def scaled(processes):
     hidden = weight * 1.0
     logits = hidden.reshape(1, 1)
     terms = {"ce": logits.sum(), "hint": (2.0 + 6.0 * processes.rank) * hidden}
-    return scaling(terms, logits, [weight])["hint"].item()
+    batch = Batch(torch.zeros(1, 3, 2, 2), torch.tensor([0]))
+    return scaling(terms, {"ce"}, logits, batch, [weight])["hint"].item()
 
 
 def fill(processes, folder):

@@ -1,8 +1,18 @@
+import time
+
 import pytest
 import torch
 from torch import nn
 
-from potstill.evaluation.cost import MAX_SUMMARY_ROWS, count_flops, count_parameters, measure_latency, model_summary
+from potstill.evaluation.cost import (
+    MAX_SUMMARY_ROWS,
+    THREAD_CLOCK,
+    count_flops,
+    count_parameters,
+    measure_latency,
+    measure_reference,
+    model_summary,
+)
 from potstill.input_spec import InputSpec
 
 
@@ -143,3 +153,16 @@ def test_latency_stops_when_its_time_is_up():
     net.register_forward_hook(lambda module, args, output: calls.append(1))
     measure_latency({"net": (net, InputSpec(4))}, rounds=1000, warmup=0, seconds=0)
     assert len(calls) == 5
+
+
+@pytest.mark.skipif(THREAD_CLOCK is time.perf_counter, reason="the thread's own clock is too coarse on this system")
+def test_waiting_for_the_processor_is_no_latency_of_one_thread(monkeypatch):
+    class Interrupted(nn.Module):  # as by another process, for at least 50 ms
+        def forward(self, images):
+            time.sleep(0.05)
+            return images
+
+    found = measure_latency({"net": (Interrupted(), InputSpec(4))}, rounds=3, warmup=0)["net"]
+    assert found["p50"] >= 50
+    monkeypatch.setattr("potstill.evaluation.cost.build_model", lambda *args, **options: Interrupted())
+    assert 0 < measure_reference() < 25

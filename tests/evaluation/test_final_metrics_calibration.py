@@ -53,6 +53,25 @@ def test_the_temperature_is_that_of_val_and_the_figures_are_those_of_test() -> N
     assert found["after"]["nll"] > found["before"]["nll"]  # on test it was the wrong thing to do, and that is said
 
 
+def test_a_network_without_errors_gets_the_confidence_that_their_number_allows() -> None:
+    # All right at p: NLL falls without end.  Of N + 2 images, one more would be wrong: 1 / 2 of that in each class.
+    count, sure = 48, 0.6
+    shown, labels = np.tile([[sure, 1 - sure]], (count, 1)), np.zeros(count, dtype=np.int64)
+    temperature = fit_temperature(shown, labels)
+    odds = (sure / (1 - sure)) ** (1 / temperature)
+    assert odds / (1 + odds) == pytest.approx(1 - 0.5 / (count + 2), rel=1e-6)
+    assert fit_temperature(np.tile([[1 - 1e-6, 1e-6]], (count, 1)), labels) > 1  # surer than they allow
+
+
+def test_logits_of_any_scale() -> None:
+    """Those of a loss that compares correlations are small."""
+    probabilities, labels = overconfident(8000, 1.0, seed=4)
+    for scale in (0.004, 0.02):
+        flat = np.exp(scale * np.log(probabilities))
+        found = fit_temperature(flat / flat.sum(axis=1, keepdims=True), labels)
+        assert found == pytest.approx(scale, rel=0.06)
+
+
 def test_ece_by_hand() -> None:
     # 3 of 4 right at 0.9: off by 0.15.  On val 3 of 4 right too, so the best temperature turns 0.9 into 0.75.
     shown, labels = np.tile([[0.9, 0.1]], (4, 1)), np.array([0, 0, 0, 1])
@@ -65,7 +84,7 @@ def test_ece_by_hand() -> None:
 
 def test_bounds_certainty_and_nothing() -> None:
     certain, labels = np.eye(3, dtype=np.float32), np.arange(3)
-    assert 0.05 <= fit_temperature(certain, labels) <= 20
+    assert 0.001 <= fit_temperature(certain, labels) <= 20
     assert reliability_bins(np.ones(3), np.ones(3, dtype=bool)) == [[3, 1.0, 1.0]]
     assert reliability_bins(np.array([0.8, 0.2]), np.array([True, False])) == [[1, 0.2, 0.0], [1, 0.8, 1.0]]
     assert calibration_report(certain[:0], labels[:0], certain, labels) is None

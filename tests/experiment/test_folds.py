@@ -1,6 +1,7 @@
 """A cross-validation: a run of each fold, and all of them together."""
 
 import csv
+import html
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from potstill.experiment import pipeline
 from potstill.experiment.folds import describe_outside_weights
 from potstill.experiment.reproduce import read_run_record
 from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.report.compare import compare, read_contender
 from potstill.report.overview import comparison_context
 from potstill.report.render import render
 from potstill.report.run_reader import read_run
@@ -150,6 +152,19 @@ def test_reports_of_the_whole_and_of_each_fold(whole):
         assert "--seeds 5" not in text.partition('id="advice"')[0]
 
 
+def test_a_comparison_of_runs_knows_the_folds_and_has_the_runs_own_verdict(whole, tmp_path):
+    path, _, _ = whole
+    run = read_run(path)
+    found = read_contender("a", {0: (run, run.stages["distilled"])})
+    tested = [
+        {row["name"] for row in rows(path / f"fold-{k}" / "splits.csv") if row["split"] == "test"} for k in (1, 2, 3)
+    ]
+    assert [name in tested[fold] for (name, _), fold in zip(found.images, found.folds, strict=True)] == [True] * 60
+    page = html.unescape(compare([path], tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.count("changed by") == page.count("on average over 3 folds, on 60 images")
+    assert "<td>0</td>" in page  # its seed, of which there is one
+
+
 def test_a_fold_is_a_run_folder_and_the_whole_has_no_model(whole):
     path, _, _ = whole
     assert find_model(path / "fold-2") == path / "fold-2" / "distilled"
@@ -190,6 +205,14 @@ def test_more_seeds_continue_every_fold_and_overwrite_begins_again(whole, made, 
     assert found["looks"]["test_evaluations"] == 2
     assert found["comparison"]["folds"]["top1_gain"]["confidence"] == 0.995
     assert set(found["repeats"]) == {"baseline-2", "distilled-2"}
+    own = [results(copy / f"fold-{fold}") for fold in range(1, FOLDS + 1)]
+    for name in ("baseline", "distilled"):  # as the comparison: over the seeds of each fold
+        tops = [np.mean([(each["stages"] | each["repeats"])[one]["test"]["top1"] for one in (name, f"{name}-2")])
+                for each in own]  # fmt: skip
+        assert [each["top1"][name] for each in found["folds"]] == pytest.approx(tops)
+        assert found["stages"][name]["over_folds"]["top1"]["mean"] == pytest.approx(np.mean(tops))
+    assert "distilled over their 2 seeds too" in render(copy).read_text(encoding="utf-8")
+    assert "(baseline and distilled: mean over the seeds)" in found["comparison"]["verdict"]
     with pytest.raises(UsageError, match="--resume needs the same recipe"):
         pipeline.run(made(seeds=2, **{"training.lr": 0.1}), output_dir=tmp_path, resume=True)
     with pytest.raises(UsageError, match="--overwrite"):
@@ -227,6 +250,24 @@ def test_bad_input_gives_one_message(made, recipe, tmp_path):
         with pytest.raises(UsageError, match=message):
             recipe(**changes)
     assert not (tmp_path / "tiny").exists()
+
+
+def test_a_refused_run_deletes_and_writes_nothing(whole, made, recipe, tmp_path):
+    path, _, _ = whole
+    single = pipeline.run(recipe(**{"training.epochs": 1}), output_dir=tmp_path, name="single", stages=("baseline",))
+    copy = shutil.copytree(path, tmp_path / "tiny")
+    before = sorted(file for file in copy.rglob("*") if file.is_file())
+    for changes, baseline, words in (
+        ({"feature_pairs": "[[a, b]]"}, None, "feature_pairs"),
+        ({}, single, "single is no cross-validation, and this run has 3 folds"),
+        ({"data.folds": 4}, path, "has no fold 4, and this run has 4 folds"),
+        ({"training.lr": 0.1}, path, r"training\.lr: 0\.003 there, 0\.1 here"),
+    ):
+        for name, flags in (("tiny", {"overwrite": True}), ("new", {})):
+            with pytest.raises(UsageError, match=words):
+                pipeline.run(made(**changes), output_dir=tmp_path, name=name, baseline=baseline, **flags)
+        assert not (tmp_path / "new").exists()
+        assert sorted(file for file in copy.rglob("*") if file.is_file()) == before
 
 
 def test_weights_from_a_file_are_warned_of(whole):

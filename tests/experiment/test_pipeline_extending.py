@@ -1,5 +1,7 @@
 """A run that goes on with more epochs; one stage alone; another run's baseline."""
 
+import shutil
+
 import pytest
 
 from potstill.errors import UsageError
@@ -156,6 +158,17 @@ def test_a_baseline_that_was_trained_otherwise_is_refused(recipe, root, teacher,
     with pytest.raises(UsageError, match=named):
         pipeline.run(recipe(**{"teacher.weights": teacher}, **changes), output_dir=root, name="run", baseline=baseline)
     assert not (root / "run").exists()
+    shutil.copytree(teacher, root / "run")
+    with pytest.raises(UsageError, match=named):  # what would be overwritten is still there
+        pipeline.run(
+            recipe(**{"teacher.weights": teacher}, **changes),
+            output_dir=root,
+            name="run",
+            baseline=baseline,
+            overwrite=True,
+        )
+    assert weights(root / "run", "teacher") == weights(teacher, "teacher")
+    shutil.rmtree(root / "run")
 
 
 def test_a_run_without_baseline_has_none_to_give(recipe, root, teacher):

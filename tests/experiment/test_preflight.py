@@ -71,6 +71,13 @@ def test_of_a_ready_teacher_nothing_is_said(recipe, tmp_path):
     assert [text.split(": ", 1)[0] for text in warnings(recipe(**given, **{"teacher.head": "finetune"}))] == ALL
 
 
+def test_of_several_teachers_the_one_that_is_trained_is_named(recipe, tmp_path):
+    (tmp_path / "ready.safetensors").touch()
+    teachers = f"[{{model: cifar/resnet8, weights: {tmp_path}/ready.safetensors}}, {{model: cifar/resnet8}}]"
+    found = warnings(recipe(teacher=teachers, seeds=2, **{"training.batch_size": 43}))
+    assert [text.split(": ", 1)[0] for text in found] == ["teacher-2", *STUDENTS]
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

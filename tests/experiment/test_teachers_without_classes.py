@@ -21,6 +21,8 @@ from potstill.input_spec import InputSpec
 from potstill.models.model_file import load_model
 from potstill.report.render import render
 from potstill.serve.server import _model_folders
+from potstill.sweep.worker import train_teachers
+from potstill.training.callbacks import SilentObserver
 
 EXACT = InputSpec(16, (0.0,) * 3, (1.0,) * 3)
 
@@ -119,6 +121,29 @@ def test_a_network_without_its_head_teaches_by_embeddings_and_maps(plain, recipe
     assert not head[last].any()
     facts = json.loads((folder / "distilled" / "model.json").read_text())["facts"]
     assert facts["teaching"]["by"] == ["teacher"]
+    if method == "rkd":  # its folder is no teacher with classes, whose logits would all be 0
+        kept = {"weights": str(folder / "teacher")}
+        with pytest.raises(
+            ArtifactError, match=r"has no classes: .*teacher\.head=none; teacher\.head=probe fits a head"
+        ):
+            run(load_recipe(plain | {"teacher": kept}), output_dir=tmp_path, name="y")
+        probed = run(
+            load_recipe(plain | {"teacher": kept | {"head": "probe"}}),
+            output_dir=tmp_path,
+            name="y",
+            stages=("teacher",),
+        )
+        assert load_model(probed / "teacher").facts["head"]["kind"] == "probe"
+
+
+def test_a_search_keeps_a_teacher_without_classes(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "trained", lambda folder, stage: True)
+    (tmp_path / "x.safetensors").touch()
+    for head, setting in (("none", "none"), ("probe", "null")):  # a probe is a part of the weights
+        recipe = load_recipe(
+            plain | {"teacher": {"model": "cifar/resnet8", "weights": str(tmp_path / "x.safetensors"), "head": head}}
+        )
+        assert f"teacher.head={setting}" in train_teachers(recipe, tmp_path, SilentObserver(), None)
 
 
 def test_images_without_labels_enter_the_embedding_term(plain, recipe, unlabeled, tmp_path):

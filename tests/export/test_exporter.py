@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from potstill.data.image_sets import FileSet, read_square
@@ -20,13 +23,13 @@ from potstill.data.settings import DataSettings
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export import exporter
 from potstill.export import options as export_options
-from potstill.export.exporter import compute_parity, export
+from potstill.export.exporter import compute_parity, export, single_thread_latency
 from potstill.export.onnx import load_onnx
 from potstill.export.options import FORMATS, ExportOptions, find_format
 from potstill.export.predict import predict
 from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, sha256_hex
-from potstill.models.exported_files import ExportMetadata
+from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 
 for _name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_name, reason="needs potstill[export]")
@@ -169,6 +172,19 @@ def test_preparation_inside_gives_the_same(run: Path, tmp_path: Path, pictures: 
 def _wide(path: Path) -> bool:
     with Image.open(path) as image:
         return image.width >= image.height
+
+
+def test_the_time_of_one_thread_is_its_own(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = single_thread_latency(plain.read_bytes(), 16)
+    predictor = create_onnx_predictor(plain.read_bytes(), threads=1)
+
+    def interrupted(batch: NDArray[Any]) -> NDArray[Any]:  # as by another process
+        time.sleep(0.02)
+        return predictor(batch)
+
+    monkeypatch.setattr(exporter, "create_onnx_predictor", lambda *args, **options: interrupted)
+    assert 0 < calm < 20
+    assert 0 < single_thread_latency(plain.read_bytes(), 16) < 20
 
 
 def test_large_files_are_compared_as_evaluation_and_prediction_decode_them(tmp_path: Path) -> None:

@@ -89,3 +89,10 @@ def test_another_width_is_translated_by_a_layer_that_learns():
     method.distill(student, teacher, made_batch())["norm"].backward()
     assert method.translate[2].weight.grad.norm() > 0
     assert not list(built()[0].parameters())
+
+
+def test_a_collapsed_teacher_is_named():
+    method, _, teacher = built()
+    teacher.embedding = torch.zeros_like(teacher.embedding)
+    with pytest.raises(UsageError, match="its embedding is 0 for every training image"):
+        prepared(method, teacher, made_batch())

@@ -128,6 +128,25 @@ def test_no_room_and_as_good_as_teacher() -> None:
     assert advice.as_good_as_teacher(run(level, comparison=gain(0.02, 0, 0, gap=-0.02))) is None
     behind = level | {"distilled": {"test": {"top1": 0.899}}}
     assert advice.as_good_as_teacher(run(behind, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+    unlearned = level | {"distilled": {"test": {"top1": 0.9, "at_chance": True}}}
+    assert advice.as_good_as_teacher(run(unlearned, comparison=gain(0.02, 0, 0, gap=0.02))) is None
+
+
+@pytest.mark.parametrize("part", ["seeds", "folds"])
+def test_advice_on_top1_is_on_the_mean_over_seeds_as_the_verdict(part: str) -> None:
+    tests = {
+        name: {"test": {"top1": top1}} for name, top1 in (("teacher", 0.9), ("baseline", 0.99), ("distilled", 0.91))
+    }
+    means = {"top1": {"n": 5, "mean_a": 0.8, "mean_b": 0.85}}
+    repeats = {"seeds": 5, "folds": 5, "figures": means, "gap": 0.1, "top1_gain": {"value": 0.05}}
+    made = run(tests, comparison=gain(-0.08, 0, 0, gap=-0.09) | {part: repeats})
+    assert advice.as_good_as_teacher(made) is None
+    assert advice.no_room(made) is None
+    means["top1"] |= {"mean_a": 0.99, "mean_b": 0.95}
+    found = advice.as_good_as_teacher(made)
+    assert found is not None
+    assert "top-1 of 95.0 %" in found.evidence
+    assert "top-1 of 99.0 %" in advice.no_room(made).evidence  # type: ignore[union-attr]
 
 
 def test_overfitting() -> None:
@@ -185,22 +204,32 @@ def test_wide_gap_and_harm() -> None:
     assert advice.wide_gap(run(comparison=helped)) is None
     hurt = several(3, -0.03, -0.01) | {"gap": 0.1}
     hurt["seeds"] |= {"gap": 0.1}
-    assert advice.harmed(run(comparison=hurt)) is not None
+    found = advice.harmed(run(comparison=hurt))
+    assert found is not None
+    assert found.settings == ()
+    methods = {"{name: dkd, scaling: paper}": True, "{name: dkd, scaling: auto}": False, "{name: kd}": False}
+    for method, bound in methods.items():
+        found = advice.harmed(run(comparison=hurt, recipe=f"name: made\nmethod: {method}\n"))
+        assert found is not None
+        assert (found.settings == ("method.scaling=auto",)) is bound
     hurt["seeds"] |= {"gap": -0.1}
     assert advice.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
     assert advice.harmed(run(comparison=unclear)) is None
 
 
-def test_embeddings_for_students_from_scratch_of_ready_teachers() -> None:
+def test_students_from_scratch_that_gained_nothing_by_kd_get_another_method() -> None:
     def find(teacher: str = "{model: resnet18, weights: pretrained}", student: str = "{model: resnet10t}", **more: Any):
         recipe = f"name: made\nteacher: {teacher}\nstudent: {student}\n"
         results = {"comparison": gain(0.0, -0.01, 0.01), "method": {"name": "kd"}} | more
-        return advice.learn_embeddings(run(recipe=recipe, **results))
+        return advice.other_method(run(recipe=recipe, **results))
 
     found = find()
     assert found is not None
-    assert found.flags == ("--method", "srd")
-    assert find(teacher="{model: resnet18}") is None  # trained by the run: not measured
+    assert found.flags == ("--method", "auto")
+    assert "embeddings" in found.title
+    found = find(teacher="{model: resnet18}")  # trained by the run
+    assert found is not None
+    assert "correlate" in found.action
     assert find(student="{model: resnet10t, weights: pretrained}") is None
     assert find(method={"name": "srd"}) is None
     assert find(comparison=several(3, 0.001, 0.1)) is None

@@ -4,6 +4,7 @@ import hashlib
 import html
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 
 from potstill.evaluation.significance import crossed_interval, mcnemar
 from potstill.formatting import format_points
-from potstill.report.compare import MAX_ALL_PAIRS, compare, group_runs, pair_contenders, pairing_row, read_contender
+from potstill.report.compare import (
+    MAX_ALL_PAIRS,
+    Contender,
+    compare,
+    group_runs,
+    pair_contenders,
+    pairing_row,
+    read_contender,
+)
 from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
@@ -57,6 +66,28 @@ def test_seeds_are_paired_by_their_number(build_run: BuildRun) -> None:
     b = np.array([right(seconds[1]), right(seconds[0])])
     assert meeting.seeds == 2
     assert meeting.gain.value == pytest.approx((b.mean(axis=1) - a.mean(axis=1)).mean())
+
+
+def test_cross_validations_are_compared_over_their_folds() -> None:
+    images = tuple((f"{i}.png", "a") for i in range(60))
+    folds, rng = np.arange(60) % 5, np.random.default_rng(0)
+    sides = [rng.random((2, 60)) < 0.7, rng.random((2, 60)) < 0.8]
+    first, second = (
+        Contender(name, {}, images, dict(enumerate(correct)), folds=folds)
+        for name, correct in zip("ab", sides, strict=True)
+    )
+    (meeting,), notes = pair_contenders([first, second])
+    expected = crossed_interval(*sides, folds=folds)
+    assert (meeting.gain.low, meeting.gain.high, meeting.p) == (expected.low, expected.high, expected.p)
+    assert meeting.p != crossed_interval(*sides).p
+    assert notes == []
+    assert pairing_row(meeting)["verdict"] in ("no clear difference", "b is better")  # five folds suffice
+    few = [replace(each, folds=folds % 2, correct={0: each.correct[0]}) for each in (first, second)]
+    assert pairing_row(pair_contenders(few)[0][0])["verdict"] == "too few folds for a verdict: 5 or more are needed"
+    for other in (replace(second, folds=folds[::-1]), replace(second, folds=None)):
+        meetings, (note,) = pair_contenders([first, other])
+        assert meetings == []
+        assert "cross-validations with different folds" in note
 
 
 def test_other_test_images_are_not_compared_and_it_is_said(build_run: BuildRun, tmp_path: Path) -> None:

@@ -34,20 +34,18 @@ def test_a_row_for_each_stage(build_run: BuildRun) -> None:
 
 
 def test_a_temperature_at_the_end_of_its_range_is_no_advice(build_run: BuildRun) -> None:
-    run = with_calibration(build_run, FACTS | {"temperature": calibration_of_val([True] * 20)})
+    chance = fit_temperature(np.tile([0.9, 0.1], (20, 1)), np.arange(20) % 2)
+    run = with_calibration(build_run, FACTS | {"temperature": chance})
     found = diagnostics.calibration_context(run)
     assert found is not None
-    assert found["notes"][0].startswith("teacher makes no mistake on val")
-    assert "Do not scale it" in render_page(run)
+    assert found["notes"][0].startswith("teacher is no better than chance on val")
+    assert "no better than chance" in render_page(run)
     for stage in run.stages.values():
-        stage.facts["calibration"] = FACTS | {"temperature": calibration_of_val([True] * 15 + [False] * 5)}
-    assert (diagnostics.calibration_context(run) or {})["notes"] == []
-
-
-def calibration_of_val(right: list[bool]) -> float:
-    """The temperature that is fitted to answers of 90 % confidence."""
-    probabilities = np.tile([0.9, 0.1], (len(right), 1))
-    return fit_temperature(probabilities, np.array([0 if each else 1 for each in right]))
+        stage.facts["calibration"] = FACTS | {"temperature": 0.004}
+    found = diagnostics.calibration_context(run)
+    assert found is not None
+    assert found["notes"] == []
+    assert found["rows"][0][1][0] == "0.004"
 
 
 def test_older_and_damaged_facts_say_nothing(build_run: BuildRun) -> None:

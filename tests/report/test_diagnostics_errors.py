@@ -11,7 +11,7 @@ from PIL import Image
 
 from potstill.errors import ArtifactError
 from potstill.report import diagnostics
-from potstill.report.render import render_page
+from potstill.report.render import render_page, render_template
 from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
@@ -56,7 +56,8 @@ def run(build_run: BuildRun) -> Callable[[dict[str, Any] | None], Any]:
 def test_a_card_says_what_everybody_said_and_where_they_looked(run: Any) -> None:
     found = diagnostics.images_context(run(kept({"3": shot()})))
     (group,) = found["groups"]
-    assert (group["title"], group["count"], group["all"]) == ("The most confident mistakes of distilled", "17", False)
+    assert (group["title"], group["all"]) == ("The most confident mistakes of distilled", False)
+    assert group["counted"] == "17 wrong predictions, the most confident first"
     (card,) = group["cards"]
     assert card["answers"] == [
         ("teacher", "a", "50.0 %", "right"),
@@ -168,3 +169,15 @@ def test_with_everything_that_can_be_shown_a_page_stays_light(full_page: FullPag
     assert 'id="images"' in text
     assert "CKA" in text
     assert len(text.encode()) < 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "1 wrong prediction."), (2, "2 wrong predictions, the most confident first; 1 of them is shown.")],
+)
+def test_one_image_is_counted_in_the_singular(run: Any, count: int, text: str) -> None:
+    examples = kept({"3": shot()})
+    examples["groups"] = {"mistakes": {"count": count, "images": ["3"]}}
+    found = diagnostics.images_context(run(examples))
+    page = render_template("sections/images.html.j2", {"values": found})
+    assert text in " ".join(page.split())

@@ -86,9 +86,13 @@ def test_where_the_teachers_answers_came_from() -> None:
 
 
 def test_what_a_method_took_from_this_training_and_not_from_its_paper(tmp_path: Path) -> None:
-    facts = {"epochs": 8, "term_factors": {"attention": 0.01234}, "method_epochs": {"dkd.warmup_epochs": 0.6667}}
+    facts = {
+        "epochs": 8,
+        "term_factors": {"kd": 1.0, "attention": 0.01234},
+        "method_epochs": {"dkd.warmup_epochs": 0.6667},
+    }
     text = training_text(StageResult("distilled", tmp_path, {"training": facts}))
     assert text.endswith(
-        "; factors on the weights of hidden layers' terms in that epoch: attention 0.012; dkd.warmup_epochs 0.667 as a "
+        "; factors that bounded the teacher's terms in that epoch: attention 0.012; dkd.warmup_epochs 0.667 as a "
         "share of the training"
     )

@@ -143,11 +143,13 @@ def test_time_is_used_and_more_of_it_trains_longer(tmp_path):
 
 def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_path):
     clock = Clock()
-    trainings = FakeTrainings(clock, accuracy={("b", "2.0"): 0.9, ("c", "1.0"): 0.8})
+    trainings = FakeTrainings(clock, accuracy={("b", "2.0"): 0.9, ("b", None): 0.85, ("c", "1.0"): 0.8})
     found = search(tmp_path, clock, trainings, within=None).work(FAMILIES)
     distilled = [entry for entry in trainings.done if entry[0] == "distilled"]
     assert [sum(entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)] == [12, 6, 3]
-    assert found["winner"] == {"student.model": "b", "method.temperature": "2.0", "method.alpha": "0.0"}
+    assert found["winner"] == {
+        "student.model": "b", "method.name": "kd", "method.temperature": "2.0", "method.alpha": "0.0"
+    }  # fmt: skip
     # b had four trials, then two that are kept by their value, then two: the baseline has as many, over its lr
     of_b = [sum(entry[1] == "b" and entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)]
     baseline = [entry for entry in trainings.done if entry[0] == "baseline"]
@@ -182,13 +184,15 @@ def test_less_time_than_planned_ends_the_race(tmp_path):
 
 def test_a_candidate_that_fails_loses(tmp_path):
     clock = Clock()
-    trainings = FakeTrainings(clock, accuracy={("a", "1.0"): None, ("a", "2.0"): None, ("c", "1.0"): 0.7})
+    trainings = FakeTrainings(
+        clock, accuracy={("a", "1.0"): None, ("a", "2.0"): None, ("a", None): None, ("c", "1.0"): 0.7}
+    )
     found = search(tmp_path, clock, trainings, within=None).work(FAMILIES)
     assert found["winner"]["student.model"] == "c"
     failed = [row for row in found["trials"] if row["state"] == "fail"]
     assert {row["chosen"]["student.model"] for row in failed} == {"a"}
     assert all("NaN" in row["error"] for row in failed)
-    trainings = FakeTrainings(clock, accuracy={(name, t): None for name in "abc" for t in ("1.0", "2.0")})
+    trainings = FakeTrainings(clock, accuracy={(name, t): None for name in "abc" for t in ("1.0", "2.0", None)})
     with pytest.raises(UsageError, match=r"no candidate could be trained:\nthe loss became NaN"):
         search(tmp_path, clock, trainings, within=None, name="other").work(FAMILIES)
 
@@ -322,7 +326,7 @@ def test_a_search_from_images_to_the_exported_file(tiny, photographs, tmp_path, 
     assert main(shlex.split(repeat)[1:]) == 0
     assert loaded[0].student.model == "cifar/resnet8"
     assert loaded[0].stage_training("student").epochs == 1
-    assert str(loaded[0].method["temperature"]) == found["winner"]["method.temperature"]
+    assert loaded[0].method["name"] == found["winner"]["method.name"]
     assert main(command) == 2
     assert "--resume" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.json")}

@@ -139,12 +139,12 @@ def made(name):
 def test_no_method_waits(name):
     distiller, batch = distil(made(name))
     # On the CPU, torch's one_hot looks at the labels: of the forward pass there, only auto scaling is watched.
-    distiller.scaling = scaling = Watched() if distiller.method.needs.features else None
+    distiller.scaling = scaling = Watched()
     loss = distiller(**batch).loss
     with Waits() as waits:
         loss.backward()
     assert waits.found == []
-    assert scaling is None or scaling.found == []
+    assert scaling.found == []
     distiller.scaling = None
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(distiller)

@@ -7,6 +7,7 @@ import typer
 
 from potstill.cli.run import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, SkipBad, Student, Teacher
 from potstill.console import Progress, print_next_command, print_section
+from potstill.formatting import format_many
 from potstill.io import read_checksummed_json
 
 federated_app = typer.Typer(
@@ -104,7 +105,9 @@ def run(
             loaded, options, output_dir=output_dir, name=name, resume=resume, overwrite=overwrite, observer=progress
         )
     found = read_checksummed_json(folder / RESULTS_FILE)
-    print_section(f"{len(found['clients'])} clients, {partition}: {folder / RESULTS_FILE}", format_table(found))
+    print_section(
+        f"{format_many(len(found['clients']), 'client')}, {partition}: {folder / RESULTS_FILE}", format_table(found)
+    )
     print_next_command(["potstill", "predict", str(folder / best_algorithm(found, names)), "IMAGE"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from potstill.config import sort_stages
 from potstill.console import TEXT_WIDTH, escape_control, print_lines, print_report_path
-from potstill.experiment.verdict import seeds_lines
+from potstill.experiment.verdict import first_seed_note, seeds_lines
 from potstill.formatting import (
     format_columns,
     format_count,
@@ -27,6 +27,8 @@ def print_results(results: Mapping[str, Any], page: Path | None) -> None:
         lines += [*textwrap.wrap(escape_control(str(sentence)), TEXT_WIDTH)]
     lines += [""] if without_labels else []
     comparison = results.get("comparison") or {}
+    if note := first_seed_note(comparison):
+        lines += [note, ""]
     if seeds := seeds_lines(comparison):
         lines += [*seeds, ""]
     if comparison.get("verdict"):

@@ -15,7 +15,7 @@ from potstill.config.yaml import Document, KeyPath, parse_yaml
 from potstill.errors import ArtifactError, PotstillError, UsageError
 from potstill.hub import HUB_PREFIX, is_hub_model, model_path, pinned_name
 from potstill.io import read_bytes, read_checksummed_json
-from potstill.methods import list_own_methods, method_info, normalize_method
+from potstill.methods import METHOD_SETTINGS, list_own_methods, method_info, normalize_method
 from potstill.models.class_names import CLASS_LISTS, class_list
 from potstill.models.exported_files import (
     EXECUTABLE,
@@ -328,7 +328,9 @@ def choose_method(value: dict[str, Any]) -> None:
     """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
 
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
-    weights and embeddings, which teach more from few images than probabilities alone; else ``kd``; both at T = 1.
+    embeddings that are worth learning, made from more images than the student's: weights that no run of potstill has
+    trained from scratch; ``dist`` for other students from scratch; else ``kd``, also where an option is given that only
+    ``kd`` has.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -338,14 +340,43 @@ def choose_method(value: dict[str, Any]) -> None:
         return
     teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
     model = teacher.get("model") if isinstance(teacher, dict) else None
-    ready = isinstance(teacher, dict) and teacher.get("weights") is not None
+    weights = teacher.get("weights") if isinstance(teacher, dict) else None
+    ready = weights is not None and not _trained_from_scratch(weights)
     embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
     scratch = isinstance(student, dict) and student.get("weights") is None
-    by_embeddings = (embeds and scratch) or has_classless_teacher(value)
-    name, label_weight = ("srd", "ce_weight") if by_embeddings else ("kd", "alpha")
     unlabeled = isinstance(data, dict) and data.get("labeled") is False
-    defaults = {"temperature": 1.0} | ({label_weight: 0.0} if unlabeled else {})
-    owner[key] = {"name": name} | defaults | {option: each for option, each in method.items() if option != "name"}
+    classless = has_classless_teacher(value)
+    name = "srd" if classless or (embeds and scratch) else "dist" if scratch else "kd"
+    given = {option: each for option, each in method.items() if option != "name"}
+    options = given.keys() - set(METHOD_SETTINGS)
+    if (
+        not classless
+        and options <= method_info("kd").options.keys()
+        and not options <= method_info(name).options.keys()
+    ):
+        name = "kd"
+    defaults: dict[str, dict[str, Any]] = {
+        "srd": {"temperature": 1.0} | ({"ce_weight": 0.0} if unlabeled else {}),
+        "dist": {"ce_weight": 0.0},
+        "kd": {"temperature": 1.0, "alpha": 0.0},
+    }
+    owner[key] = {"name": name} | defaults[name] | given
+
+
+def _trained_from_scratch(weights: Any) -> bool:
+    """Whether ``weights`` is the model folder of a run that trained the network from noise, or took it from such."""
+    seen = set[str]()
+    while isinstance(weights, str) and weights not in seen:
+        seen.add(weights)
+        try:
+            facts = read_checksummed_json(Path(weights) / "model.json").get("facts")
+        except (PotstillError, OSError):
+            return False  # other weights; what is wrong with them is said elsewhere
+        if not isinstance(facts, dict):
+            return False
+        if (weights := facts.get("weights")) is None:
+            return "training" in facts
+    return False
 
 
 def drop_soft_targets(value: dict[str, Any]) -> None:

@@ -523,7 +523,7 @@ def _method_schema(info: MethodInfo) -> Schema:
             "schedule": {"$ref": "#/$defs/Schedules", "description": "options and weights that change during training"},
             "scaling": {
                 **SCALING_SCHEMA,
-                "description": "whether terms on hidden layers are bounded by those on logits",
+                "description": "whether the teacher's terms are bounded by those of the labels",
             },
             "factor": {**WEIGHT_SCHEMA, "default": 1.0, "description": "weight of all its terms, in a list of methods"},
         },

@@ -124,7 +124,8 @@ def dump_yaml(value: Any) -> str:
 
 
 def _dump(value: Any, dumper: type[Any]) -> str:
-    return cast(str, yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120))
+    text: str = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
 
 
 def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:

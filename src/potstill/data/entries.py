@@ -178,7 +178,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "blank": FindingKind("warning", "blank images", "all pixels have one colour; most likely a failed export"),
     "tiny": FindingKind("warning", "tiny images", "a side below 8 pixels shows hardly anything"),
     "similar-names": FindingKind(
-        "warning", "names that differ in case, blanks or Unicode form only", "most likely intended to be the same"
+        "warning", "names that differ in case, blanks, zeros or Unicode form only", "most likely meant to be the same"
     ),
     "beside-classes": FindingKind("warning", "images beside the class folders", "they have no class, and are not used"),
     "hidden": FindingKind("warning", "hidden images and folders of images", "they are not used"),

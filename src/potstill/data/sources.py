@@ -52,12 +52,7 @@ def walk_folder(root: Path, *, follow_links: bool = False) -> Listing:
         classes = folders if place == root else _subfolders(listing, place)
         _note_files_beside(listing, place, [])
         if not classes:
-            listing.report(
-                "no-classes",
-                place,
-                "no class folders; put the images of each class into a folder of its name, or learn from images "
-                "without labels with --no-labels",
-            )
+            listing.report("no-classes", place, _why_no_classes(listing, place))
         for each in classes:
             _list_class(listing, each, split, real)
     _report_missing_classes(listing, splits)
@@ -65,6 +60,16 @@ def walk_folder(root: Path, *, follow_links: bool = False) -> Listing:
     listing.entries.sort(key=lambda entry: entry.name)
     listing.notes += _nested_note(listing)
     return listing
+
+
+def _why_no_classes(listing: Listing, place: Path) -> str:
+    links = (listing.root / each.path for each in listing.findings if each.kind in ("link-out", "link-folder"))
+    if any(link.parent == place for link in links):
+        return "no class folders, only links; data.follow_links: true reads them (of evaluate: --follow-links)"
+    return (
+        "no class folders; put the images of each class into a folder of its name; `potstill run --no-labels` learns "
+        "from images without labels"
+    )
 
 
 def walk_images(root: Path, *, follow_links: bool = False) -> Listing:

@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo
 from potstill.methods.wrappers import wrap_per_teacher
 from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step, widest_float
 
-# At the start of each epoch; each costs a backward pass for each term on hidden layers, and one more.
+# At the start of an epoch; each costs a backward pass for each term on hidden layers, and one more.
 MEASURED_STEPS = 4
+STEPS_BETWEEN = 40  # at least, from one measurement to the next: epochs of a few steps are not all measured
+LOGIT_BOUND = 2.0  # of a term's gradient with respect to the logits, relative to that of the labels
 
 
 class Distiller(nn.Module):
@@ -53,8 +55,8 @@ class Distiller(nn.Module):
         batch_size: batch size of the training; required by methods whose layers depend on it.
         teacher_weights: one for each teacher; None: equal.
         combine: whether the "logits" or the "probabilities" of several teachers are averaged.
-        scaling: "paper" leaves the method's weights as they are; "auto" bounds its terms on hidden layers by the terms
-            on logits, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` got
+        scaling: "paper" leaves the method's weights as they are; "auto" bounds the teacher's terms by those of the
+            labels, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` got
             another.
 
     Raises:
@@ -102,8 +104,7 @@ class Distiller(nn.Module):
             self.method.use_label_loss(label_loss)
         self.feature_pairs, self.train_labels, self.batch_size = feature_pairs, train_labels, batch_size
         self.router = OutputRouter(self.method, max(1, len(networks)))
-        on_hidden_layers = any(each.needs.maps != "none" or each.needs.embedding for each in self.method.parts)
-        self.scaling = TermScaling() if (scaling or method.scaling) == "auto" and on_hidden_layers else None
+        self.scaling = TermScaling() if (scaling or method.scaling) == "auto" else None
         self._ready = not self.method.needs.prepare
         if example is not None or self.method.needs.example or self.method.student_taps or self.method.teacher_taps:
             self._build(example)
@@ -157,7 +158,7 @@ class Distiller(nn.Module):
         _check_shapes(student.logits, teacher, labels)
         terms = self.method(student, teacher, batch)
         if self.scaling is not None:
-            terms = self.scaling(terms, student.logits, list(self.student.parameters()))
+            terms = self.scaling(terms, names, student.logits, batch, list(self.student.parameters()))
         return Step(student.logits, terms, names)
 
     @torch.no_grad()
@@ -229,7 +230,10 @@ class Distiller(nn.Module):
             what = "another view of each image" if needs.second == "strong" else "for each image one of the same class"
             raise UsageError(f"{name} needs second=, {what}")
         if needs.several and len(batch) < 2:
-            raise UsageError(f"{name} compares images with each other, and this batch has {len(batch)}")
+            raise UsageError(
+                f"{name} compares images with each other, and this batch has {len(batch)}: leave out a last batch of "
+                "one image (drop_last=True of a DataLoader)"
+            )
         if needs.labels and batch.labels.device.type == "cpu" and bool((batch.labels == UNLABELED).any()):
             raise UsageError(f"{name} needs the label of every image; with unlabeled images use kd or dist")
 
@@ -364,23 +368,29 @@ def _ignore_missing_teacher_keys(module: nn.Module, incompatible: Any) -> None:
 
 
 class TermScaling(nn.Module):
-    r"""Multiply each term on hidden layers by at most 1, such that its gradient is no longer than that of the others.
+    r"""Multiply each term of the teacher by at most 1, such that its gradient is not much longer than the labels'.
 
     The weights of papers belong to long trainings of certain networks: attention transfer's 1000, in 8 epochs, moves
-    the student's weights many times as far as the labels do.  How far a term moves them is the norm of its gradient
-    with respect to the student's parameters; the value of a loss does not say it (a constant changes the value and no
-    step).
+    the student's weights many times as far as the labels do, and so do DKD's 8 and the square of its temperature.  How
+    far a term moves them is the norm of its gradient; the value of a loss does not say it (a constant changes the value
+    and no step).
 
-    A term is one on hidden layers if it does not depend on the student's logits.  All others (labels, soft targets)
-    are the reference and keep their weights.  In each of the first ``MEASURED_STEPS`` training steps of an epoch, g is
-    the norm of the term's gradient with respect to the student's parameters, and r that of the gradient of the
-    reference with respect to the same parameters, those that the term reaches.  The factor is
+    A term is one on hidden layers if it does not depend on the student's logits z.  In each of the first
+    ``MEASURED_STEPS`` training steps of an epoch, but not sooner than ``STEPS_BETWEEN`` steps after the last time, two
+    norms g and r are measured for each term but the label terms:
+
+    - on logits: g of the term's gradient with respect to z, and r of ``LOGIT_BOUND`` times that of the cross-entropy
+      with the labels, both for the images that have a label; without any the factor is 1;
+    - on hidden layers: g of the gradient with respect to the student's parameters, and r of that of all terms on
+      logits, with their factors, with respect to the same parameters, those that the term reaches.
+
+    The factor is
 
     .. math:: \min(1, \sum r / \sum g)
 
-    with sums over these steps and all processes, from the first of them on; it stays until the next epoch begins.  So
-    warm-ups and schedules count, and a term fades as the labels are learnt.  Without a reference (a method that trains
-    hidden layers alone, or does so first) and for a term without gradient the factor is 1.
+    with sums over these steps and all processes, from the first of them on; it stays until the next measurement.  So
+    warm-ups and schedules count, and a term fades as the labels are learnt.  Without terms on logits (a method that
+    trains hidden layers alone, or does so first) and for a term without gradient the factor is 1.
 
     The state is in the state dict: a training that is resumed goes on with the same factors.  Sums and factors stay on
     the device, so that no step waits for it.
@@ -388,7 +398,7 @@ class TermScaling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = 0  # measured in this epoch
+        self.steps = 0  # since the measurement began
         self._sums: dict[str, Tensor] = {}  # by term: the sums of g and of r, [2]
         self._factors: dict[str, Tensor] = {}
 
@@ -398,41 +408,77 @@ class TermScaling(nn.Module):
         return {name: float(factor) for name, factor in self._factors.items()}
 
     def start_epoch(self) -> None:
-        """Measure anew; the factors stay until then."""
-        self.steps, self._sums = 0, {}
+        """Measure anew if the last time is long enough ago; the factors stay until then."""
+        if self.steps >= STEPS_BETWEEN:
+            self.steps, self._sums = 0, {}
 
     def forward(
-        self, terms: Mapping[str, Tensor], logits: Tensor, parameters: Sequence[nn.Parameter]
+        self,
+        terms: Mapping[str, Tensor],
+        label_terms: Collection[str],
+        logits: Tensor,
+        batch: Batch,
+        parameters: Sequence[nn.Parameter],
     ) -> dict[str, Tensor]:
-        """Return the terms multiplied with their factors; ``logits`` [B, K] are those of which they were computed."""
-        if self.training and torch.is_grad_enabled() and self.steps < MEASURED_STEPS:
+        """Return the terms multiplied with their factors.
+
+        ``label_terms`` are the names of those from labels alone; all were computed of ``logits``, [B, K].
+        """
+        if self.training and torch.is_grad_enabled():
             self.steps += 1
-            self._measure(terms, logits, [each for each in parameters if each.requires_grad])
+            if self.steps <= MEASURED_STEPS:
+                self._measure(terms, label_terms, logits, batch, [each for each in parameters if each.requires_grad])
+        return self._scaled(terms)
+
+    def _scaled(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: term * self._factors[name].to(term.dtype) if name in self._factors else term
             for name, term in terms.items()
         }
 
-    def _measure(self, terms: Mapping[str, Tensor], logits: Tensor, parameters: list[nn.Parameter]) -> None:
+    def _measure(
+        self,
+        terms: Mapping[str, Tensor],
+        label_terms: Collection[str],
+        logits: Tensor,
+        batch: Batch,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self._factors = {}
         trained = {name: term for name, term in terms.items() if term.requires_grad}
-        on_logits = [term for term in trained.values() if _gradients(term, [logits])[0] is not None]
-        hidden = [name for name, term in trained.items() if all(term is not each for each in on_logits)]
+        by_logits = {name: _gradients(term, [logits])[0] for name, term in trained.items()}
+        on_logits = {name: gradient for name, gradient in by_logits.items() if gradient is not None}
+        known = (batch.labels != UNLABELED).unsqueeze(1)
+        limit = LOGIT_BOUND * _norm([_label_gradient(logits, batch.targets, known)])
+        self._bound(
+            {
+                name: torch.stack([_norm([gradient * known]), limit])
+                for name, gradient in on_logits.items()
+                if name not in label_terms
+            }
+        )
+        hidden = [name for name in trained if name not in on_logits]
         if not (on_logits and hidden and parameters):
-            self._factors = {}
             return
-        reference = _gradients(torch.stack([term.float() for term in on_logits]).sum(), parameters)
-        rows = []
+        scaled = self._scaled({name: trained[name].float() for name in on_logits})
+        reference = _gradients(torch.stack(list(scaled.values())).sum(), parameters)
+        found = {}
         for name in hidden:
             own = _gradients(trained[name], parameters)
-            rows.append(_norm(own))
-            rows.append(_norm([theirs for theirs, ours in zip(reference, own, strict=True) if ours is not None]))
-        measured = torch.stack([row.to(logits.device, non_blocking=logits.is_cuda) for row in rows])
+            common = [theirs for theirs, ours in zip(reference, own, strict=True) if ours is not None]
+            found[name] = torch.stack([_norm(own), _norm(common)]).to(logits.device, non_blocking=logits.is_cuda)
+        self._bound(found)
+
+    def _bound(self, norms: Mapping[str, Tensor]) -> None:
+        """Add to the sums of these terms, and set their factors."""
+        if not norms:
+            return
+        measured = torch.stack(list(norms.values()))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(measured)
-        for name, norms in zip(hidden, measured.to(widest_float(measured.device)).view(-1, 2), strict=True):
-            if name in self._sums:
-                norms = norms + self._sums[name].to(norms)
-            self._sums[name], (size, limit) = norms, norms.unbind()
+        for name, row in zip(norms, measured.to(widest_float(measured.device)), strict=True):
+            self._sums[name] = row + self._sums[name].to(row) if name in self._sums else row
+            size, limit = self._sums[name].unbind()
             # 1 also where a sum is infinite or NaN: the loss itself is what is refused then.
             self._factors[name] = torch.where(limit < size, limit / size, 1.0)
 
@@ -447,6 +493,16 @@ class TermScaling(nn.Module):
         self.steps, sums, factors = json.loads(bytes(state.tolist()))
         self._sums = {name: torch.tensor(norms, dtype=torch.float64) for name, norms in sums.items()}
         self._factors = {name: torch.tensor(factor, dtype=torch.float64) for name, factor in factors.items()}
+
+
+def _label_gradient(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    """Return the gradient, [B, K], of the mean cross-entropy of the images that are ``known``, [B, 1] bool."""
+    probabilities = logits.detach().float().softmax(dim=1)
+    if targets.ndim == 1:  # no one_hot: it looks at the labels, for which a GPU is waited
+        wanted = torch.zeros_like(probabilities).scatter_(1, targets.clamp(min=0).unsqueeze(1), 1.0)
+    else:
+        wanted = targets.to(probabilities)
+    return (probabilities - wanted) * known / known.sum().clamp(min=1)
 
 
 def _gradients(value: Tensor, of: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -260,7 +260,8 @@ def _fraction_below(ranked: Array, values: Array) -> Array:
 
 RELIABILITY_BINS = 15
 _TINY = float(np.finfo(np.float32).tiny)
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.05, 20.0  # the optimum is 0 for a network without errors on val
+# Losses that leave the scale of the logits open, such as correlations, end at temperatures of a hundredth.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.001, 20.0
 _CHI_SQUARED = 10.83  # its quantile 0.999 with one degree of freedom
 _MAX_STEPS, _TOLERANCE = 60, 1e-9  # of Newton's method; tolerance relative to 1 / T
 
@@ -299,7 +300,7 @@ def temperature_pays(gain: float, images: int, temperature: float) -> bool:
     fitted.
 
     Example:
-        >>> temperature_pays(0.01, 500, 1.4), temperature_pays(0.01, 600, 1.4), temperature_pays(2.0, 600, 0.05)
+        >>> temperature_pays(0.01, 500, 1.4), temperature_pays(0.01, 600, 1.4), temperature_pays(2.0, 600, 0.001)
         (False, True, False)
     """
     fitted = 1.01 * _MIN_TEMPERATURE < temperature < 0.99 * _MAX_TEMPERATURE
@@ -307,12 +308,22 @@ def temperature_pays(gain: float, images: int, temperature: float) -> bool:
 
 
 def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> float:
-    """Return the temperature in [0.05, 20] of minimal NLL, by Newton's method: NLL is convex in 1 / T."""
+    """Return the temperature in [0.001, 20] of minimal NLL.
+
+    It is 0 for a network without errors on these images, whose confidence would then have no bound: there, 1 / (N + 2)
+    of each label is spread over the classes, as if it were wrong that often (Platt, 1999).
+    """
     probabilities = as_probabilities(probabilities)
     _check_inputs(probabilities.shape, labels)
+    found = _minimize_nll(probabilities, labels, 0.0)
+    return found if found > 1.01 * _MIN_TEMPERATURE else _minimize_nll(probabilities, labels, 1 / (len(labels) + 2))
+
+
+def _minimize_nll(probabilities: Probabilities, labels: Array, smoothing: float) -> float:
+    """Return the temperature, by Newton's method: NLL is convex in 1 / T."""
     low, high, inverse = 1 / _MAX_TEMPERATURE, 1 / _MIN_TEMPERATURE, 1.0
     for _ in range(_MAX_STEPS):
-        slope, curvature = _nll_derivatives(probabilities, labels, inverse)
+        slope, curvature = _nll_derivatives(probabilities, labels, inverse, smoothing)
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         step = inverse - slope / curvature if curvature > 0 else math.nan
         # Bisect in logarithms if Newton's step leaves the bracket.
@@ -322,14 +333,17 @@ def fit_temperature(probabilities: Probabilities | Array, labels: Array) -> floa
     return 1 / inverse
 
 
-def _nll_derivatives(probabilities: Probabilities, labels: Array, inverse: float) -> tuple[float, float]:
+def _nll_derivatives(
+    probabilities: Probabilities, labels: Array, inverse: float, smoothing: float
+) -> tuple[float, float]:
     """Return the first and second derivative of the NLL with respect to 1 / T."""
     slope = curvature = 0.0
     for rows, block in probabilities.blocks():
         logs = _safe_log(block)
         scaled = np.exp(_log_softmax(logs * inverse))
         mean = (scaled * logs).sum(axis=1)
-        slope += float((mean - logs[np.arange(len(logs)), labels[rows]]).sum())
+        wanted = (1 - smoothing) * logs[np.arange(len(logs)), labels[rows]] + smoothing * logs.mean(axis=1)
+        slope += float((mean - wanted).sum())
         curvature += float(((scaled * logs**2).sum(axis=1) - mean**2).sum())
     return slope / probabilities.shape[0], curvature / probabilities.shape[0]
 

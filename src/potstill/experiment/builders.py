@@ -393,8 +393,8 @@ def _file_groups(
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
     model = load_model(find_model(path))
-    facts = {"weights": network.weights}
-    if model.class_names == classes:
+    facts, has_head = {"weights": network.weights}, predicts_classes(model.facts)
+    if model.class_names == classes and (has_head or network.head == "none" or classes == NO_CLASSES):
         if network.size not in (None, model.input.size):
             raise ArtifactError(f"{path} takes images of {model.input.size} px, but {key}.size is {network.size}")
         facts |= {"head": model.facts["head"]} if "head" in model.facts else {}
@@ -415,7 +415,12 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
         raise ArtifactError(f"{path} has several outputs per class: it cannot get a new head for other classes")
     if key == "previous":
         raise ArtifactError(_class_difference(path, model.class_names, classes))
-    if not network.new_head and network.head is None and predicts_classes(model.facts) and classes != NO_CLASSES:
+    if not has_head and key.startswith("teacher") and not network.new_head and network.head is None:
+        raise ArtifactError(
+            f"{path} has no classes: it is for methods that read embeddings or feature maps, with {key}.head=none; "
+            f"{key}.head=probe fits a head"
+        )
+    if not network.new_head and network.head is None and has_head and classes != NO_CLASSES:
         raise ArtifactError(
             f"{path} has other classes than this data, or another order.\n"
             f"It has {len(model.class_names)}: {format_names(model.class_names, 12)}\n"
@@ -423,7 +428,7 @@ def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...
             f"Use data with the same class names, or train it with a new head: {_new_head_setting(key)}"
         )
     warning = f"{path} gets a NEW HEAD of {len(classes)} classes, randomly initialised; its other weights are kept"
-    if not predicts_classes(model.facts):
+    if not has_head:
         warning = f"{path} has no classes: {warning}. --set {key}.head=finetune starts from a linear probe"
     module = create_model(model.architecture, len(classes), size=model.input.size)
     module = module if model.pruned is None else cut_channels(module, model.pruned)

@@ -161,7 +161,7 @@ def _describe_stages(
         entries[name] = {key: value for key, value in facts[0][name].items() if key not in dropped} | {
             "test": without_per_class(metrics),
             "test_intervals": split_intervals(own),
-            "over_folds": _over_folds([each[name]["test"] for each in facts]),
+            "over_folds": _over_folds([_test_over_seeds(each, name) for each in facts]),
         }
     stages = {name: entries.pop(name) for name in once}
     together = describe_groups(groups, once, classes)
@@ -172,6 +172,13 @@ def _describe_stages(
     if {"baseline", "distilled"} <= stages.keys():
         comparison = compare_with_baseline(stages, correct, together, entries, recipe.seed, None, known, fold_of)
     return {"stages": stages, "repeats": entries, "together": together, "comparison": comparison, "cka": None, **known}
+
+
+def _test_over_seeds(stages: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    """Return a stage's metrics in one fold; of baseline and distilled, the mean over the seeds, as in the verdict."""
+    same = [each for each in stages if stage_role(each) == name] if name in ("baseline", "distilled") else [name]
+    values = {key: [stages[each]["test"].get(key) for each in same] for key in FOLD_METRICS}
+    return {key: None if None in found else float(np.mean(found)) for key, found in values.items()}
 
 
 def _over_folds(tests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -185,12 +192,12 @@ def _over_folds(tests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _describe_fold(number: int, run: RunFolder, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a fold's row: its folder, its test images, and top-1 of the first seed."""
-    stages = results["stages"]
+    """Return a fold's row: its folder, its test images, and top-1, the mean over its seeds."""
+    stages, every = results["stages"], results["stages"] | results["repeats"]
     return {
         "fold": number,
         "folder": run.path.name,
         "seed": results["seed"],
         "images": sum(results["data"]["counts"]["test"].values()),
-        "top1": {name: stages[name]["test"]["top1"] for name in sort_stages(stages)},
+        "top1": {name: _test_over_seeds(every, name)["top1"] for name in sort_stages(stages)},
     }

@@ -227,8 +227,6 @@ def run(
             check_same_data(folder, splits)
         if reproduce is not None:
             check_same_images(reproduce, splits.fingerprint, splits.as_rows())
-        if overwrite and processes.first:
-            folder.clear()
         given = recipe.stage_training("student").epochs
         recipe = lengthen_short_trainings(recipe, len(splits.train))
         if (longer := recipe.stage_training("student")).epochs > given:
@@ -246,6 +244,8 @@ def run(
             check_same_baseline(reused, recipe, splits)
         processes.highest(0)  # a barrier: the first process now writes files that the others have read
         if processes.first:
+            if overwrite:  # after all checks: a refused run deletes nothing
+                folder.clear()
             facts = threads.facts | precisions.facts
             _write_beginning(folder, recipe, splits, compute, facts, replaced, resume=resume)
             trackers = stack.enter_context(
@@ -435,10 +435,14 @@ def _run_folds(
         recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
         if resume:
             check_same_data(folder, data)
-        if overwrite and processes.first:
-            folder.clear()
+        first_seed = [stage for stage in planned if not stage.repeat]
+        check_all(recipes[1], data, first_seed, SilentObserver(), processes)  # again in the fold, with its warnings
+        if baseline is not None:
+            _check_baselines_of_folds(baseline, folder, recipes[1], len(recipes), splits)
         processes.highest(0)  # a barrier, as in ``run``
         if processes.first:
+            if overwrite:
+                folder.clear()
             _write_beginning(folder, recipe, data, compute, {}, replaced, resume=resume)
         observer.note(
             f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
@@ -930,6 +934,20 @@ def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
     if not folder.known or not folder.trained("baseline"):
         raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
     return folder
+
+
+def _check_baselines_of_folds(path: Path, folder: RunFolder, recipe: Recipe, folds: int, splits: DataSplits) -> None:
+    """Check that the run of ``--baseline`` has the folds of this one; ``recipe`` and ``splits``: of fold 1."""
+    check_exists(path, "the folder of a run for --baseline")
+    if missing := [fold for fold in range(1, folds + 1) if not RunFolder(path).fold(fold).known]:
+        has = f"has no fold {missing[0]}" if missing[0] > 1 else "is no cross-validation"
+        raise UsageError(
+            f"--baseline {path} {has}, and this run has {folds} folds: give a run with --folds {folds}, or leave "
+            "--baseline out"
+        )
+    recipe = lengthen_short_trainings(recipe, len(splits.train))
+    recipe = apply_view_plan(recipe, plan_views(recipe, create_stage_method(recipe), splits))
+    check_same_baseline(_folder_of_baseline(RunFolder(path).fold(1).path, folder.fold(1).path), recipe, splits)
 
 
 def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:

@@ -82,8 +82,8 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
 
 def create_stage_method(recipe: Recipe) -> Method:
-    """Return a new instance of the recipe's method."""
-    options = dict(recipe.method)
+    """Return a new instance of the recipe's method; its terms are bounded unless it says ``scaling: paper``."""
+    options = {"scaling": "auto"} | recipe.method
     return create_method(options.pop("name"), **options)
 
 
@@ -482,22 +482,23 @@ def warn_about_settings(
     images, method = len(data.train), create_stage_method(recipe)
     for stage in (each for each in planned if trains_network(recipe, each)):
         settings = recipe.stage_training(stage.name)
+        label = stage.role if stage.repeat else stage.name  # once for all seeds, and for each of several teachers
         for text in _without_effect(settings, images):
-            texts[f"{stage.role}: {text}"] = None
+            texts[f"{label}: {text}"] = None
         if compute is not None and (
             text := small_batch_warning(settings.batch_size, compute.processes.count, compute.device)
         ):
-            texts[f"{stage.role}: {text}"] = None
+            texts[f"{label}: {text}"] = None
         if stage.distils:
             if 1 < settings.epochs < (length := method.warmup_length(settings.epochs)):
                 share = settings.epochs / length
                 texts[
-                    f"{stage.role}: method {describe_method(recipe.method)} reaches its full weight after "
+                    f"{label}: method {describe_method(recipe.method)} reaches its full weight after "
                     f"{length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
                     f"{settings.epochs}; lower the method's warm-up, or train longer"
                 ] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
-                texts[f"{stage.role}: the method's schedule stays at its start value in one epoch"] = None
+                texts[f"{label}: the method's schedule stays at its start value in one epoch"] = None
     augment = recipe.data.augment or data.augment
     tables = any(teacher.model == "table" for teacher in recipe.teacher_list)
     if tables and any(stage.distils for stage in planned) and not augment.changes_nothing:

@@ -29,22 +29,44 @@ def folds_of(comparison: Mapping[str, Any] | None) -> int:
     return int(finite_figure(found, "folds") or 0) if isinstance(found, Mapping) else 0
 
 
+def seeds_count(comparison: Mapping[str, Any] | None) -> int:
+    """Return the number of seeds of baseline and distilled, in each fold if there are folds.
+
+    Example:
+        >>> seeds_count({"folds": {"folds": 5, "seeds": 3, "figures": {"top1": {"n": 5}}}}), seeds_count(None)
+        (3, 1)
+    """
+    found = repeats_of(comparison) or {}
+    number = found.get("seeds") if folds_of(comparison) else (found.get("figures") or {}).get("top1", {}).get("n")
+    return int(format_number(number) or 1)
+
+
+def first_seed_note(comparison: Mapping[str, Any] | None) -> str:
+    """Return which models figures that are no means are of; "" with one seed.
+
+    Example:
+        >>> first_seed_note({"seeds": {"figures": {"top1": {"n": 3}}}})
+        'Baseline and distilled in this table: the first of 3 seeds.'
+    """
+    count = seeds_count(comparison)
+    return f"Baseline and distilled in this table: the first of {count} seeds." if count > 1 else ""
+
+
 def _repeats_text(comparison: Mapping[str, Any] | None) -> str:
     """Return ``5 seeds``, ``5 folds``, or ``5 folds of 3 seeds``."""
     found = repeats_of(comparison) or {}
     count = f"{finite_figure((found.get('figures') or {}).get('top1'), 'n') or 0:.0f}"
     if not folds_of(comparison):
         return f"{count} seeds"
-    seeds = finite_figure(found, "seeds") or 1
-    return f"{count} folds" + (f" of {seeds:.0f} seeds" if seeds > 1 else "")
+    seeds = seeds_count(comparison)
+    return f"{count} folds" + (f" of {seeds} seeds" if seeds > 1 else "")
 
 
 def interval_scope(comparison: Mapping[str, Any] | None) -> str:
     """Return what the interval of the gain is over: ``seeds and test images``, ``folds and images``."""
     if not folds_of(comparison):
         return "test images only" if repeats_of(comparison) is None else "seeds and test images"
-    seeds = (finite_figure(repeats_of(comparison), "seeds") or 1) > 1
-    return "folds, seeds and images" if seeds else "folds and images"
+    return "folds, seeds and images" if seeds_count(comparison) > 1 else "folds and images"
 
 
 def average_over_seeds(comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +174,10 @@ def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
     together = finite_figure(comparison, "teachers_top1")
     if sentences and together is not None and (finite_figure(comparison, "teachers") or 0) > 1:
         sentences.append(f"the teachers together {100 * together:.1f} %")
-    mean = " (baseline and distilled: mean over the seeds)" if means["baseline"] is not None else ""
+    mean = " (baseline and distilled: mean over the seeds)" if seeds_count(comparison) > 1 else ""
     split = "the target's test" if comparison.get("domain") else "test"
     if folds_of(comparison):
-        split, mean = "all images, each in the fold that tests it", ""
+        split = "all images, each in the fold that tests it"
     return f"Top-1 on {split}: {', '.join(sentences)}{mean}." if len(sentences) > 1 else ""
 
 

@@ -5,7 +5,8 @@ Nothing is written before the comparison has passed.
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from potstill.data.image_sets import ImageSet, read_pixels
 from potstill.data.preprocessing import decoded_side
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
-from potstill.evaluation.cost import measure_latency
+from potstill.evaluation.cost import THREAD_CLOCK, measure_latency
 from potstill.experiment.run_folder import find_model
 from potstill.export.formats import (
     ExportedFiles,
@@ -244,11 +245,14 @@ class _ExportedModule(nn.Module):
 
 
 def measure_exported_latency(
-    predictors: Mapping[str, Predictor], image: NDArray[Any], spec: InputSpec
+    predictors: Mapping[str, Predictor],
+    image: NDArray[Any],
+    spec: InputSpec,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Return ``evaluation.cost.measure_latency`` of exported models."""
     modules = {name: (_ExportedModule(predictor, image), spec) for name, predictor in predictors.items()}
-    return measure_latency(modules, rounds=50, warmup=10)
+    return measure_latency(modules, rounds=50, warmup=10, clock=clock)
 
 
 def measure_network(
@@ -282,9 +286,12 @@ def convert_network(
 
 
 def single_thread_latency(content: bytes, size: int) -> float:
-    """Return the median milliseconds of an ONNX file for one image of ``size`` pixels, on one thread."""
+    """Return the median milliseconds of an ONNX file for one image of ``size`` pixels, on one thread.
+
+    They are the thread's own, so that a busy machine changes them little.
+    """
     predictor = create_onnx_predictor(content, threads=1, patient=True)
-    found = measure_exported_latency({"onnx": predictor}, _black_image("none", size), InputSpec(size))
+    found = measure_exported_latency({"onnx": predictor}, _black_image("none", size), InputSpec(size), THREAD_CLOCK)
     return float(found["onnx"]["p50"])
 
 

@@ -221,8 +221,8 @@ def create_method(
         name: one of ``list_methods()``, or the code of one: ``package.module:Class``, ``path/file.py:Class``.
         preset: the authors' options for one pair of networks, by name; ``options`` overrule them.
         schedule: weights and options that change with the epochs; see ``potstill.methods.wrappers``.
-        scaling: "auto" bounds the terms on hidden layers by those on logits (see
-            ``potstill.distillation.distiller``), "paper" leaves all weights as they are; None: "paper".
+        scaling: "auto" bounds the teacher's terms by those of the labels (see ``potstill.distillation.distiller``),
+            "paper" leaves all weights as they are; None: "paper".
         options: by name, as ``potstill methods NAME`` lists them.
 
     Raises:
@@ -261,7 +261,9 @@ def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
     if "schedule" in given:
         texts = check_schedule(given["schedule"]) or _check_scheduled_values(method, given["schedule"])
         problems += [OptionProblem("schedule", text) for text in texts]
-    problems += [OptionProblem(key, text) for key, text in option_problems(method.options, options, chosen or ())]
+    for key, text in option_problems(method.options, options, chosen or ()):
+        elsewhere = key not in method.options and key in method_info("kd").options  # recipes and flags may mean kd
+        problems.append(OptionProblem(key, f"{text}; method kd has {key!r}" if elsewhere else text))
     for key, each in method.options.items():
         if key in options and options[key] is not None:
             problems += [OptionProblem(key, text) for text in _check_inner(key, each.schema, options[key])]

@@ -67,7 +67,7 @@ class Method(nn.Module):
     student_taps: tuple[str, ...] = ()  # submodules whose outputs are read into ``Outputs.features``, by path
     teacher_taps: tuple[str, ...] = ()
 
-    scaling: Scaling = "paper"  # whether the Distiller bounds the terms on hidden layers; set by ``create_method``
+    scaling: Scaling = "paper"  # whether the Distiller bounds the teacher's terms; set by ``create_method``
     label_loss: nn.Module
     epoch: int | None = None  # from 0; None: ``start_epoch`` was not called yet
     epochs: int | None = None

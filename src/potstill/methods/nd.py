@@ -104,6 +104,8 @@ class ND(Method):
             assert outputs.embedding is not None
             sums.index_add_(0, batch.labels, outputs.embedding.to(sums.dtype))
             counts += batch.labels.bincount(minlength=len(counts))
+        if not sums.any():
+            raise UsageError("nd points to the teacher's class means, and its embedding is 0 for every training image")
         self.class_means = sums / counts.clamp(min=1).unsqueeze(1)
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

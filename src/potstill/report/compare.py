@@ -3,6 +3,8 @@
 Runs that differ only in their seed form a group.
 """
 
+import csv
+import io
 import itertools
 import json
 import statistics
@@ -17,12 +19,12 @@ import numpy as np
 from potstill.config import STAGES, repeat_index
 from potstill.config.settings_errors import format_value
 from potstill.config.yaml import parse_yaml
-from potstill.errors import UsageError
+from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation import Array
 from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary
 from potstill.experiment.resume import describe_view_difference, flatten_settings, is_result_neutral
 from potstill.experiment.run_folder import RunFolder
-from potstill.experiment.verdict import MIN_SEEDS, average_over_seeds, headline
+from potstill.experiment.verdict import MIN_FOLDS, MIN_SEEDS, average_over_seeds, headline, seeds_count
 from potstill.formatting import (
     MISSING,
     format_count,
@@ -34,7 +36,7 @@ from potstill.formatting import (
     format_points,
     format_scaled,
 )
-from potstill.io import read_checksummed_json, write_text
+from potstill.io import read_bytes, read_checksummed_json, unescape_cell, write_text
 from potstill.report.advice import final_metric
 from potstill.report.render import render_template
 from potstill.report.run_reader import Run, StageResult, read_predictions, read_run
@@ -82,6 +84,7 @@ class Contender:
     images: tuple[tuple[str, str], ...] = ()  # (name, class) of each test image, as the predictions list them
     correct: Mapping[int, Array] = field(default_factory=dict)  # seed -> [N] bool
     fingerprint: str = ""
+    folds: Array | None = None  # [N] fold that tests each image, from 0; None: no cross-validation
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Pairing:
     gain: Interval  # mean gain of top-1; interval over seeds and test images, with one seed over test images
     p: float
     adjusted: float = 1.0  # p adjusted for the number of pairs
+    folds: int = 0  # of a cross-validation
 
 
 def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
@@ -255,8 +259,8 @@ def _run_row(run: Run) -> dict[str, Any]:
 def _seed_range(first: float | None, comparison: dict[str, Any]) -> str:
     if first is None:
         return MISSING
-    several = format_number(comparison.get("seeds_count"))
-    return f"{first:.0f}" if several is None else f"{first:.0f} to {first + several - 1:.0f}"
+    several = seeds_count(comparison)
+    return f"{first:.0f}" if several == 1 else f"{first:.0f} to {first + several - 1:.0f}"
 
 
 def _group_summary(group: RunGroup) -> dict[str, Any]:
@@ -279,19 +283,35 @@ def _group_summary(group: RunGroup) -> dict[str, Any]:
 
 def _group_verdict(group: RunGroup, differences: Sequence[float]) -> str:
     """Return the verdict of a run with these seeds; it needs the test predictions of every seed."""
-    before, after = (read_contender("", group.stages_by_seed(role)).correct for role in ("baseline", "distilled"))
+    baseline, distilled = (read_contender("", group.stages_by_seed(role)) for role in ("baseline", "distilled"))
+    before, after = baseline.correct, distilled.correct
     if not before or before.keys() != after.keys() or len(before) != len(differences):
         return (
             "No verdict: test predictions of baseline or distilled student are missing for a seed, or are of other "
             "images."
         )
-    return headline(compare_predictions(before, after))
+    own = group.runs[0].comparison
+    if len(group.runs) == 1 and seeds_count(own) == len(before):  # it knows how often test was evaluated
+        return headline(own)
+    if not _have_same_folds(baseline, distilled):
+        return "No verdict: the cross-validations have different folds."
+    return headline(compare_predictions(before, after, baseline.folds))
 
 
-def compare_predictions(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
-    """Return the part of ``comparison`` for the headline, from the correct images of each student: seed -> [N] bool."""
+def compare_predictions(
+    before: Mapping[int, Array], after: Mapping[int, Array], folds: Array | None = None
+) -> dict[str, Any]:
+    """Return the part of ``comparison`` for the headline, from the correct images of each student: seed -> [N] bool.
+
+    ``folds``: [N] fold of each image, of a cross-validation.
+    """
     shared = sorted(before.keys() & after.keys())
     a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
+    if folds is not None:
+        count = int(folds.max()) + 1
+        facts = {"folds": count, "seeds": len(shared), "figures": {"top1": {"n": count}}}
+        crossed = crossed_interval(a, b, folds=folds)._asdict()
+        return {"test_images": a.shape[1], "folds": facts | {"top1_gain": crossed}}
     if len(shared) == 1:
         gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
         ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
@@ -354,8 +374,31 @@ def read_contender(name: str, students: Mapping[int, tuple[Run, StageResult]]) -
         images = images or seed_images
         if seed_images == images:
             correct[seed] = np.asarray(found.predicted) == np.asarray(found.labels)
-    fingerprint = next((str(run.data.get("fingerprint") or "") for run, _ in students.values()), "")
-    return Contender(name, students, images, correct, fingerprint)
+    first = next((run for run, _ in students.values()), None)
+    if first is None:
+        return Contender(name, students)
+    fingerprint, folds = str(first.data.get("fingerprint") or ""), None
+    if first.folds and images:
+        folds = _read_folds(first, [path for path, _ in images])
+    return Contender(name, students, images, correct, fingerprint, folds)
+
+
+def _read_folds(run: Run, names: Sequence[str]) -> Array:
+    """Return the fold of a cross-validation that tests each image, from 0."""
+    fold_of: dict[str, int] = {}
+    for at, each in enumerate(run.folds):
+        path = run.folder / str(each.get("folder")) / "splits.csv"
+        rows = csv.reader(io.StringIO(read_bytes(path).decode("utf-8", "replace")))
+        fold_of |= {unescape_cell(row[1]): at for row in rows if len(row) > 1 and row[0] == "test"}
+    if lost := [name for name in names if name not in fold_of]:
+        raise ArtifactError(f"{run.folder}: no fold has {lost[0]} in test; the folders of its folds are of another run")
+    return np.array([fold_of[name] for name in names])
+
+
+def _have_same_folds(first: Contender, second: Contender) -> bool:
+    if first.folds is None or second.folds is None:
+        return first.folds is second.folds
+    return np.array_equal(first.folds, second.folds)
 
 
 def pair_contenders(contenders: Sequence[Contender]) -> tuple[list[Pairing], list[str]]:
@@ -386,7 +429,8 @@ def _incomparable_reason(first: Contender, second: Contender) -> str:
         if not each.correct:
             return f"{both}: {each.name} has no test predictions"
     if first.images == second.images:
-        return ""
+        other = f"{both}: they are cross-validations with different folds (data.folds, data.split_seed)"
+        return "" if _have_same_folds(first, second) else other
     shared = len(set(first.images) & set(second.images))
     return (
         f"{both}: they were tested on different images ({format_count(len(first.images))} and "
@@ -404,10 +448,11 @@ def _make_pairing(first: Contender, second: Contender) -> Pairing:
         count = min(len(first.correct), len(second.correct))
         before, after = (list(each.correct.values())[:count] for each in (first, second))
     a, b = np.stack(before), np.stack(after)
-    if len(a) == 1:
+    if len(a) == 1 and first.folds is None:
         return Pairing(first.name, second.name, 1, paired_interval(a[0], b[0]), float(mcnemar(a[0], b[0])["p"]))
-    found = crossed_interval(a, b)
-    return Pairing(first.name, second.name, len(a), Interval(found.value, found.low, found.high), found.p)
+    found = crossed_interval(a, b, folds=first.folds)
+    folds = 0 if first.folds is None else int(first.folds.max()) + 1
+    return Pairing(first.name, second.name, len(a), Interval(*found[:3]), found.p, folds=folds)
 
 
 def _adjust_p_values(pairings: Sequence[Pairing]) -> list[Pairing]:
@@ -421,9 +466,11 @@ def _adjust_p_values(pairings: Sequence[Pairing]) -> list[Pairing]:
 
 
 def pairing_row(pairing: Pairing) -> dict[str, Any]:
-    """Return a row of the page; a verdict needs ``MIN_SEEDS`` seeds and an adjusted p below 0.05."""
+    """Return a row of the page; a verdict needs ``MIN_SEEDS`` seeds or ``MIN_FOLDS`` folds, and adjusted p < 0.05."""
     low, high = pairing.gain.low, pairing.gain.high
-    if pairing.seeds < MIN_SEEDS:
+    if pairing.folds and pairing.folds < MIN_FOLDS:
+        verdict = f"too few folds for a verdict: {MIN_FOLDS} or more are needed"
+    elif pairing.seeds < MIN_SEEDS and not pairing.folds:
         verdict = f"too few seeds for a verdict: {MIN_SEEDS} or more are needed"
     elif (low > 0 or high < 0) and pairing.adjusted < 0.05:
         verdict = f"{pairing.second if pairing.gain.value > 0 else pairing.first} is better"

@@ -133,7 +133,7 @@ def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
 
 
 _RELIABILITY_SIZE = (4.0, 3.6)  # inches
-_LOWEST, _HIGHEST = 0.05, 20.0  # range of the fitted temperature
+_HIGHEST = 20.0  # temperature that is fitted
 
 
 def calibration_context(run: Run) -> dict[str, Any] | None:
@@ -149,15 +149,10 @@ def calibration_context(run: Run) -> dict[str, Any] | None:
 
 
 def _temperature_note(name: str, facts: dict[str, Any]) -> str | None:
-    """Return a note if the temperature is in the network's logits, or at an end of its range."""
+    """Return a note if the temperature is in the network's logits, or at the end of its range."""
     temperature = facts["temperature"]
     if facts.get("applied"):
         return f"The last layer of {name} is divided by this temperature, so its predictions and exports are scaled."
-    if temperature <= 1.01 * _LOWEST:
-        return (
-            f"{name} makes no mistake on val, so its fitted temperature is the minimum, {_LOWEST}. Do not scale it: "
-            "on test, where it makes mistakes, it would be far too confident."
-        )
     if temperature >= 0.99 * _HIGHEST:
         return f"{name} is no better than chance on val: its fitted temperature is the maximum, {_HIGHEST:g}."
     return None
@@ -186,7 +181,7 @@ def _calibration_cells(facts: dict[str, Any]) -> list[str]:
         for key, form in (("ece", format_percent), ("nll", format_decimal))
         for each in (before, after)
     ]
-    return [format_decimal(facts["temperature"], 2), *figures]
+    return [f"{facts['temperature']:.3g}", *figures]
 
 
 def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
@@ -507,11 +502,15 @@ _GROUP_TITLES = {
     "repaired": "Newly right with distillation",
     "broken": "Newly wrong with distillation",
 }
-_GROUP_KINDS = {
-    "mistakes": "wrong predictions, the most confident first",
-    "disagreements": "images with different predictions, the most confident first",
-    "repaired": "images that baseline gets wrong and distilled right, the largest change first",
-    "broken": "images that baseline gets right and distilled wrong, the largest change first",
+_GROUP_KINDS = {  # what is counted, and the order
+    "mistakes": ("wrong prediction", "wrong predictions", ", the most confident first"),
+    "disagreements": (
+        "image with different predictions",
+        "images with different predictions",
+        ", the most confident first",
+    ),
+    "repaired": ("image", "images", " that baseline gets wrong and distilled right, the largest change first"),
+    "broken": ("image", "images", " that baseline gets right and distilled wrong, the largest change first"),
 }
 _MAX_REGION = 4096.0  # of a heat map, in sides of the image: with padding, larger than the image
 _IMAGE_TYPES = ("png", "jpeg")
@@ -541,12 +540,17 @@ def _image_group(name: str, found: dict[str, Any], images: dict[str, Any], parts
     keys = [str(key) for key in found.get("images") or []]
     return {
         "title": _GROUP_TITLES[name].format(student=parts.get("student", "the student"), teacher=parts.get("teacher")),
-        "kind": _GROUP_KINDS[name],
-        "count": format_count(found.get("count")),
+        "counted": _count_images(format_number(found.get("count")), *_GROUP_KINDS[name]),
         "none": not format_number(found.get("count")),
         "all": format_number(found.get("count")) == len(keys),
         "cards": [_image_card(key, images[key], parts) for key in keys if isinstance(images.get(key), dict)],
     }
+
+
+def _count_images(count: float | None, one: str, many: str, order: str) -> str:
+    if count == 1:
+        return f"1 {one}{order.partition(', ')[0]}"  # one has no order
+    return f"{format_count(count)} {many}{order}"
 
 
 def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from potstill.experiment.verdict import (
     headline,
     interval_scope,
     repeats_of,
+    seeds_count,
     verdict_sentences,
 )
 from potstill.formatting import (
@@ -259,6 +260,7 @@ def comparison_context(run: Run) -> dict[str, Any] | None:
         "difference": {"baseline", "distilled"} <= set(run.stages),
         "several": 0 if folds_of(run.comparison) else len(_seeds_summary(run).get("seeds") or [0]),
         "folds": _fold_rows(run),
+        "fold_seeds": seeds_count(run.comparison) if folds_of(run.comparison) else 0,
         "results": _test_rows(run),
         "costs": _cost_rows(stages),
         "seeds": [] if run.folds else _seed_rows(run),

@@ -13,6 +13,7 @@ from potstill.formatting import (
     MISSING,
     format_decimal,
     format_duration,
+    format_loss,
     format_milliseconds,
     format_number,
     format_percent,
@@ -184,7 +185,8 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
         spread = f" ± {format_points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
         found["rows"].append((student, f"{format_percent(statistics.fmean(top1))}{spread}"))
     seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
-    found |= {"seeds": ", ".join(map(str, seeds)), "trials": facts["trials"]}
+    word = "seed" if len(seeds) == 1 else "seeds"
+    found |= {"seeds": f"{word} {', '.join(map(str, seeds))}", "trials": facts["trials"]}
     more_seeds = "--seeds 5 and another --name" if (folder / "fit.json").exists() else "--confirm-seeds 5"
     compared = compare_predictions(correct["baseline"], correct["distilled"])
     return found | {"verdict": headline(compared, more_seeds=more_seeds)}
@@ -238,7 +240,7 @@ def _final_lines(final: Mapping[str, Any]) -> list[str]:
         ]
     return [
         "",
-        f"{best}; trained again with seeds {final['seeds']}, against a baseline that was searched with "
+        f"{best}; trained again with {final['seeds']}, against a baseline that was searched with "
         f"{final['trials']} trial{'' if final['trials'] == 1 else 's'}:",
         *(f"{name}: top-1 {test} on test" for name, test in final["rows"]),
         final["verdict"],
@@ -271,8 +273,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
     if looks > 1:
         sentence += f". This is look {looks} of searches here at test: quote the first"
     bound = (
-        f"On {found['val_images']:,} val images it loses {format_points(chosen['loss'], signed=False)} points, and at "
-        f"most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
+        f"On {found['val_images']:,} val images it {format_loss(chosen['loss'])}, and loses "
+        f"at most {format_points(chosen['bound'], signed=False)} with {_confidence(chosen)} confidence; allowed were "
         f"{found['max_loss']:g}."
     )
     figure = as_svg(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from potstill.config import STAGES
+from potstill.experiment.verdict import first_seed_note
 from potstill.formatting import (
     MISSING,
     display_width,
@@ -150,9 +151,10 @@ def _adapted_text(training: Mapping[str, Any]) -> str:
     """Return what the method took from this training instead of from its paper, with a semicolon before it; or ""."""
     factors, epochs = training.get("term_factors"), training.get("method_epochs")
     texts = []
-    if isinstance(factors, dict) and factors:
-        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in factors.items())
-        texts.append(f"factors on the weights of hidden layers' terms in that epoch: {shown}")
+    bounded = {name: each for name, each in factors.items() if each != 1} if isinstance(factors, dict) else {}
+    if bounded:
+        shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in bounded.items())
+        texts.append(f"factors that bounded the teacher's terms in that epoch: {shown}")
     if isinstance(epochs, dict) and epochs:
         shown = ", ".join(f"{escape_invisible(str(name))} {format_decimal(each, 3)}" for name, each in epochs.items())
         texts.append(f"{shown} as a share of the training")
@@ -349,7 +351,7 @@ def _card_text(run: Run, student: StageResult) -> str:
         else "The start of a classifier, for images like the training images: it has an embedding and no classes.",
         "## Metrics",
         _card_metrics(run),
-        "On the test split, which was used for no choice.",
+        f"On the test split, which was used for no choice. {first_seed_note(run.comparison)}".rstrip(),
         "## Limits",
         "- Metrics hold for images drawn like the test images. Nothing is known of others.\n"
         "- Confidence is not the probability of being right; see the calibration section of report.html."

@@ -1,5 +1,6 @@
 """Search space of a sweep: ``--search KEY=a,b,c`` and ``--search KEY=low..high[:log]``, checked against the recipe."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -109,7 +110,8 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise UsageError(f"--search names {', '.join(twice)} twice; list all its values in one")
     dimensions.sort(key=lambda dimension: dimension.key != METHOD)  # its options depend on it
-    methods = next((d.choices for d in dimensions if d.key == METHOD), (str(base.method["name"]),))
+    base_method = _base_method(dimensions, base, source, sets, flags)
+    methods = next((d.choices for d in dimensions if d.key == METHOD), (base_method,))
     found, problems = [], list[str]()
     for dimension in dimensions:
         try:
@@ -118,7 +120,18 @@ def parse_space(texts: Sequence[str], source: Any, sets: Sequence[str], flags: M
             problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
-    return Space(tuple(found), str(base.method["name"]))
+    return Space(tuple(found), base_method)
+
+
+def _base_method(
+    dimensions: Sequence[Dimension], base: Recipe, source: Any, sets: Sequence[str], flags: Mapping[str, Any]
+) -> str:
+    """Return the name of the recipe's method; ``auto`` chooses it by the options that are searched as well."""
+    options = [d for d in dimensions if d.key.startswith("method.") and d.key != METHOD]
+    searched = [f"{d.key}={d.choices[0] if d.choices else d.low}" for d in options]
+    with contextlib.suppress(PotstillError):  # what is wrong with them is said where they are validated
+        base = load_recipe(source, [*sets, *searched], flags=flags)
+    return str(base.method["name"])
 
 
 def read_dimension(text: str) -> Dimension:

@@ -72,7 +72,7 @@ class RecipeTrainings:
         refuse_test_curves(recipe)
         if not recipe.data.labeled:
             raise UsageError("fit compares with a baseline, which needs labels: use `potstill run --no-labels`")
-        shared = [] if recipe.method["name"] == "kd" else ["method.name=kd"]
+        shared = []
         if recipe.data.augmentation_seed is None:  # fresh seeds see the views that the teacher has answered
             shared.append(f"data.augmentation_seed={recipe.seed}")
         if recipe.teacher_cache.views == "auto":  # trainings of other lengths are compared on the same views
@@ -437,7 +437,8 @@ def _write_report_files(folder: Path, trainings: RecipeTrainings, found: Mapping
     """Write the files of a sweep, from which its report is made; see ``study``."""
     rows = [row for row in found["trials"] if row["role"] == "distilled"]
     keys = list(dict.fromkeys(key for row in rows for key in row["chosen"]))
-    choices = {key: list(dict.fromkeys(row["chosen"][key] for row in rows)) for key in keys}
+    chosen = [row["chosen"] for row in rows]  # each with the options of its own method
+    choices = {key: list(dict.fromkeys(each[key] for each in chosen if key in each)) for key in keys}
     space = [
         {"key": key, "choices": choices[key], "low": 0.0, "high": 0.0, "log": False, "whole": False,
          "text": f"{key}={','.join(choices[key])}"}

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 FIT_FILE = "fit.json"
 FRESH_SEEDS = 3
 MAX_STUDENTS = 4
-SETTINGS: tuple[dict[str, str], ...] = tuple(  # of kd; the first ones are tried where time is short
-    {"method.temperature": temperature, "method.alpha": alpha}
-    for temperature, alpha in (("1.0", "0.0"), ("2.0", "0.0"), ("1.0", "0.3"), ("2.0", "0.3"))
+SETTINGS: tuple[dict[str, str], ...] = (  # the first ones are tried where time is short
+    {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.0"},
+    {"method.name": "dist", "method.ce_weight": "0.0"},
+    {"method.name": "kd", "method.temperature": "2.0", "method.alpha": "0.0"},
+    {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.3"},
 )
 LR_FACTORS = (1.0, 0.5, 2.0, 0.25)  # of the baseline's learning rate, as many as a student has settings
 MAX_STRETCH = 4  # times the recipe's epochs, where there is time

@@ -21,7 +21,7 @@ from potstill.evaluation.significance import paired_interval, paired_loss_bound,
 from potstill.experiment.plan import PlannedStage, plan_stages, scale_training
 from potstill.experiment.resume import check_same_recipe
 from potstill.experiment.run_folder import RunFolder
-from potstill.formatting import format_milliseconds, format_percent, format_points, format_scaled
+from potstill.formatting import format_loss, format_milliseconds, format_percent, format_points, format_scaled
 from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_table import Limits, parse_limits
@@ -559,6 +559,6 @@ def _describe_row(row: Mapping[str, Any]) -> str:
     return (
         f"{row['how']}, {format_scaled(row['weights'])} weights: {format_scaled(row['bytes'], 'B')}, "
         f"{format_milliseconds(row['ms'])}, val top-1 {format_percent(row['val']['value'])}, "
-        f"loses {format_points(row['loss'], signed=False)} points, at most {format_points(row['bound'], signed=False)} "
+        f"{format_loss(row['loss'])}, loses at most {format_points(row['bound'], signed=False)} points "
         f"({row['confidence']:.0%})"
     )

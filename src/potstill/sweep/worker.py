@@ -117,7 +117,7 @@ def train_teachers(
         for text in (
             f"{key}.weights={home.stage(name).resolve()}",
             f"{key}.new_head=false",
-            f"{key}.head=null",
+            f"{key}.head={'none' if recipe.network(name).head == 'none' else 'null'}",  # else it is a part of them
             f"{key}.prompts=null",
             f"{key}.classes=null",
         )

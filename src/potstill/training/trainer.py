@@ -346,8 +346,8 @@ class Trainer:
             "train": metrics,
             **splits,
         }
-        if self.distiller.scaling is not None:
-            record["scaling"] = dict(self.distiller.scaling.factors)
+        if self.distiller.scaling is not None and (factors := self.distiller.scaling.factors):
+            record["scaling"] = factors
         self.history.seconds += seconds
         self.history.records.append(record)
         self._write_records()

@@ -215,7 +215,7 @@ def test_control_characters_of_a_client_are_not_passed_on():
 
 
 def test_too_few_clients_after_the_wait_are_an_error():
-    with pytest.raises(WorkerError, match=r"1 of 2 clients are connected after 0.1 s"):
+    with pytest.raises(WorkerError, match=r"1 of 2 clients connected within 0.1 s"):
         flower.wait_for_clients(flower.GridClients(Grid({1: raises}), 1), 2, 0.1)
 
 

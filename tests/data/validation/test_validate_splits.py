@@ -75,7 +75,9 @@ def test_no_classes_is_said_once(tmp_path: Path, examined) -> None:
     assert list(examined(tmp_path)) == ["no-classes"]
 
 
-@pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("Ame\u0301lie", "Am\u00e9lie")])
+@pytest.mark.parametrize(
+    "names", [("Cat", "cat"), ("cat", "cat "), ("Ame\u0301lie", "Am\u00e9lie"), ("1", "1.0"), ("07", "7")]
+)
 def test_classes_that_people_take_for_one(make_folder, examined, names: tuple[str, str]) -> None:
     found = examined(make_folder({names[0]: 4, names[1]: 4, "dog": 4}))
 

@@ -30,6 +30,7 @@ from potstill.data.file_datasets import list_images
 from potstill.data.image_sets import UnlabeledFileSet
 from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, WorkerError
+from potstill.formatting import format_many
 from potstill.io import read_checksummed_json, write_text
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def wait_for_clients(clients: Clients, count: int, seconds: float) -> None:
     end = time.monotonic() + seconds
     while (connected := len(clients.connected())) < count:
         if time.monotonic() > end:
-            raise WorkerError(f"{connected} of {count} clients are connected after {seconds:g} s")
+            raise WorkerError(f"{connected} of {format_many(count, 'client')} connected within {seconds:g} s")
         time.sleep(_POLL_SECONDS)
 
 
@@ -270,7 +271,7 @@ def run_server(clients: Clients, config: Mapping[str, Any]) -> Path:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from error
     found = read_checksummed_json(folder / RESULTS_FILE)
-    print_section(f"{len(found['clients'])} clients: {folder / RESULTS_FILE}", format_table(found))
+    print_section(f"{format_many(len(found['clients']), 'client')}: {folder / RESULTS_FILE}", format_table(found))
     return folder
 
 

@@ -50,6 +50,7 @@ from potstill.contrib.federated.messages import (
 from potstill.data.loader import Loader
 from potstill.errors import DataError, NonFiniteError, PotstillError, UsageError, WorkerError
 from potstill.evaluation.predictions import predict_probabilities
+from potstill.formatting import format_many
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.checkpointing import load_checkpoint, save_checkpoint
@@ -398,8 +399,8 @@ class Server:
             return
         if result.failed and set(result.failed.values()) == {NOT_FINITE}:
             raise NonFiniteError(
-                f"{when}: loss or weights of {len(result.failed)} clients became NaN or infinite, and no other "
-                "replied; lower training.lr, or set training.max_grad_norm"
+                f"{when}: loss or weights of {format_many(len(result.failed), 'client')} became NaN or infinite, and "
+                "no other replied; lower training.lr, or set training.max_grad_norm"
             )
         kinds = (
             ", ".join(f"client {number}: {reason}" for number, reason in result.failed.items()) or "none is connected"
@@ -429,9 +430,10 @@ def _round_record(
 
 def _format_record(record: RoundRecord, rounds: int) -> str:
     failed = f", {len(record['failed'])} failed" if record["failed"] else ""
+    clients = format_many(len(record["clients"]), "client")
     return (
-        f"round {record['round']}/{rounds}: val top-1 {record['val']['top1']:.1%}, {len(record['clients'])} clients"
-        f"{failed}, {record['bytes_down'] / 1e6:.2f} MB down, {record['bytes_up'] / 1e6:.2f} MB up"
+        f"round {record['round']}/{rounds}: val top-1 {record['val']['top1']:.1%}, {clients}{failed}, "
+        f"{record['bytes_down'] / 1e6:.2f} MB down, {record['bytes_up'] / 1e6:.2f} MB up"
     )
 
 

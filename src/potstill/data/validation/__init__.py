@@ -7,7 +7,7 @@ whole data set: duplicates within and across splits, similar names, value ranges
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -364,10 +364,10 @@ def _join_words(words: list[str]) -> str:
 
 
 def similar_classes(class_names: Iterable[str]) -> list[Finding]:
-    """Return findings on classes like "Cat", "cat" and "cat "."""
+    """Return findings on classes like "Cat", "cat" and "cat ", or "1", "01" and "1.0"."""
     return [
         Finding("similar-names", group[0], f"classes {', '.join(_distinct(group))}; rename or join them")
-        for group in _groups(class_names)
+        for group in _groups(class_names, lambda name: _NUMBER.sub(r"\1", _plain(name)))
     ]
 
 
@@ -392,16 +392,23 @@ def similar_files(names: Iterable[str]) -> list[Finding]:
             + ", ".join(_distinct([name.rpartition("/")[2] for name in group])),
             tuple(group[1:]),
         )
-        for group in _groups(names)
+        for group in _groups(names, _plain)
     ]
 
 
-def _groups(names: Iterable[str]) -> list[list[str]]:
+_NUMBER = re.compile(r"^0*(\d+)(?:\.0*)?$")
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip()).casefold()
+
+
+def _groups(names: Iterable[str], plain: Callable[[str], str]) -> list[list[str]]:
     first: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     for name in names:
         folder, slash, own = name.rpartition("/")
-        key = folder + slash + unicodedata.normalize("NFC", own.strip()).casefold()
+        key = folder + slash + plain(own)
         if key in first:
             found.setdefault(key, [first[key]]).append(name)
         else:
