@@ -17,7 +17,7 @@ from potstill.experiment.teacher_cache import ViewPlan, apply_view_plan, plan_vi
 
 def planned(*sets, augment=None, images=1000, classes=10, free=10**13):
     """The plan for a recipe, so many images and classes, and bytes free on the disk."""
-    recipe = load_recipe("quickstart", sets)
+    recipe = load_recipe("quickstart", ["method.name=kd", *sets])
     data = SimpleNamespace(
         augment=augment or AugmentSettings(hflip=True),
         train=range(images),
@@ -118,7 +118,7 @@ def test_off_asks_anew_on_the_same_views():
 
 def test_the_sixteen_largest_are_for_kd_and_many_classes():
     def kind(classes, *sets):
-        recipe = load_recipe("quickstart", ["teacher_cache.record=top16", *sets])
+        recipe = load_recipe("quickstart", ["teacher_cache.record=top16", "method.name=kd", *sets])
         return record_kind(recipe, create_stage_method(recipe), classes)
 
     assert kind(100) == "top16"

@@ -167,7 +167,7 @@ def test_the_first_reply_is_validated_too(recipe, data, clients, parts, reply):
 
 def test_a_round_of_invalid_replies_alone_is_an_error(recipe, data, clients, parts):
     nan = Hostile(clients[0], INVALID["NaN"][0])
-    with pytest.raises(NonFiniteError, match=r"round 1: .* of 1 clients became NaN .*; lower training.lr"):
+    with pytest.raises(NonFiniteError, match=r"round 1: .* of 1 client became NaN .*; lower training.lr"):
         parts.server("fedavg", recipe(), data, InProcessClients({0: nan})).train(SilentObserver())
     everybody = {number: Hostile(client, numbers(images=-1.0)) for number, client in clients.items()}
     with pytest.raises(WorkerError, match=r"0 valid replies, at least 1 needed \(client 0: wrong numbers"):
