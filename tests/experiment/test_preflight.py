@@ -63,6 +63,15 @@ def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles
     assert all(text.split(": ", 1)[1].startswith(message) for text in found)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("data.class_balance", "weights"), ("training.label_smoothing", 0.1)])
+def test_what_changes_the_label_term_is_doubted_where_there_is_none(recipe, setting, value):
+    for method in ("{name: kd, alpha: 0.0}", "{name: dist, ce_weight: 0.0}"):
+        (found,) = warnings(recipe(method=method, **{setting: value}))
+        assert found.startswith(f"distilled: {setting}")
+        assert "the baseline is trained with it, this student without" in found
+    assert warnings(recipe(method="{name: kd, alpha: 0.3}", **{setting: value})) == []
+
+
 def test_of_a_ready_teacher_nothing_is_said(recipe, tmp_path):
     path = tmp_path / "ready.pth"
     torch.save(create_model("cifar/resnet8", 3, size=16).state_dict(), path)

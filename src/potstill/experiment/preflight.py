@@ -497,6 +497,9 @@ def warn_about_settings(
                     f"{length:g} epochs, and training ends at {share:.0%} of it with training.epochs "
                     f"{settings.epochs}; lower the method's warm-up, or train longer"
                 ] = None
+            if method.label_weight == 0 and recipe.data.labeled:
+                for text in _of_labels_alone(recipe, settings):
+                    texts[f"{label}: {text}"] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
                 texts[f"{label}: the method's schedule stays at its start value in one epoch"] = None
     augment = recipe.data.augment or data.augment
@@ -535,6 +538,19 @@ def _without_effect(training: TrainingSettings, images: int) -> Iterator[str]:
         yield (
             f"training.warmup_epochs {training.warmup_epochs:g} is the whole training, so the learning rate reaches "
             f"training.lr in the last step only{consequence}"
+        )
+
+
+def _of_labels_alone(recipe: Recipe, training: TrainingSettings) -> Iterator[str]:
+    """Yield what changes the label term alone, for a method without one."""
+    key = "method.alpha" if recipe.method["name"] == "kd" else "method.ce_weight"
+    found = [f"training.label_smoothing {training.label_smoothing:g}"] if training.label_smoothing else []
+    if recipe.data.class_balance == "weights":
+        found.append("data.class_balance: weights")
+    for setting in found:
+        yield (
+            f"{setting} has no effect, as the method {describe_method(recipe.method)} has no label term: the baseline "
+            f"is trained with it, this student without. {key} gives the labels a weight"
         )
 
 
