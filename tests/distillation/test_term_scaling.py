@@ -1,7 +1,5 @@
 """Bounding a teacher's terms by those of the labels."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,9 +185,15 @@ def test_the_state_is_in_the_distillers():
 
 
 def test_recipes_bound_the_terms_unless_they_say_otherwise():
-    for given, wanted in (({}, "auto"), ({"scaling": "paper"}, "paper")):
-        recipe = load_recipe("quickstart", [f"method={json.dumps({'name': 'at'} | given)}"])
-        assert create_stage_method(recipe).scaling == wanted
+    cases = {
+        '{"name": "at"}': "auto",
+        '{"name": "at", "scaling": "paper"}': "paper",
+        '{"name": "dkd", "preset": "cifar100/vgg13-vgg8"}': "paper",  # a training like the authors'
+        '{"name": "kd", "temperature": 4.0, "alpha": 0.1}': "paper",  # both weights are the user's
+        '{"name": "kd", "scaling": "auto"}': "auto",
+    }
+    for method, wanted in cases.items():
+        assert create_stage_method(load_recipe("quickstart", [f"method={method}"])).scaling == wanted, method
 
 
 def test_scaling_is_a_setting_of_the_outermost_method():

@@ -82,8 +82,13 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
 
 def create_stage_method(recipe: Recipe) -> Method:
-    """Return a new instance of the recipe's method; its terms are bounded unless it says ``scaling: paper``."""
-    options = {"scaling": "auto"} | recipe.method
+    """Return a new instance of the recipe's method.
+
+    Its terms are bounded by the labels, unless it says ``scaling: paper``, its weights are the user's (``kd``), or they
+    are the authors' for a training like theirs (``preset``).
+    """
+    options = dict(recipe.method)
+    options.setdefault("scaling", "paper" if options["name"] == "kd" or "preset" in options else "auto")
     return create_method(options.pop("name"), **options)
 
 
