@@ -207,7 +207,13 @@ def test_wide_gap_and_harm() -> None:
     found = advice.harmed(run(comparison=hurt))
     assert found is not None
     assert found.settings == ()
-    methods = {"{name: dkd, scaling: paper}": True, "{name: dkd, scaling: auto}": False, "{name: kd}": False}
+    methods = {
+        "{name: dkd, scaling: paper}": True,
+        "{name: dkd, preset: cifar100/vgg13-vgg8}": True,
+        "{name: dkd, preset: cifar100/vgg13-vgg8, scaling: auto}": False,
+        "{name: dkd}": False,
+        "{name: kd}": False,
+    }
     for method, bound in methods.items():
         found = advice.harmed(run(comparison=hurt, recipe=f"name: made\nmethod: {method}\n"))
         assert found is not None

@@ -199,12 +199,12 @@ def hide_labels(settings: DataSettings, data: DataSplits) -> DataSplits:
     if not len(hidden):
         most = np.bincount(labels).max()
         raise DataError(f"data.labels_per_class: {kept} keeps all labels, as no class has more than {most} in train")
-    most = str(kept) if np.bincount(labels).min() >= kept else f"up to {kept}"
+    shown = f"{kept}" if np.bincount(labels).min() >= kept else f"up to {kept}"
     return replace(
         data,
         train=Subset(data.train, labeled),
         unlabeled=RelabeledSet(Subset(data.train, hidden), np.full(len(hidden), UNLABELED, dtype=np.int64)),
-        origin=f"{data.origin}; in train, {most} labels a class are used, and {len(hidden):,} images without theirs",
+        origin=f"{data.origin}; in train, {shown} labels a class are used, and {len(hidden):,} images without theirs",
         fingerprint=combine_fingerprints(data.fingerprint, f"labels_per_class {kept} {settings.split_seed}"),
     )
 

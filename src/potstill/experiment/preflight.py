@@ -40,7 +40,13 @@ from potstill.experiment.probe import check_probe, fits_head
 from potstill.experiment.teacher_cache import is_cacheable, record_kind
 from potstill.input_spec import InputSpec
 from potstill.loggers import check_loggers_installed
-from potstill.methods import create_method, describe_method, list_classless_methods, list_logit_methods
+from potstill.methods import (
+    create_method,
+    describe_method,
+    list_classless_methods,
+    list_logit_methods,
+    recipe_scaling,
+)
 from potstill.methods.base import Method
 from potstill.methods.wrappers import ScheduledMethod
 from potstill.models.families.opaque_models import (
@@ -82,13 +88,8 @@ def dry_run(recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits) -
 
 
 def create_stage_method(recipe: Recipe) -> Method:
-    """Return a new instance of the recipe's method.
-
-    Its terms are bounded by the labels, unless it says ``scaling: paper``, its weights are the user's (``kd``), or they
-    are the authors' for a training like theirs (``preset``).
-    """
-    options = dict(recipe.method)
-    options.setdefault("scaling", "paper" if options["name"] == "kd" or "preset" in options else "auto")
+    """Return a new instance of the recipe's method."""
+    options = recipe.method | {"scaling": recipe_scaling(recipe.method)}
     return create_method(options.pop("name"), **options)
 
 

@@ -242,6 +242,17 @@ def create_method(
     return method
 
 
+def recipe_scaling(settings: dict[str, Any]) -> str:
+    """Return the ``scaling`` of a recipe's method: "auto", unless it says otherwise, its weights are the user's
+    (``kd``), or they are the authors' for a training like theirs (``preset``).
+
+    Example:
+        >>> recipe_scaling({"name": "dkd"}), recipe_scaling({"name": "dkd", "preset": "cifar100/vgg13-vgg8"})
+        ('auto', 'paper')
+    """
+    return str(settings.get("scaling") or ("paper" if settings["name"] == "kd" or "preset" in settings else "auto"))
+
+
 def check_method(name: str, given: dict[str, Any]) -> list[OptionProblem]:
     """Everything that is wrong with a method's name and options; an empty list if all is well."""
     try:

@@ -27,6 +27,7 @@ from potstill.formatting import (
     format_percent,
     format_points,
 )
+from potstill.methods import recipe_scaling
 from potstill.report.run_reader import Run, StageResult
 
 
@@ -560,7 +561,7 @@ def harmed(run: Run) -> Advice | None:
         "Try other temperatures and weights of the label term, and train longer: soft targets need more epochs than "
         "labels."
     )
-    if isinstance(method, dict) and method.get("scaling") == "paper":
+    if isinstance(method, dict) and method.get("name") not in (None, "kd") and recipe_scaling(method) == "paper":
         settings = ("method.scaling=auto",)
         action = (
             "The weights that papers give to the teacher's terms belong to long trainings: bound them by the labels. "

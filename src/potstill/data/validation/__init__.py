@@ -18,7 +18,7 @@ from potstill.data.entries import FINDING_KINDS, Finding, Severity, suggest_fixe
 from potstill.data.image_io import SPAN_KINDS, ValueRange, ValueSpan, compute_range, format_range
 from potstill.data.scan import ImageScan
 from potstill.data.splits import SPLITS, UNSPLIT, SplitAssignment
-from potstill.formatting import format_count, format_scaled
+from potstill.formatting import format_count, format_many, format_scaled
 
 _ROW = np.dtype(
     [
@@ -259,8 +259,7 @@ def _short(name: str) -> str:
 
 
 def _plural(number: int, word: str) -> str:
-    ending = "" if number == 1 else "es" if word.endswith("ss") else "s"
-    return f"{number:,} {word}{ending}"
+    return format_many(number, word, f"{word}es" if word.endswith("ss") else None)
 
 
 _MAX_NAMES = 3
