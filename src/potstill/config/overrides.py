@@ -324,8 +324,10 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
         _set_value(document, ("method", key), 0.0, "--no-labels")
 
 
-def choose_method(value: dict[str, Any]) -> None:
-    """Replace, in place, the method ``auto`` by one that suits the networks; call it after ``fill_architectures``.
+def choose_method(value: dict[str, Any]) -> bool:
+    """Replace, in place, the method ``auto`` by one that suits the networks; return whether it was ``auto``.
+
+    Call it after ``fill_architectures``.
 
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
     embeddings that are worth learning, made from more images than the student's: weights that no run of potstill has
@@ -337,7 +339,7 @@ def choose_method(value: dict[str, Any]) -> None:
         owner, key = value["method"], "base_method"
     method, student, teacher, data = owner.get(key), value.get("student"), value.get("teacher"), value.get("data")
     if not isinstance(method, dict) or method.get("name") != "auto":
-        return
+        return False
     teacher = teacher[0] if isinstance(teacher, list) and len(teacher) == 1 else teacher
     model = teacher.get("model") if isinstance(teacher, dict) else None
     weights = teacher.get("weights") if isinstance(teacher, dict) else None
@@ -361,6 +363,7 @@ def choose_method(value: dict[str, Any]) -> None:
         "kd": {"temperature": 1.0, "alpha": 0.0},
     }
     owner[key] = {"name": name} | defaults[name] | given
+    return True
 
 
 def _trained_from_scratch(weights: Any) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator
 
 from potstill.code_references import find_code, permit_code, refuse_code_in_recipe, resolve_code_paths
 from potstill.config import stage_number, stage_role
@@ -252,6 +252,7 @@ class Recipe(BaseModel):
         [],
         description="loggers of the metrics: tensorboard, wandb, mlflow, trackio, or a list",
     )
+    _auto: dict[str, Any] | None = PrivateAttr(None)  # ``method`` as it was given, if ``auto`` is in it
 
     @field_validator("teacher_cache", mode="before")
     @classmethod
@@ -267,6 +268,14 @@ class Recipe(BaseModel):
     @classmethod
     def _one_method(cls, method: Any) -> Any:
         return normalize_method(method)
+
+    def with_method_for_networks(self) -> Self:
+        """Return the recipe with method ``auto`` chosen for its present networks, which may be other than when read."""
+        if self._auto is None:
+            return self
+        value = self.model_dump() | {"method": copy.deepcopy(self._auto)}
+        _choose_method(value)
+        return self.model_copy(update={"method": normalize_method(value["method"])})
 
     @property
     def teacher_list(self) -> tuple[StageSettings, ...]:
@@ -349,9 +358,8 @@ def load_recipe(
     value.setdefault("name", _name_of(source))
     failures = fill_architectures(value, allow_code=bool((flags or {}).get("--allow-code")), recorded=recorded)
     failures += fill_class_names(value)
-    choose_method(value)
-    drop_soft_targets(value)
-    wrap_method_for_previous(value)
+    given = copy.deepcopy(value["method"])
+    chosen = _choose_method(value)
     no_source = isinstance(value.get("data"), dict) and value["data"].get("source", "") is None
     if no_source:
         value["data"]["source"] = "python"
@@ -365,7 +373,17 @@ def load_recipe(
     _raise_problems(document, found, failures)
     recipe, problems = parse_settings(value, Recipe)
     assert recipe is not None, problems
+    if chosen:
+        recipe._auto = normalize_method(given)
     return recipe
+
+
+def _choose_method(value: dict[str, Any]) -> bool:
+    """Put, in place, what the networks call for into the method; return whether it was ``auto``."""
+    chosen = choose_method(value)
+    drop_soft_targets(value)
+    wrap_method_for_previous(value)
+    return chosen
 
 
 def list_recipes() -> dict[str, Path]:

@@ -132,7 +132,10 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
             )
         return network
 
-    return _replace_networks(recipe, choose), texts
+    chosen = _replace_networks(recipe, choose).with_method_for_networks()
+    if chosen.method != recipe.method:
+        texts.append(f"method auto: {chosen.method['name']}, which suits the networks that are used")
+    return chosen, texts
 
 
 def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
@@ -185,7 +188,7 @@ def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
         return _with_epochs(network, settings.epochs, before.stage_training(stage).epochs)
 
     _replace_networks(before, remember)
-    recipe = _replace_networks(recipe, restore)
+    recipe = _replace_networks(recipe, restore).with_method_for_networks()
     if recipe.data.cache == "auto":
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": before.data.cache})})
     return _replace_networks(recipe, lengthen)
