@@ -93,7 +93,7 @@ def test_the_marker_of_a_single_epoch_is_whole_at_the_edges() -> None:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) / 255
         plot = pixels[: int(0.83 * len(pixels))]  # above the legend
         sizes.append(int((np.abs(plot - rgb_channels(VAL)).max(axis=2) < 0.02).sum()))
-    assert min(sizes) > 0.9 * max(sizes) > 60  # a circle of 6 points, 12 pixels wide, has about 113
+    assert min(sizes) > 0.85 * max(sizes) > 60  # a circle of 6 points, 12 pixels wide; the axis crosses that at 0
 
 
 def test_a_negative_loss_is_drawn_whole() -> None:
