@@ -389,8 +389,8 @@ def _plot_line(
     marker = "o" if len(values) <= _MAX_MARKED else None
     size = 6 if len(values) == 1 else 3
     style = {"color": colour, "linestyle": dashes, "linewidth": width, "marker": marker, "markersize": size}
-    # A marker at 0 or 100 % is drawn whole, beyond the edge of the axes.
-    axes.plot(_epochs(stage), values, label=label, clip_on=False, **style)
+    # A marker at 0 or 100 % is drawn whole, beyond the edge of the axes and over their line (zorder 2.5).
+    axes.plot(_epochs(stage), values, label=label, clip_on=False, zorder=3, **style)
 
 
 def _percent_axis(axes: "Axes") -> None:
