@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 100  # characters of running text
 _LINE_INTERVAL = 5.0  # seconds between two lines of progress without a terminal, at least
 _INTERVAL_SHARE = 0.01  # of the time since the start, at least: a day's log has hundreds of such lines, not thousands
-_RECENT_EPOCHS = 4  # whose speed tells the time left
+_RECENT_EPOCHS = 4  # whose speed predicts the time left
 _MIN_MEASURED = 2.0  # seconds of a stage after which its own speed replaces the estimate
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class PotstillError(Exception):
-    """Base class.  Messages say what was given, what is allowed, the nearest known name, and what to do."""
+    """Base class.  Messages name what was given, what is allowed, the nearest known name and what to do."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class Stopped(BaseException):
 
     Attributes:
         signal: its number.
-        exit_code: 128 more, as shells say it.
+        exit_code: 128 more, as in shells.
     """
 
     def __init__(self, signal: int) -> None:
@@ -139,7 +139,7 @@ def strip_ansi(text: str) -> str:
 def root_cause_line(error: BaseException) -> str:
     """Return the first line of the error that a chain of exceptions began with, at most 300 characters.
 
-    Exporters wrap an error in others, whose first lines say only that there was one.
+    Exporters wrap an error in others, whose first lines report only that there was one.
 
     Example:
         >>> try:

@@ -1,6 +1,6 @@
 """Every loss as a pure function of tensors, from the file of its method in ``potstill.methods``; imported at first use.
 
-Where a docstring says nothing else, a loss is a scalar of at least 0, the mean over the batch, in at least float32;
+Unless its docstring states otherwise, a loss is a scalar of at least 0, the mean over the batch, in at least float32;
 labels are int64 [B] class ids; no gradient reaches what comes from a teacher.  Numbers out of the range of their type,
 unequal shapes, and a batch of one image where images are compared, raise UsageError.  Shapes: B images, K classes, C
 channels, H x W pixels of a map, D numbers of an embedding.

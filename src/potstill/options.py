@@ -35,10 +35,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Allowed text: what a regular expression matches as a whole; ``says`` describes it for people."""
+    """Allowed text: what a regular expression matches as a whole; ``description`` is for people."""
 
     expression: str
-    says: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def json_schema(annotation: Any) -> Schema:
             if isinstance(extra, Reference):
                 schema = {"$ref": f"#/$defs/{extra.name}"}
             elif isinstance(extra, Pattern):
-                schema |= {"pattern": f"^(?:{extra.expression})$", "description": extra.says}
+                schema |= {"pattern": f"^(?:{extra.expression})$", "description": extra.description}
             elif isinstance(extra, Range):
                 limits = {"exclusiveMinimum" if extra.open_low else "minimum": extra.low, "maximum": extra.high}
                 schema |= {key: limit for key, limit in limits.items() if math.isfinite(limit)}

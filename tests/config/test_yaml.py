@@ -109,3 +109,13 @@ def test_recipes_are_read_by_this_reader_alone():
     assert users == {"config/yaml.py"}
     words = ["off", "0x10", "2024-01-01", "1_000", "1:30", "on"]
     assert parse_yaml(dump_yaml(words), "x").value == words
+
+
+@pytest.mark.parametrize("text", ["[{model:x/y}]", "{a: {model:x/y, b: 1}}"])
+def test_a_colon_without_a_space_in_a_flow_mapping(text: str) -> None:
+    with pytest.raises(UsageError, match="'model:x/y' needs a space after the colon: model: x/y"):
+        parse_yaml(text, "--set assistants")
+
+
+def test_a_quoted_key_may_contain_a_colon() -> None:
+    assert parse_yaml('{"model:x": , "b:": 1}', "r.yaml").value == {"model:x": None, "b:": 1}

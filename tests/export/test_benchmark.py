@@ -118,14 +118,14 @@ def test_what_is_wrong_is_said(ncnn_file: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ArtifactError, match=r"m\.ncnn\.bin is damaged"):
         benchmark([ncnn_file])
     (tmp_path / "m.ncnn.param.json").unlink()
-    with pytest.raises(ArtifactError, match=r"says nothing of its input: copy m\.ncnn\.param\.json"):
+    with pytest.raises(ArtifactError, match=r"does not describe its input: copy m\.ncnn\.param\.json"):
         benchmark([ncnn_file])
 
 
 def test_a_tflite_file_carries_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(b"a network")
-    with pytest.raises(ArtifactError, match="says nothing of its input"):
+    with pytest.raises(ArtifactError, match="does not describe its input"):
         benchmark([path])
     with zipfile.ZipFile(path, "a") as appended:
         appended.writestr("potstill.json", METADATA.as_text())

@@ -64,6 +64,17 @@ def test_of_a_folder_with_splits_only_test_counts(model: Path, tmp_path: Path) -
     assert metrics["top1"] == pytest.approx(by_scikit_learn(model, tmp_path / "d" / "test")[0])
 
 
+def test_a_class_may_be_missing_in_the_splits_that_are_not_read(model: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "d" / "train", 3, CLASSES[:1])
+    pictures(tmp_path / "d" / "val", 3, CLASSES[:2])
+    pictures(tmp_path / "d" / "test", 5)
+
+    metrics = evaluate(model, str(tmp_path / "d"))
+
+    assert metrics["count"] == 15
+    assert metrics["f1_macro"] == pytest.approx(by_scikit_learn(model, tmp_path / "d" / "test")[1])
+
+
 def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "d", 10)
     recipe = {"name": "r", "data": {"source": str(folder), "test": 0.2}, "teacher": {"model": "a"}}

@@ -102,6 +102,10 @@ def test_refusals():
     hidden = nn.Sequential(*network(8)[:-1], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
     with pytest.raises(UsageError, match="needs a head that reads the mean of the last feature map"):
         distiller(network(4), hidden)
+    collapsed = network(8)
+    nn.init.constant_(collapsed[4].bias, -100.0)  # of the last BatchNorm: no unit passes the ReLU
+    with pytest.raises(UsageError, match=r"those of the teacher \(Sequential\) are all 0: its units no longer respond"):
+        distiller(network(4), collapsed)
     with pytest.raises(UsageError, match=r"was changed already \(projected_head"):
         distiller(distiller(network(4), network(8)).student, network(8))
     with pytest.raises(UsageError, match="as many images and channels"):

@@ -1,11 +1,17 @@
+import io
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
+from potstill.report.canvas import VAL, as_png, rgb_channels
 from potstill.report.run_reader import StageResult
 from potstill.report.stage_figures import draw_accuracy, draw_loss, draw_top
+
+DRAWS = True  # one test counts the pixels of a marker
 
 
 def stage(epochs: int = 3) -> StageResult:
@@ -77,3 +83,26 @@ def test_a_wide_loss_gets_a_log_scale() -> None:
     figure = Figure()
     draw_loss(figure, stage(200))
     assert figure.axes[0].get_yscale() == "log"
+
+
+def test_the_marker_of_a_single_epoch_is_whole_at_the_edges() -> None:
+    sizes = []
+    for top1 in (0.0, 0.4, 1.0):
+        run = StageResult(
+            "b", Path("b"), {}, [{"epoch": 1, "val": {"top1": top1}, "train": {"top1": abs(top1 - 1)}}], {}
+        )
+        picture = as_png(lambda figure, run=run: draw_accuracy(figure, run), (4.4, 3.3), dpi=144)
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) / 255
+        plot = pixels[: int(0.83 * len(pixels))]  # above the legend
+        sizes.append(int((np.abs(plot - rgb_channels(VAL)).max(axis=2) < 0.02).sum()))
+    assert min(sizes) > 0.98 * max(sizes) > 60  # a circle of 6 points, 12 pixels wide
+
+
+def test_a_negative_loss_is_drawn_whole() -> None:
+    """VID's term is a logarithm of variances, which becomes negative."""
+    figure = Figure()
+    values = [{"epoch": e, "train": {"loss": loss}, "val": {}} for e, loss in ((1, 90.0), (2, 0.5), (3, -7.0))]
+    draw_loss(figure, StageResult("distilled", Path("distilled"), {}, values, {}))
+    low, high = figure.axes[0].get_ylim()
+    assert low < -7.0 < 90.0 < high
+    assert figure.axes[0].get_yscale() == "linear"

@@ -82,7 +82,7 @@ def apply_overrides(document: Document, flags: Mapping[str, Any], overrides: Ite
 
 
 def _drop_own_training(document: Document, changes: list[tuple[KeyPath, Any, str]]) -> None:
-    """Remove what the student's section says of settings that the caller gives for all networks, which would have no
+    """Remove from the student's section the settings that the caller gives for all networks, which would have no
     effect (a run folder's recipe has the student's epochs); the teacher's section stays.
     """
 
@@ -183,7 +183,7 @@ def _set_teachers(document: Document, named: list[Any]) -> None:
 
 
 def _prepare_fallback(value: Any, path: KeyPath) -> None:
-    """Remove the fallback of a network that the caller names, or what its entries say of the setting ``path``, but for
+    """Remove the fallback of a network that the caller names, or the setting ``path`` from its entries, but for
     what they switch off (``head: null``).
     """
     for at, key in enumerate(path):
@@ -374,7 +374,7 @@ def _trained_from_scratch(weights: Any) -> bool:
         try:
             facts = read_checksummed_json(Path(weights) / "model.json").get("facts")
         except (PotstillError, OSError):
-            return False  # other weights; what is wrong with them is said elsewhere
+            return False  # other weights; what is wrong with them is reported elsewhere
         if not isinstance(facts, dict):
             return False
         if (weights := facts.get("weights")) is None:

@@ -150,7 +150,7 @@ class StageSettings(BaseModel):
         "images; null: data.size",
     )
     mean: tuple[float, float, float] | None = Field(
-        None, description="RGB mean of this network's images, in [0, 1], for a file that does not say; null: data.mean"
+        None, description="RGB mean of this network's images, in [0, 1], for a file without them; null: data.mean"
     )
     std: tuple[Positive, Positive, Positive] | None = Field(
         None, description="RGB standard deviation of this network's images; null: data.std"

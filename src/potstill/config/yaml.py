@@ -162,6 +162,11 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
             document.problems.append(f"{location}: a key must be text")
             continue
         key = str(key_node.value)
+        name, colon, text = key.partition(":")
+        if node.flow_style and key_node.style is None and colon and text and value_node.value == "":
+            # YAML reads {epochs:3} as a key "epochs:3" without value.
+            problem = f"{key!r} needs a space after the colon: {name}: {text}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         if key in result:
             document.problems.append(f"{location}: key {key!r} is given twice")
             continue

@@ -528,7 +528,7 @@ def _find(name: str) -> Callable[..., Any]:
 def _arguments(function: Callable[..., Any], settings: DataSettings) -> dict[str, Any]:
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a built-in that does not say
+    except (TypeError, ValueError):  # a built-in without a signature
         return dict(settings.options)
     own = {"settings": settings} if "settings" in parameters else {}
     allowed = {key: each for key, each in parameters.items() if key != "settings" and each.kind in _BY_NAME}

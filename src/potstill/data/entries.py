@@ -182,7 +182,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     ),
     "beside-classes": FindingKind("warning", "images beside the class folders", "they have no class, and are not used"),
     "hidden": FindingKind("warning", "hidden images and folders of images", "they are not used"),
-    "imbalance": FindingKind("warning", "imbalance", "metrics over all images say little about the small classes"),
+    "imbalance": FindingKind("warning", "imbalance", "metrics over all images depend little on the small classes"),
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def _list_class(listing: Listing, folder: Path, split: str | None, real: str) ->
     before = len(listing.entries), len(listing.findings)
     listing.check_name(folder, folder.name)
     listing.entries += (Entry(name, folder.name, split) for name in _walk_files(listing, folder, real))
-    if (len(listing.entries), len(listing.findings)) == before:  # else the findings say what became of its images
+    if (len(listing.entries), len(listing.findings)) == before:  # else the findings report its images
         listing.report("empty-class", folder, "no images; add some, or remove the folder")
 
 
@@ -322,7 +322,7 @@ def _text(listing: Listing, path: Path) -> str:
     return ""
 
 
-_ENCODING_BYTES = 4096  # that tell the encoding
+_ENCODING_BYTES = 4096  # which decide the encoding
 
 
 def _guess_encoding(head: bytes) -> str | None:

@@ -393,7 +393,7 @@ def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, pa
 def _find_missing_classes(division: SplitAssignment, listing: Listing) -> list[Finding]:
     names = division.class_names
     if not names and listing.findings:
-        return []  # they say why
+        return []  # they give the reason
     if len(names) < 2:
         if any(each.kind.startswith(("link", "unreadable")) for each in listing.findings):
             return []  # whose images may be those of the other classes

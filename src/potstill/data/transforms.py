@@ -228,7 +228,7 @@ def resized_crops(images: Tensor, boxes: Boxes, grid: SamplingGrid) -> Tensor:
 
     Separable: a weighted sum of a few pixels of a row, then of a column.  All sums are exact in float32 (8 + 11 bits,
     rounded to 12; 12 + 11 bits), so that a view depends on no batch size, thread, device or library.  uint8 [B, 3, S,
-    S], within 1 of torchvision's ``resized_crop``; ``grid`` says which row and column each pixel shows.
+    S], within 1 of torchvision's ``resized_crop``; ``grid``: the row and column that each pixel shows.
     """
     box = torch.from_numpy(boxes.T.reshape(2, 2, -1).copy())  # (top, left), (height, width)
     # Divided on the CPU: some devices multiply by the reciprocal, which rounds twice.

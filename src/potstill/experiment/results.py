@@ -236,8 +236,8 @@ def _describe_embeddings(
             sentences.append(f"With further seeds: {', '.join(f'{each:.3f}' for each in further)}.")
     sentences += [
         "It is the mean cosine of the teacher's embedding and a linear map of the student's, fitted on training "
-        "images; both without the teacher's mean embedding. 1: the student's embedding says linearly all that the "
-        "teacher's does; 0: nothing.",
+        "images; both without the teacher's mean embedding. 1: the student's embedding determines the teacher's "
+        "linearly; 0: not at all.",
         "Accuracy is unknown: neither the images nor the teacher have classes, so the student predicts none. Whether "
         "its embedding serves a task is seen once a head is fitted on labeled images: `potstill run RECIPE --data "
         f"LABELED --student runs/{run.path.name}`; the same command without --student shows what this training gained.",

@@ -62,7 +62,7 @@ class ViewPlan:
     views: Views  # drawn in turn, by baseline and distilled alike
     record: RecordKind | None  # what is kept of logits; None: the method trains on live outputs
     use_cache: bool  # whether the records are stored on disk
-    note: str = ""  # for people; empty where there is nothing to say
+    note: str = ""  # for people; empty if there is nothing to report
 
 
 def cache_root(recipe: Recipe) -> Path:

@@ -128,7 +128,7 @@ def _read_metadata(path: Path, suffix: str, files: dict[str, bytes]) -> ExportMe
             text = appended.read(LITERT_METADATA).decode() if LITERT_METADATA in appended.namelist() else None
     if text is None:
         raise ArtifactError(
-            f"{path} says nothing of its input: copy {facts_path(path).name}, which potstill export wrote, beside it"
+            f"{path} does not describe its input: copy {facts_path(path).name}, which potstill export wrote, beside it"
         )
     return parse_metadata(text, str(path))
 

@@ -96,7 +96,7 @@ def load_onnx(path: Path) -> OnnxModel:
 
 
 def _check_metadata(model: OnnxModel, path: Path) -> None:
-    """Raise ArtifactError if the network takes or gives something else than its metadata says."""
+    """Raise ArtifactError if the network takes or gives something else than its metadata states."""
     size, classes = model.metadata.input.size, len(model.metadata.class_names)
     blank = prepare_batch([np.zeros((size, size, 3), np.uint8)], model.metadata)
     try:

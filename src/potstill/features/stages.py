@@ -331,6 +331,7 @@ class NetworkStructure:
     embedding: int | None  # length of the embedding: the input of ``embedder``
     pooled: bool  # whether the head reads the spatial mean of the last stage's map
     embedder: str | None = None  # path of the head, or of the first of several averaged heads
+    inactive: bool = False  # whether the embedding is 0 for all example images, so that ``pooled`` cannot be found
     image: tuple[int, int] = (0, 0)  # height and width of the images
 
 
@@ -363,12 +364,14 @@ def find_stages(model: nn.Module, example: Tensor) -> NetworkStructure:
     if last is not None:
         chosen[-1:] = [last]
     embedder = head or find_first_head(trace)
+    embedding = None if embedder is None else embedder.source
     return NetworkStructure(
         stages=tuple(_make_stage(trace, call) for call in chosen),
         head=head.path if head else None,
-        embedding=embedder.source.shape[1] if embedder is not None and embedder.source is not None else None,
+        embedding=None if embedding is None else embedding.shape[1],
         pooled=last is not None,
         embedder=embedder.path if embedder else None,
+        inactive=embedding is not None and not bool(embedding.any()),
         image=trace.image,
     )
 

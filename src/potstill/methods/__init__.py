@@ -56,7 +56,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """All that a method's class declares and its docstrings say, for checks, help and documentation."""
+    """All that a method's class declares and its docstrings contain, for checks, help and documentation."""
 
     name: str
     target: str  # "module:Class"
@@ -243,7 +243,7 @@ def create_method(
 
 
 def recipe_scaling(settings: dict[str, Any]) -> str:
-    """Return the ``scaling`` of a recipe's method: "auto", unless it says otherwise, its weights are the user's
+    """Return the ``scaling`` of a recipe's method: "auto", unless it is set there, its weights are the user's
     (``kd``), or they are the authors' for a training like theirs (``preset``).
 
     Example:

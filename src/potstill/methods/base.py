@@ -19,7 +19,7 @@ TeacherPasses = Callable[[], Iterator[tuple[Outputs, Batch]]]
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """What a method may know of the student or the teacher when it is built."""
+    """Facts of the student or the teacher for the construction of a method."""
 
     outputs: Outputs  # of an example batch: adapters are sized by it
     norms: tuple[nn.BatchNorm2d | None, ...] = ()  # in front of each map; None where there is none
@@ -31,7 +31,7 @@ class NetworkInfo:
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """What a method may know of the training to come."""
+    """Facts of the training to come."""
 
     classes: int
     labels: Tensor | None = None  # [N], int64, of the training set by sample id

@@ -36,7 +36,7 @@ class Combined(Method):
 
     def __post_init__(self) -> None:
         if len(self.methods) < 2:
-            raise UsageError(f"combined wants two methods or more, got {len(self.methods)}")
+            raise UsageError(f"combined needs two methods or more, got {len(self.methods)}")
         self.factors = [float(settings.get("factor", 1.0)) for settings in self.methods]
         self.names = [str(settings["name"]) for settings in self.methods]
         self.inner = nn.ModuleList(

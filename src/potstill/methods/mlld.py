@@ -3,7 +3,7 @@
 Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023.
 https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html
 Every image is seen twice: in its usual view and with strong augmentation on top.  Default is the release, from which
-all published numbers come, also those of logit standardisation (``standardise``).  It differs from what its names say:
+all published numbers come, also those of logit standardisation (``standardise``).  It differs from its names:
 terms of the usual view are multiplied by the share of images (classes) of which the teacher is no surer than in the
 median, instead of leaving the others out; for two of five temperatures the strong view's divergence reads the usual
 view; and the strong view's relations are left out.  ``form="paper"`` has all three levels in both views, unmasked.

@@ -64,7 +64,7 @@ def check_schedule(schedule: Any) -> list[str]:
 
 
 def _find_idle_fields(name: str, fields: dict[str, Any]) -> list[str]:
-    """Fields of the right kind that would do nothing, or not what they say."""
+    """Fields of the right kind that would do nothing, or not what they name."""
     shape, begin, finish = fields.get("shape", "constant"), fields.get("begin", 0.0), fields.get("finish", 1.0)
     used = {"constant": ("start",), "step": ("start", "end", "finish")}.get(shape, ("start", "end", "begin", "finish"))
     idle = [key for key in fields if key != "shape" and key not in used]

@@ -138,7 +138,7 @@ class SemCKD(Method):
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
-        # In anybody's own loop the example is a batch like those to come.
+        # In a loop of the user's own the example is a batch like those to come.
         self.batch_size = training.batch_size or len(student.outputs.logits)
         # A vector of one dimension and length 1 has nothing to learn.
         factor = min(self.reduction, max(1, self.batch_size // 2))

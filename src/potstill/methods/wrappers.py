@@ -164,7 +164,7 @@ class ScheduledMethod(MethodWrapper):
     """``inner`` with factors on its terms, and values of its options, that follow schedules at any depth.
 
     ``schedule`` is by name of a term (a factor on its weight) or of a numeric option (its value): the fields of
-    ``Schedule``. ``options`` says which of the names are options.
+    ``Schedule``. ``options``: those of the names that are options.
     """
 
     def __init__(self, inner: Method, schedule: dict[str, dict[str, Any]], options: Collection[str]) -> None:

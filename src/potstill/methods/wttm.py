@@ -3,7 +3,7 @@
 Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", ICLR 2024.
 https://arxiv.org/abs/2402.11148
 Paper and release agree.  The weight of an image lies between 1 (a sure teacher) and K to the power 1 - gamma (one that
-knows nothing), so the weight of the term should fall as the number of classes grows.
+has no information), so the weight of the term should fall as the number of classes grows.
 """
 
 import torch.nn.functional as F

@@ -4,7 +4,7 @@ CSV and Parquet have a row for each image: its path in the column ``path``, and 
 named as the class.  ``logit_``, ``probability_`` or ``embedding_`` before all names states what the numbers are.  A
 Parquet file may have one column of lists instead, ``logits``, ``probabilities`` or ``embeddings``, with the class names
 as JSON under ``classes`` in the metadata of its schema.  An npz file has the arrays ``paths`` [N], one of these three
-[N, D], and ``classes`` [D] if it knows them.
+[N, D], and ``classes`` [D] if it has them.
 """
 
 import csv

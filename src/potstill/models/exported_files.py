@@ -166,7 +166,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PROPERTIES_FIELD = 14  # of ModelProto: key (1), value (2)
 _MAX_DEPTH = 40
 
-# Message -> fields that hold messages in which a tensor may stand.  A Tensor's 13 and 14 say that it lies elsewhere.
+# Message -> fields that hold messages in which a tensor may stand.  A Tensor's 13 and 14 state that it lies elsewhere.
 _TENSOR_FIELDS = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},

@@ -179,7 +179,11 @@ def identify_network(path: Path) -> str:
     )
     for names in groups if len(checkpoint.tensors) >= _FEWEST_TENSORS else ():
         candidates = names()
-        for convention in (_convert_by_names, _convert_by_map, _convert_by_order):  # names say more than shapes
+        for convention in (
+            _convert_by_names,
+            _convert_by_map,
+            _convert_by_order,
+        ):  # names are more reliable than shapes
             if found := next((name for name in candidates if convention(checkpoint, name, _shapes(name))), None):
                 return found
     raise UsageError(

@@ -66,12 +66,12 @@ ALIASES: dict[str, str] = {name: packaged.architecture for name, packaged in PAC
 
 
 def check_model(name: str) -> None:
-    """Check that ``create_model`` knows a name."""
+    """Check that a name is one that ``create_model`` accepts."""
     resolve(name)
 
 
 def is_model(name: str) -> bool:
-    """Return whether ``create_model`` knows this name."""
+    """Return whether ``create_model`` accepts this name."""
     try:
         resolve(name)
     except UsageError:

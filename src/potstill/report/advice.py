@@ -420,7 +420,7 @@ def unlabeled_images(run: Run) -> Advice | None:
         "More images would help",
         f"With {format_count(split_size(run, 'train'))} training images the distilled student's top-1 on val is "
         f"{format_points(on_train - on_val, signed=False)} points below that on train.",
-        "Add images, also without labels: the teacher says what they show.",
+        "Add images, also without labels: the teacher provides their targets.",
         flags=("--unlabeled", "DIR"),
     )
 

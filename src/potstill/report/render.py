@@ -221,7 +221,7 @@ def escape_lines(text: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``name`` is its anchor and its template.  Folded sections open when the reader wants them."""
+    """A part of the page; ``name`` is its anchor and its template.  Folded sections open at a click."""
 
     name: str
     title: str

@@ -278,8 +278,11 @@ def draw_loss(figure: "Figure", stage: StageResult) -> None:
             _plot_line(
                 axes, stage, values, f"{split}: {escape_invisible(term)}", SPLIT_COLORS[split], dashes[term], 1.2
             )
-    positive = [v for line in axes.get_lines() for v in map(float, line.get_ydata()) if v > 0]  # type: ignore[arg-type]
-    if positive and max(positive) > 50 * min(positive):
+    known = [v for line in axes.get_lines() for v in map(float, line.get_ydata()) if math.isfinite(v)]  # type: ignore[arg-type]
+    positive = [value for value in known if value > 0]
+    if min(known, default=0.0) < 0:  # such as VID's term, a logarithm of variances: neither cut off nor logarithmic
+        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    elif positive and max(positive) > 50 * min(positive):
         _log_axis(axes)
     else:
         axes.set_ylim(bottom=0)
@@ -292,7 +295,7 @@ def draw_accuracy(figure: "Figure", stage: StageResult) -> None:
     curves = [split for split in SPLITS if _plot_metric(axes, stage, split, "top1", label=split)]
     final = format_number(stage.metrics.get("test", {}).get("top1"))
     if final is not None and stage.best_epoch is not None and "test" not in curves:
-        mark = {"marker": "D", "markersize": 6, "linestyle": "none", "color": SPLIT_COLORS["test"]}
+        mark = {"marker": "D", "markersize": 6, "linestyle": "none", "color": SPLIT_COLORS["test"], "clip_on": False}
         axes.plot([stage.best_epoch], [final], label=f"test (final): {100 * final:.1f} %", zorder=4, **mark)  # type: ignore[arg-type]
     _percent_axis(axes)
     _finish_axes(figure, axes, stage)
@@ -334,7 +337,7 @@ def draw_stages(figure: "Figure", run: Run) -> None:
             epochs, values = _epochs(stage), _values(stage, "val", "top1")
             best = [(e, v) for e, v in zip(epochs, values, strict=True) if e == stage.best_epoch]
             for epoch, value in best:
-                axes.plot([epoch], [value], "o", color=colour, markersize=7, zorder=4)
+                axes.plot([epoch], [value], "o", color=colour, markersize=7, zorder=4, clip_on=False)
     _percent_axis(axes)
     _epoch_axis(axes, [epoch for stage in run.stages.values() for epoch in _epochs(stage)])
     axes.set_xlabel("epoch (the dot is the best one)")
@@ -386,7 +389,8 @@ def _plot_line(
     marker = "o" if len(values) <= _MAX_MARKED else None
     size = 6 if len(values) == 1 else 3
     style = {"color": colour, "linestyle": dashes, "linewidth": width, "marker": marker, "markersize": size}
-    axes.plot(_epochs(stage), values, label=label, **style)
+    # A marker at 0 or 100 % is drawn whole, beyond the edge of the axes and over their line (zorder 2.5).
+    axes.plot(_epochs(stage), values, label=label, clip_on=False, zorder=3, **style)
 
 
 def _percent_axis(axes: "Axes") -> None:

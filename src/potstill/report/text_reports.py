@@ -415,7 +415,7 @@ def _markdown(value: Any) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Return JSON values with absolute paths cut to their last part, since folders tell of a machine.
+    """Return JSON values with absolute paths cut to their last part, since folders describe a machine.
 
     Example:
         >>> without_folders({"data": {"source": "/home/me/photos"}, "lines": ["a/b"]})

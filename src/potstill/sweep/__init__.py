@@ -129,7 +129,7 @@ def _base_method(
     """Return the name of the recipe's method; ``auto`` chooses it by the options that are searched as well."""
     options = [d for d in dimensions if d.key.startswith("method.") and d.key != METHOD]
     searched = [f"{d.key}={d.choices[0] if d.choices else int(d.low) if d.whole else d.low}" for d in options]
-    with contextlib.suppress(PotstillError):  # what is wrong with them is said where they are validated
+    with contextlib.suppress(PotstillError):  # what is wrong with them is reported where they are validated
         base = load_recipe(source, [*sets, *searched], flags=flags)
     return str(base.method["name"])
 

@@ -299,7 +299,7 @@ class PrecisionSelector:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is too little memory, on a GPU or the CPU."""
+    """Return whether an error reports too little memory, on a GPU or the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -251,7 +251,7 @@ class Compute:
             name: of its stage, for messages.
 
         Raises:
-            StorageError: there is too little memory for its weights; says how much, and the ways out.
+            StorageError: there is too little memory for its weights; names the bytes needed and the ways out.
         """
         try:
             network.to(self.device)

@@ -165,7 +165,7 @@ def test_what_a_run_says() -> None:
         "photos: 1 x images under two labels (at most one label is right, and no model can predict both), such as "
         "a.png: the same file as b.png, as 'cat' in train and 'dog' in train; `potstill check photos` shows all"
     ]
-    assert notes == ["photos: 1,200 x duplicates, 1 x imbalance; `potstill check photos` says which"]
+    assert notes == ["photos: 1,200 x duplicates, 1 x imbalance; `potstill check photos` lists them"]
     assert summary_messages((), "photos") == ([], [])
 
 

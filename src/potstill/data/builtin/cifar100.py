@@ -6,7 +6,7 @@ nothing but arrays, lists and text is taken from the pickles of the second, so t
 
 import hashlib
 import io
-import pickle  # nosec B403 # read by a class of ours that knows arrays, lists and text
+import pickle  # nosec B403 # read by a class of ours that accepts arrays, lists and text
 import tarfile
 import urllib.request
 from pathlib import Path

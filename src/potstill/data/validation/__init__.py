@@ -168,7 +168,7 @@ def format_report(report: ValidationReport, *, everything: bool = False) -> Iter
     yield from (f"note: {each}" for each in report.notes)
     if report.skipped:
         yield ""
-        yield f"left out ({len(report.skipped):,}), as data.skip_bad asks:"
+        yield f"left out ({len(report.skipped):,}), by data.skip_bad:"
         yield from _findings(report.skipped, most)
     for kind, number in report.kinds().items():
         about = FINDING_KINDS[kind]

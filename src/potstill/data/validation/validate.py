@@ -147,7 +147,7 @@ def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list
         for each in found
         if FINDING_KINDS[each.kind].severity == "warning"
     ]
-    return warnings, [f"{source}: {', '.join(others)}; {command} says which"] if others else []
+    return warnings, [f"{source}: {', '.join(others)}; {command} lists them"] if others else []
 
 
 def _digests(images: ImageSet) -> NDArray[np.uint8] | None:

@@ -90,7 +90,7 @@ class OpaqueNetwork(nn.Module, ABC):
 
 
 def clear_head(head: nn.Linear) -> nn.Linear:
-    """Set the weights of the head of a teacher without classes to 0, so that it says nothing; return it."""
+    """Set the weights of the head of a teacher without classes to 0, so that all logits are 0; return it."""
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
@@ -190,7 +190,7 @@ class FileNetwork(OpaqueNetwork):
 
     @property
     def normalisation(self) -> tuple[Triple, Triple] | None:
-        """Mean and standard deviation of its images; None if the file does not say."""
+        """Mean and standard deviation of its images; None if the file has none."""
         if self._dtype == torch.uint8:
             return _PIXELS
         return None if self.metadata is None else (self.metadata.input.mean, self.metadata.input.std)
@@ -319,7 +319,7 @@ class TableNetwork(OpaqueNetwork):
         if self._is_example:
             return torch.zeros(len(images), self.values.shape[1])
         raise UsageError(
-            f"{self.label} has no answers for these images: it knows those of the data by their paths, and no others"
+            f"{self.label} has no answers for these images: it has those of the data by their paths, and no others"
         )
 
 

@@ -96,7 +96,7 @@ def is_function_of_images(value: Any) -> bool:
         return False
     try:
         parameters = inspect.signature(value).parameters.values()
-    except (TypeError, ValueError):  # a built-in that does not say
+    except (TypeError, ValueError):  # a built-in without a signature
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [each for each in parameters if each.default is each.empty and each.kind in positional]
@@ -150,7 +150,7 @@ def _load_plugin(point: EntryPoint) -> Any:
 def _takes_num_classes(function: Callable[..., Any]) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a built-in that does not say
+    except (TypeError, ValueError):  # a built-in without a signature
         return True
     return any(
         each.kind is each.VAR_KEYWORD or (each.name == "num_classes" and each.kind is not each.POSITIONAL_ONLY)
