@@ -6,6 +6,7 @@ Usage: python scripts/docs_figures.py RUN
 import argparse
 import csv
 import io
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ def save(path: Path, png: bytes) -> None:
 def about(run: Run, examples: list[Example]) -> str:
     """Which run the figures show."""
     facts, method = run.results, run.results["method"]
-    options = ", ".join(f"{key} {value:g}" for key, value in method.items() if key != "name")
+    options = ", ".join(
+        f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {json.dumps(value)}"
+        for key, value in method.items()
+        if key != "name"
+    )
     stages = run.stages
     teacher, student = (stages[name].model["architecture"] for name in ("teacher", "distilled"))
     scores = ", ".join(f"{name} {100 * stage.metrics['test']['top1']:.1f} %" for name, stage in stages.items())

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from benchmarks import equal_time
 from benchmarks.speed.scene import make_images
 
+from benchmarks import equal_time
 from potstill.models.factory import create_model
 
 SETTINGS = ["data.size=32", "student.model=cifar/resnet8", "teacher.model=cifar/resnet8", "training.batch_size=8"]
@@ -21,8 +21,9 @@ def command(tmp_path, monkeypatch):
         make_images(tmp_path / "images" / split, count, 2, 40)
     torch.save(create_model("cifar/resnet8", 2, size=32).state_dict(), tmp_path / "teacher.pth")
     sets = [part for text in (*SETTINGS, "training.min_steps=0") for part in ("--set", text)]
-    return ["--data", str(tmp_path / "images"), "--teacher", str(tmp_path / "teacher.pth"), *sets, "--epochs", "1",
-            "--minutes", "0.5", "--rates", "0.1", "0.01", "--seeds", "2", "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    files = ["--data", tmp_path / "images", "--teacher", tmp_path / "teacher.pth", "--output-dir", tmp_path / "out"]
+    numbers = ["--epochs", "1", "--minutes", "0.5", "--rates", "0.1", "0.01", "--seeds", "2"]
+    return [*map(str, files), *sets, *numbers]
 
 
 def test_a_peer_trains_for_its_time_and_reads_the_same_files(command, capsys):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -288,3 +289,24 @@ def test_without_labels_no_head_is_fitted_for_the_student():
     student = load_recipe(ready, data_needed=False, flags={"--no-labels": True}).student
     assert [each.head for each in (student, *student.fallback)] == [None, None]
     assert load_recipe(ready, data_needed=False).student.head == "finetune"
+
+
+def test_method_auto_is_kd_for_two_classes_and_a_resumed_run_goes_on_with_it(recipe, photographs, tmp_path):
+    two = tmp_path / "photographs"
+    for name in ("blue", "red"):
+        shutil.copytree(photographs / name, two / name)
+    listening = Listening()
+    given = recipe(method="{name: auto}", **{"training.epochs": 1, "teacher.training.epochs": 1})
+    assert given.method["name"] == "dist"
+    folded = given.model_copy(update={"data": given.data.model_copy(update={"source": str(two), "folds": 2})})
+    given = given.model_copy(update={"data": given.data.model_copy(update={"source": str(two)})})
+    folder = pipeline.run(given, output_dir=tmp_path, name="two", observer=listening)
+    assert "method auto: kd, as there are 2 classes" in listening.lines
+    recorded = load_recipe(folder / "recipe.yaml", data_needed=False).method
+    assert (recorded["name"], recorded["temperature"], recorded["alpha"]) == ("kd", 1.0, 0.0)
+    longer = given.model_copy(update={"seeds": 2})
+    again = pipeline.run(longer, output_dir=tmp_path, name="two", resume=True)
+    assert json.loads((again / "results.json").read_text())["method"]["name"] == "kd"
+    whole = pipeline.run(folded, output_dir=tmp_path, name="folds")
+    names = [load_recipe(path, data_needed=False).method["name"] for path in whole.rglob("recipe.yaml")]
+    assert names == ["kd"] * 3

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.distillation.distiller import Distiller
+from potstill.errors import UsageError
 from potstill.functional import dist_inter_loss, dist_intra_loss, dist_loss
 from potstill.methods.dist import DIST
 from potstill.types import Batch, Outputs
@@ -47,6 +49,17 @@ def test_two_classes_leave_only_the_order_to_the_sample_wise_part():
     assert loss.item() == pytest.approx(1.0, rel=1e-5)  # correlations 1 and -1
     loss.backward()
     assert student.grad.abs().max() < 1e-6
+
+
+def test_two_classes_are_refused_as_nothing_tells_them_apart():
+    student, teacher = made(classes=2)
+    p = torch.softmax(student, 1)[:, :1]
+    shifted = torch.cat([p, 1 - p], 1) + 0.2 * (1 - p.max()) * torch.tensor([1.0, -1.0])
+    assert shifted.sum(1) == pytest.approx(1.0)
+    before, after = (dist_intra_loss(each, teacher, temperature=1.0).item() for each in (student, shifted.log()))
+    assert after == pytest.approx(before)  # though the probabilities of a class are higher for all images
+    with pytest.raises(UsageError, match="Use method kd"):
+        Distiller(torch.nn.Linear(4, 2), torch.nn.Linear(4, 2), DIST(), example=torch.randn(6, 4))
 
 
 def test_terms_are_the_release_under_its_outer_weight_of_2():

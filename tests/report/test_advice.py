@@ -196,6 +196,10 @@ def test_cannot_follow() -> None:
 def test_wide_gap_and_harm() -> None:
     unclear = gain(0.0, -0.01, 0.01, gap=0.1, parameter_ratio=20.0)
     assert advice.wide_gap(run(comparison=unclear)) is not None
+    assert advice.wide_gap(run(comparison=unclear)).settings == ("method.name=dist",)
+    two = advice.wide_gap(run(comparison=unclear, data={"class_names": ["cat", "dog"]}))
+    assert two.settings == ()  # which dist refuses
+    assert "dist" not in two.action
     assert advice.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
     assert advice.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
     assert advice.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None

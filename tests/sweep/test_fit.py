@@ -35,6 +35,7 @@ class FakeTrainings:
     """Trainings that take time of a fake clock only, other than estimated, and whose results are known."""
 
     measure = "top1"
+    classes = 10
 
     def __init__(self, clock, *, error=1.0, teacher=20.0, accuracy=None, epoch=None, files=None, noise=0.0):
         self.clock, self.error, self.teacher, self.noise = clock, error, teacher, noise
@@ -160,6 +161,14 @@ def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_
     assert trainings.again["seeds"] == found["fresh_seeds"] == 3
     assert trainings.again["trainings"]["baseline"][1] == {"student.training.lr": "0.05"}
     assert trainings.done.count(("teacher",)) == 1
+
+
+def test_two_classes_are_not_taught_by_dist(tmp_path):
+    clock = Clock()
+    trainings = FakeTrainings(clock)
+    trainings.classes = 2
+    search(tmp_path, clock, trainings, within=None).work(FAMILIES)
+    assert {entry[2].get("method.name") for entry in trainings.done if entry[0] == "distilled"} == {"kd"}
 
 
 def test_less_time_than_planned_ends_the_race(tmp_path):

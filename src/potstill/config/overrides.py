@@ -324,15 +324,15 @@ def _drop_label_term(document: Document, changed: set[KeyPath]) -> None:
         _set_value(document, ("method", key), 0.0, "--no-labels")
 
 
-def choose_method(value: dict[str, Any]) -> bool:
+def choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
     """Replace, in place, the method ``auto`` by one that suits the networks; return whether it was ``auto``.
 
     Call it after ``fill_architectures``.
 
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
     embeddings that are worth learning, made from more images than the student's: weights that no run of potstill has
-    trained from scratch; ``dist`` for other students from scratch; else ``kd``, also where an option is given that only
-    ``kd`` has.
+    trained from scratch; ``dist`` for other students from scratch, unless there are two ``classes`` (None: not known
+    yet), which it does not tell apart; else ``kd``, also where an option is given that only ``kd`` has.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -351,11 +351,8 @@ def choose_method(value: dict[str, Any]) -> bool:
     name = "srd" if classless or (embeds and scratch) else "dist" if scratch else "kd"
     given = {option: each for option, each in method.items() if option != "name"}
     options = given.keys() - set(METHOD_SETTINGS)
-    if (
-        not classless
-        and options <= method_info("kd").options.keys()
-        and not options <= method_info(name).options.keys()
-    ):
+    unsuited = (name == "dist" and classes == 2) or not options <= method_info(name).options.keys()
+    if not classless and unsuited and options <= method_info("kd").options.keys():
         name = "kd"
     defaults: dict[str, dict[str, Any]] = {
         "srd": {"temperature": 1.0} | ({"ce_weight": 0.0} if unlabeled else {}),

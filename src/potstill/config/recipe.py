@@ -269,12 +269,14 @@ class Recipe(BaseModel):
     def _one_method(cls, method: Any) -> Any:
         return normalize_method(method)
 
-    def with_method_for_networks(self) -> Self:
-        """Return the recipe with method ``auto`` chosen for its present networks, which may be other than when read."""
+    def with_chosen_method(self, classes: int | None = None) -> Self:
+        """Return the recipe with method ``auto`` chosen again: for its present networks, which may be other than when
+        the recipe was read, and so many classes (None: not known yet).
+        """
         if self._auto is None:
             return self
         value = self.model_dump() | {"method": copy.deepcopy(self._auto)}
-        _choose_method(value)
+        _choose_method(value, classes)
         return self.model_copy(update={"method": normalize_method(value["method"])})
 
     @property
@@ -378,9 +380,9 @@ def load_recipe(
     return recipe
 
 
-def _choose_method(value: dict[str, Any]) -> bool:
+def _choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
     """Put, in place, what the networks call for into the method; return whether it was ``auto``."""
-    chosen = choose_method(value)
+    chosen = choose_method(value, classes)
     drop_soft_targets(value)
     wrap_method_for_previous(value)
     return chosen

@@ -222,7 +222,10 @@ def run(
         threads = ThreadSelector(recorded, record, processes=processes)
         precisions = PrecisionSelector(recorded, record, processes=processes)
         first_seed = [stage for stage in planned if not stage.repeat]  # further seeds train the same networks
-        splits, compute, layers = check_all(recipe, data, first_seed, observer, processes)
+        before = recipe.method
+        recipe, splits, compute, layers = check_all(recipe, data, first_seed, observer, processes)
+        if recipe.method != before:
+            observer.note(f"method auto: {recipe.method['name']}, as there are {len(splits.class_names)} classes")
         if resume:
             check_same_data(folder, splits)
         if reproduce is not None:
@@ -427,6 +430,7 @@ def _run_folds(
         whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
         data = pool_splits(load_and_stage(recipe, plan_stages(recipe), data, observer, whole))
         check_poolable(data)
+        recipe = recipe.with_chosen_method(len(data.class_names))
         splits = fold_splits(data, fold_recipe(recipe, 1).data)
         planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
         cache_note = ""

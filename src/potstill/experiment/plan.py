@@ -132,7 +132,7 @@ def choose_networks(recipe: Recipe) -> tuple[Recipe, list[str]]:
             )
         return network
 
-    chosen = _replace_networks(recipe, choose).with_method_for_networks()
+    chosen = _replace_networks(recipe, choose).with_chosen_method()
     if chosen.method != recipe.method:
         texts.append(f"method auto: {chosen.method['name']}, which suits the networks that are used")
     return chosen, texts
@@ -170,7 +170,7 @@ def scale_training(recipe: Recipe, epochs: int) -> dict[str, Any]:
 
 
 def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
-    """Return the recipe of a resumed run with the networks, the least epochs and the cache of images of its start."""
+    """Return the recipe of a resumed run with networks, method, least epochs and cache of images as at its start."""
     former = dict[str, StageSettings]()
 
     def remember(key: str, _: str, network: StageSettings) -> StageSettings:
@@ -188,7 +188,9 @@ def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
         return _with_epochs(network, settings.epochs, before.stage_training(stage).epochs)
 
     _replace_networks(before, remember)
-    recipe = _replace_networks(recipe, restore).with_method_for_networks()
+    recipe = _replace_networks(recipe, restore)
+    chosen = [recipe.with_chosen_method(classes) for classes in (None, 2)]  # in which ``auto`` may differ
+    recipe = next((each for each in chosen if each.method == before.method), chosen[0])
     if recipe.data.cache == "auto":
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": before.data.cache})})
     return _replace_networks(recipe, lengthen)

@@ -308,8 +308,11 @@ def check_all(
     planned: Sequence[PlannedStage] | None = None,
     observer: Observer | None = None,
     processes: ProcessGroup = SINGLE_PROCESS,
-) -> tuple[DataSplits, Compute, dict[str, str]]:
-    """Check method, models, optimizers, device and data; return data, device, and the texts of ``dry_run``."""
+) -> tuple[Recipe, DataSplits, Compute, dict[str, str]]:
+    """Check method, models, optimizers, device and data.
+
+    Return the recipe, with method ``auto`` chosen for the number of classes, data, device and the texts of ``dry_run``.
+    """
     planned = plan_stages(recipe) if planned is None else planned
     settings = {stage.name: recipe.stage_training(stage.name) for stage in planned}
     checks: list[Callable[[], Any]] = [
@@ -337,7 +340,10 @@ def check_all(
                 problems.append(error)
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
-    method, *_, compute, splits = results
+    *_, compute, splits = results
+    if splits.has_classes:
+        recipe = recipe.with_chosen_method(len(splits.class_names))
+    method = create_stage_method(recipe)
     if recipe.domain is not None and splits.target is None:
         raise UsageError(TARGET_MISSING)
     for stage in planned:
@@ -352,7 +358,7 @@ def check_all(
                 start = build_network(recipe, network, splits.class_names, splits.range)
                 if fits_head(network):
                     check_probe(network, start, splits, network_key(recipe, network))
-        return splits, compute, {}
+        return recipe, splits, compute, {}
     augment = recipe.data.augment or splits.augment
     check_data_requirements(
         method,
@@ -366,7 +372,7 @@ def check_all(
     )
     if recipe.teacher_cache.mode == "auto" and is_cacheable(method):
         record_kind(recipe, method, len(splits.class_names))
-    return splits, compute, dry_run(recipe, planned, splits)
+    return recipe, splits, compute, dry_run(recipe, planned, splits)
 
 
 def _check_without_classes(method: Method, training: TrainingSettings, data: DataSplits) -> None:

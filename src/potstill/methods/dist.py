@@ -6,7 +6,9 @@ Paper and release agree: beta = gamma = 2 here is the release's 1 and 1 under an
 the product of the norms, as in the release: other libraries clamp each norm, and their gradients differ by some per
 cent where classes have hardly any probability.
 The class-wise part compares the images of a batch (of one device, in distributed training), so it depends on the batch
-size.  With two classes the sample-wise part is a constant of the order of the two logits; the class-wise part works.
+size.  With two classes the sample-wise part is a constant of the order of the two logits, and the class-wise part does
+not change if all probabilities of a class are shifted, so nothing but the label term tells the classes apart: students
+lost 14 points and more, and ``DIST`` refuses two classes.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +16,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.methods.base import Method
+from potstill.errors import UsageError
+from potstill.methods.base import Method, NetworkInfo, TrainingInfo
 from potstill.methods.requirements import Requirements
 from potstill.options import NonNegative, Positive, checked, option
 from potstill.types import Batch, Outputs, at_least_float32
@@ -122,7 +125,12 @@ def dist_loss(
 
 
 class DIST(Method):
-    """Labels and correlations: ``CE + beta * inter + gamma * intra``."""
+    """Labels and correlations: ``CE + beta * inter + gamma * intra``.
+
+    Traps:
+        Two classes are refused: the sample-wise part is then constant, and the class-wise part puts the images in
+        order, but not into classes.
+    """
 
     name = "dist"
     needs = Requirements(several=True)
@@ -136,6 +144,13 @@ class DIST(Method):
         "cifar100": {"temperature": 4.0},
         "imagenet": {"temperature": 1.0},
     }
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
+        if training.classes == 2:
+            raise UsageError(
+                "dist correlates the probabilities of an image over its classes, and those of two classes always "
+                "correlate wholly: what is left does not tell the classes apart. Use method kd"
+            )
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         given = (student.logits, teacher.logits)

@@ -513,13 +513,14 @@ def wide_gap(run: Run) -> Advice | None:
         return None
     if gap < WIDE_TOP1_GAP or larger < WIDE_PARAMETER_RATIO:
         return None
+    several = len(run.class_names) != 2  # else dist and dkd have nothing to compare
     return Advice(
         "The teacher is far ahead",
         f"It has {larger:.0f} times the student's parameters and leads the baseline by "
         f"{format_points(gap, signed=False)} points, and distillation did not clearly help.",
-        "Add an assistant of a size between them (`assistants` in the recipe), or use a method made for wide gaps, "
-        "such as dist or dkd.",
-        settings=("method.name=dist",),
+        "Add an assistant of a size between them (`assistants` in the recipe)"
+        + (", or use a method made for wide gaps, such as dist or dkd." if several else "."),
+        settings=("method.name=dist",) if several else (),
     )
 
 
@@ -530,7 +531,7 @@ def other_method(run: Run) -> Advice | None:
     if method != "kd" or run.comparison is None or effect_of(run.comparison) == "helped":
         return None
     chosen = {"teacher": teacher, "student": student, "method": {"name": "auto"}}
-    choose_method(chosen)
+    choose_method(chosen, len(run.class_names))
     texts = {
         "srd": (
             "The student could learn the teacher's embeddings",

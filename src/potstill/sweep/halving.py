@@ -219,7 +219,7 @@ class HalvingSearch:
             return self.state
         try:
             students = self._students(families)
-            pool = [Candidate(student, settings) for settings in SETTINGS for student in students]
+            pool = [Candidate(student, settings) for settings in self._settings() for student in students]
             teacher, view, epoch = self.trainings.estimate(students)
             costs = Costs(epoch, view, self.trainings.views())
             if "teacher" not in self.state:  # an error now rather than after the teacher's training
@@ -326,6 +326,10 @@ class HalvingSearch:
                 )
             self._save(students=found)
         return [Student(row["name"], row["weights"]) for row in found if not row["dropped"]]
+
+    def _settings(self) -> list[dict[str, str]]:
+        """Return the settings of the method that are tried; two classes are too few for dist."""
+        return [each for each in SETTINGS if each["method.name"] != "dist" or self.trainings.classes > 2]
 
     def _plan(self, costs: Costs, pool: Sequence[Candidate], *, before: float = 0.0) -> Plan:
         """Return the largest plan that fits into the time left; ``before``: seconds of what precedes the race."""

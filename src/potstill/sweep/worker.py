@@ -241,8 +241,9 @@ class Sweep:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with silence_native_stderr():
-            fingerprint = load_data(self.recipe.data, None, progress=self.observer).fingerprint
-        wanted = study.describe_sweep(self.recipe, self.space, fingerprint, grid=self.grid, trials=self.trials)
+            data = load_data(self.recipe.data, None, progress=self.observer)
+        self.recipe = self.recipe.with_chosen_method(len(data.class_names))
+        wanted = study.describe_sweep(self.recipe, self.space, data.fingerprint, grid=self.grid, trials=self.trials)
         with self._locked():
             study.begin_or_join(self.folder, wanted)
             self.study = study.open_study(

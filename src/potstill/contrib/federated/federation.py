@@ -176,6 +176,7 @@ def federate(
             data = load_data(recipe.data, data, progress=observer)
         augment = recipe.data.augment or data.augment
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": augment})})
+        recipe = recipe.with_chosen_method(len(data.class_names))
         compute = create_compute(recipe.stage_training("student"))
         described = options.as_dict() | {"seed": recipe.seed}
         results = FederatedResults(folder.path / RESULTS_FILE, described, data.fingerprint, resume=resume)
