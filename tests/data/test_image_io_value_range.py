@@ -204,6 +204,29 @@ def test_check_warns_of_images_that_use_a_small_part_or_lie_beyond(folder, capsy
     assert "range    [0, 4095], for images of more than 8 bits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.arange(256, dtype=np.uint8) % 17, "between 0 and 16, and the range is [0, 255]: scale the values"),
+        (np.arange(256, dtype=np.uint16) + 32768, "set data.range=[32768,33023]"),
+        (np.linspace(273.2, 310, 256, dtype=np.float32), "between 273.2 and 310, and the range is [0, 310]"),  # kelvin
+        (np.arange(256, dtype=np.uint8) % 64, ""),
+        (np.linspace(0, 310, 256, dtype=np.float32), ""),
+    ],
+)
+def test_check_warns_if_all_images_together_use_a_small_part(values, words, tmp_path, capsys):
+    for label in "ab":
+        for i in range(4):
+            (tmp_path / label).mkdir(exist_ok=True)
+            picture = np.random.default_rng(i).permutation(values).reshape(16, 16)
+            Image.fromarray(picture).save(tmp_path / label / f"{label}{i}.tif")
+    main(["check", str(tmp_path), "--json"])
+    found = [each for each in json.loads(capsys.readouterr().out)["findings"] if "range" in each["kind"] or
+             each["kind"] == "low-contrast"]  # fmt: skip
+    assert [each["kind"] for each in found] == (["low-contrast"] if words else [])
+    assert all(words in each["reason"] for each in found)
+
+
 def test_16_bit_colours_of_which_little_is_used_are_warned_of(tmp_path, capsys):
     import struct
     import zlib

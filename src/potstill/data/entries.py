@@ -169,6 +169,9 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "narrow-range": FindingKind(
         "warning", "images that use less than 1/8 of the range", "they are nearly black to the network; set data.range"
     ),
+    "low-contrast": FindingKind(
+        "warning", "data that use less than 1/8 of the range", "all images have nearly one gray to the network"
+    ),
     "beyond-range": FindingKind(
         "warning", "images with values beyond the range", "values beyond become black or white; set data.range"
     ),

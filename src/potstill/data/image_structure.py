@@ -151,6 +151,22 @@ class ImageStructure:
 StoredValues = Literal["plain", "white_is_zero", "unsigned"]  # 16 bits to invert; 32 bits that Pillow reads as signed
 
 
+IMAGE_HEAD = 16  # bytes that ``begins_as_image`` needs
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
+)  # fmt: skip
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Return whether the first bytes of a file are those of a supported format."""
+    if head.startswith(b"BM"):
+        return head[6:10] == bytes(4)  # reserved; two letters alone may be text
+    if head.startswith(b"RIFF"):
+        return head[8:12] == b"WEBP"
+    boxed = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    return boxed or head.startswith(_SIGNATURES)
+
+
 def parse_structure(content: bytes) -> ImageStructure:
     """Recognise a file by its content and limit the work and memory of decoding it; else raise DataError."""
     if content.startswith(b"\xff\xd8\xff"):

@@ -280,6 +280,7 @@ class ImageScan:
     pixels: bytes  # 16: of shape and RGB pixels
     state: FileState = UNKNOWN_STATE  # of the file; unknown if it cannot be trusted
     span: ValueSpan | None = None  # of the values; None: 8 bits
+    ends: tuple[int, int] = (0, 255)  # smallest and largest value of the RGB pixels
 
 
 Scanner = Callable[[int], ImageScan | Finding]
@@ -347,7 +348,10 @@ def _make_scan(
     shape = f"{height} {width} ".encode()
     own = hashlib.blake2b(shape, digest_size=16)
     own.update(np.ascontiguousarray(pixels).data)
-    return ImageScan(size, kind, mode, width, height, _is_uniform(pixels), content, own.digest(), state, span)
+    return ImageScan(
+        size, kind, mode, width, height, _is_uniform(pixels), content, own.digest(), state, span,
+        (int(pixels.min()), int(pixels.max())),
+    )  # fmt: skip
 
 
 def _is_uniform(pixels: Pixels) -> bool:

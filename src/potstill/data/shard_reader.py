@@ -18,7 +18,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from potstill.data.image_io import decoder_version, read_image
-from potstill.data.image_structure import FORMATS
+from potstill.data.image_structure import FORMATS, IMAGE_HEAD, begins_as_image
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError, first_line
 from potstill.io import cache_folder, read_checksummed_json, write_checksummed_json
 
@@ -107,7 +107,9 @@ def read_byte_range(url: str, start: int, size: int) -> bytes:
     return content
 
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff", "avif", "heic", "heif", "hif",
+)  # fmt: skip
 NOT_A_FILE, UNKNOWN_TYPE, FURTHER_IMAGE, LABEL_WITHOUT_IMAGE = (
     "links and devices",
     "members that are neither image nor label",
@@ -151,6 +153,7 @@ class Shard:
     samples: list[ShardSample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of ignored members
+    unnamed: list[str] = field(default_factory=list)  # of these, images by their content; not of a cached index
 
 
 def read_shard(url: str) -> Shard:
@@ -165,6 +168,7 @@ def read_shard(url: str) -> Shard:
     shard = Shard(url)
     for member, content in _members(shard):
         _add_member(shard, member, content)
+    shard.problems += _unnamed_images(shard)
     for sample in shard.samples:
         if sample.offset < 0:
             shard.left.setdefault(LABEL_WITHOUT_IMAGE, []).append(sample.name)
@@ -176,6 +180,14 @@ def read_shard(url: str) -> Shard:
         except (StorageError, OSError):
             pass  # a cache that cannot be written costs time, not the run
     return shard
+
+
+def _unnamed_images(shard: Shard) -> Iterator[str]:
+    """Yield a problem for each ignored member that is an image by its content, and the only one of its sample."""
+    keys = {sample.key for sample in shard.samples if sample.offset >= 0}
+    for name in shard.unnamed:
+        if split_member_name(name)[0] not in keys:
+            yield f"{shard.url}/{name}: an image whose name does not end in .jpg, .png, ...; rename it in the shard"
 
 
 class _Header(tarfile.TarInfo):
@@ -272,6 +284,8 @@ def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> It
             raise ReadError(f"{member.name[:200]!a}: {member.size:,} bytes, more than the file has")
         if not image and suffix not in ("cls", "json"):
             shard.left.setdefault(UNKNOWN_TYPE, []).append(member.name)
+            if begins_as_image(_content(tar, member, IMAGE_HEAD)):
+                shard.unnamed.append(member.name)
             continue
         if member.issparse():
             shard.problems.append(f"{shard.url}/{member.name}: a sparse member; write the shard without --sparse")
@@ -280,11 +294,15 @@ def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> It
         if member.size > most:
             shard.problems.append(f"{shard.url}/{member.name}: {member.size:,} bytes; at most {most:,} are read")
             continue
-        stream = tar.extractfile(member)
-        content = b"" if stream is None else stream.read()
+        content = _content(tar, member, member.size)
         if len(content) != member.size:
             raise ReadError("unexpected end of data")
         yield member, content
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> bytes:
+    stream = tar.extractfile(member)
+    return b"" if stream is None else stream.read(size)
 
 
 def _expect_end(file: Any) -> None:
@@ -299,6 +317,8 @@ def _add_member(shard: Shard, member: tarfile.TarInfo, content: bytes) -> None:
     if not shard.samples or shard.samples[-1].key != key:
         shard.samples.append(ShardSample(key, member.name))
     sample, where = shard.samples[-1], f"{shard.url}/{member.name}"
+    if PurePosixPath(member.name).name.startswith(".") and begins_as_image(content):  # its key would be the folder
+        shard.problems.append(f"{where}: a hidden image, whose name has no key before the first dot; rename it")
     if suffix in ("cls", "json"):
         sample.label = _label(content, suffix, where, shard) or sample.label
         return
@@ -379,5 +399,6 @@ def _index_path(url: str) -> Path | None:
     state = [str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None]
     if not state or info.get("size") is None:
         return None
-    word = "\n".join([url, str(system.protocol), str(path), str(info["size"]), *state, decoder_version(), *FORMATS])
+    version = ("2", decoder_version(), *FORMATS)  # of this reader, and of what decides whether an image is one
+    word = "\n".join([url, str(system.protocol), str(path), str(info["size"]), *state, *version])
     return cache_folder() / "shards" / f"{hashlib.sha256(word.encode('utf-8', 'surrogateescape')).hexdigest()}.json"

@@ -17,6 +17,7 @@ import numpy as np
 from potstill.data.concurrency import threaded_map
 from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
 from potstill.data.image_io import Pixels, decode
+from potstill.data.image_structure import IMAGE_HEAD, begins_as_image
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError
@@ -28,10 +29,6 @@ from potstill.io import PART, csv_texts, encode_text, nearest_name, replace_file
 
 if TYPE_CHECKING:
     from potstill.models.model_file import Classifier
-
-
-_HEAD_BYTES = 16  # enough for the signature of an image without a known suffix
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
 UNKNOWN = "unknown"  # in place of a class below the threshold
@@ -441,12 +438,10 @@ def _add_folder(found: FoundImages, folder: Path, *, follow_links: bool) -> None
 def _has_image_signature(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
+            head = file.read(IMAGE_HEAD)
     except OSError:
         return False
-    boxed = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
-    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed or bitmap
+    return begins_as_image(head)
 
 
 def _top_classes(row: Sequence[float], names: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:

@@ -177,6 +177,25 @@ def test_what_is_left_alone_is_counted_and_named(tmp_path):
     assert "AppleDouble" in shard.problems[0]
 
 
+def test_an_image_without_the_suffix_of_one_is_not_lost(tmp_path):
+    members = [("a/0", png(1)), ("a/1.bin", png(2)), ("a/2.png", png(3)), ("a/2.thumb", png(4)), ("a/README", b"text")]
+    (tmp_path / "s.tar").write_bytes(tar(*members))
+    for _ in range(2):  # read, and from the cached index
+        problems = read_shard(str(tmp_path / "s.tar")).problems
+        assert [each.split(": ")[0][-7:] for each in problems] == ["tar/a/0", "a/1.bin"]
+        assert all("an image whose name does not end in .jpg" in each for each in problems)
+
+
+def test_a_hidden_image_makes_no_class_of_its_own(tmp_path):
+    hidden = [(f"{c}/.thumb.png", png(200 + i)) for i, c in enumerate("abc")]
+    (tmp_path / "s.tar").write_bytes(
+        tar(*((f"{c}/{i}.jfif", png(i + 9 * ord(c))) for c in "abc" for i in range(4)), *hidden)
+    )
+    shard = read_shard(str(tmp_path / "s.tar"))
+    assert [each.split(": ")[0][-12:] for each in shard.problems] == [f"{c}/.thumb.png" for c in "abc"]
+    assert sum(sample.name.endswith(".jfif") for sample in shard.samples) == 12  # a suffix of JPEG
+
+
 def test_two_images_of_one_key_are_an_error(tmp_path):
     (tmp_path / "s.tar").write_bytes(tar(("a/0.v1.png", png(1)), ("a/0.v2.png", png(2))))
     assert "a second image under the key 'a/0'" in read_shard(str(tmp_path / "s.tar")).problems[0]

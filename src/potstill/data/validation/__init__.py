@@ -80,7 +80,11 @@ class ScanTable:
 
 
 def _span(scan: ImageScan) -> tuple[int, float, float]:
-    return (0, 0.0, 0.0) if scan.span is None else (SPAN_KINDS.index(scan.span.kind) + 1, scan.span.low, scan.span.high)
+    return (
+        (0, *map(float, scan.ends))
+        if scan.span is None
+        else (SPAN_KINDS.index(scan.span.kind) + 1, scan.span.low, scan.span.high)
+    )
 
 
 def _min_median_max(values: NDArray[Any]) -> dict[str, int] | None:
@@ -426,7 +430,7 @@ def check_ranges(
     good = table.good
     wide = good[table.rows["span"][good] > 0]
     if not len(wide):
-        return (None if setting == "auto" else setting), []
+        return (None if setting == "auto" else setting), _check_low_contrast(table.rows[good], (0.0, 255.0))
     spans = {i: span for i in wide.tolist() if (span := table.span(i)) is not None}
     train = set(np.flatnonzero(division.splits == SPLITS.index("train")).tolist())
     found = compute_range(span for i, span in spans.items() if i in train) or compute_range(spans.values())
@@ -434,7 +438,23 @@ def check_ranges(
     findings = _check_mixed(len(good), spans)
     for i, span in spans.items():
         findings += _check_span(names[i], span, _FULL if span.kind == "colour" or ends is None else ends)
+    if len(wide) == len(good) and ends is not None and not findings:
+        findings = _check_low_contrast(table.rows[good], ends)
     return ends, findings
+
+
+def _check_low_contrast(rows: NDArray[Any], ends: ValueRange) -> list[Finding]:
+    """Return a finding if all images together use a small part of the range, such as thermal images in kelvin."""
+    if not len(rows):
+        return []
+    low, high = rows["low"].min().item(), rows["high"].max().item()
+    if (high - low) * NARROW >= ends[1] - ends[0]:
+        return []
+    way = (
+        "scale the values in the files to 0 to 255" if ends == (0, 255) else f"set data.range=[{low:.10g},{high:.10g}]"
+    )
+    reason = f"the values of all images lie between {low:.6g} and {high:.6g}, and the range is {format_range(ends)}"
+    return [Finding("low-contrast", ".", f"{reason}: {way}")]
 
 
 def _check_span(name: str, span: ValueSpan, ends: ValueRange) -> list[Finding]:
