@@ -29,7 +29,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read = scan.read_file
 
     def counting(path: Path) -> bytes:
-        found.append(path.name)
+        found.append(Path(path).name)
         return read(path)
 
     monkeypatch.setattr(scan, "read_file", counting)

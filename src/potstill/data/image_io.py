@@ -277,7 +277,7 @@ def read_image(content: bytes, name: str, ends: ValueRange | None = None, side: 
         raise DataError(f"{name}: {_error_reason(error)}") from error
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
     """Return the bytes of a file (a pipe would block for ever) of at most ``MAX_BYTES``; else raise DataError."""
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.

@@ -33,6 +33,7 @@ from potstill.data.image_io import (
     parse_span,
     read_file,
     read_image,
+    silence_pillow,
     wait_if_large,
 )
 from potstill.data.image_sets import ImageSet
@@ -95,9 +96,11 @@ class FileIndex:
         if not new and len(old) == len(self.names):
             return
         rows = np.zeros(len(new), _ROW)
-        for row, (state, word) in zip(rows, new.values(), strict=True):
-            row["state"], row["span"] = state, _span_to_row(word)
-            row["digest"] = np.frombuffer(bytes.fromhex(word.split()[1]), np.uint8)
+        if new:  # whole columns: row by row it takes six times as long
+            states, words = zip(*new.values(), strict=True)
+            digests = bytes.fromhex("".join(word.split(maxsplit=2)[1] for word in words))
+            rows["state"], rows["span"] = states, [_span_to_row(word) for word in words]
+            rows["digest"] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self.names = [*(self.names[i] for i in old), *new]
         self.rows = np.concatenate([self.rows[old], rows])
         count = len(self.names).to_bytes(8, "little")
@@ -194,23 +197,25 @@ def check_files(
 
 
 def _check_piece(root: Path, decode: bool, staged: "StagedSquares | None", names: list[str]) -> list[_Read | DataError]:
-    return [_attempt(partial(_read, root / name, name, decode, staged)) for name in names]
+    with silence_pillow():  # for a whole piece: setting up the filter takes a twentieth of a small image's time
+        # Strings: a Path takes as long to make.
+        return [_attempt(partial(_read, os.path.join(root, name), name, decode, staged)) for name in names]
 
 
-def _read(path: Path, name: str, decode: bool, staged: "StagedSquares | None") -> _Read:
+def _read(path: str, name: str, decode: bool, staged: "StagedSquares | None") -> _Read:
     span = None
     with one_large_image():
         content, state = _read_with_state(path)
         digest = hashlib.sha256(content)
         if decode and staged is not None:
-            span = staged.check(content, digest.digest(), name, str(path))
+            span = staged.check(content, digest.digest(), name, path)
         elif decode:
-            span = read_image(content, str(path)).span
+            span = read_image(content, path).span
     word = f"{len(content)} {digest.hexdigest()}"
     return state, word if span is None else f"{word} {span}"
 
 
-def _read_with_state(path: Path) -> tuple[bytes, FileState | None]:
+def _read_with_state(path: str | Path) -> tuple[bytes, FileState | None]:
     """Return a file's content and its state, in a block of ``one_large_image``."""
     read_at, before = time.time_ns(), file_state(path)
     wait_if_large(before[0] > MOST_BYTES)

@@ -6,9 +6,9 @@ Paper and release agree: beta = gamma = 2 here is the release's 1 and 1 under an
 the product of the norms, as in the release: other libraries clamp each norm, and their gradients differ by some per
 cent where classes have hardly any probability.
 The class-wise part compares the images of a batch (of one device, in distributed training), so it depends on the batch
-size.  With two classes the sample-wise part is a constant of the order of the two logits, and the class-wise part does
-not change if all probabilities of a class are shifted, so nothing but the label term tells the classes apart: students
-lost 14 points and more, and ``DIST`` refuses two classes.
+size.  With two classes the sample-wise part is a constant of the order of the two logits, whose gradient is noise where
+they are close, and the class-wise part does not change if all probabilities of a class are shifted: students lost 14
+points and more, so ``DIST`` refuses two classes.
 """
 
 from typing import Any, ClassVar

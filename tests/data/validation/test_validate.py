@@ -51,7 +51,7 @@ def test_ill_and_fresh_files_are_read_again(make_folder, monkeypatch: pytest.Mon
     settings = DataSettings(source=str(folder))
     read: list[str] = []
     own = scan.read_file
-    monkeypatch.setattr(scan, "read_file", lambda path: read.append(path.name) or own(path))
+    monkeypatch.setattr(scan, "read_file", lambda path: read.append(Path(path).name) or own(path))
     validate_data(settings)  # all are younger than two seconds
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.png")]
     read.clear()

@@ -80,11 +80,9 @@ class ScanTable:
 
 
 def _span(scan: ImageScan) -> tuple[int, float, float]:
-    return (
-        (0, *map(float, scan.ends))
-        if scan.span is None
-        else (SPAN_KINDS.index(scan.span.kind) + 1, scan.span.low, scan.span.high)
-    )
+    if scan.span is None:
+        return 0, float(scan.ends[0]), float(scan.ends[1])
+    return SPAN_KINDS.index(scan.span.kind) + 1, scan.span.low, scan.span.high
 
 
 def _min_median_max(values: NDArray[Any]) -> dict[str, int] | None:
