@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from potstill.io import write_checksummed_text
-from potstill.report.render import SECTIONS, render, render_page
+from potstill.report.render import SECTIONS, mark_code, render, render_page
 from potstill.report.run_reader import read_run
 
 BuildRun = Callable[..., Any]  # the fixture of conftest.py
@@ -212,3 +212,8 @@ def test_a_run_without_teacher_misses_none(build_run: BuildRun) -> None:
     builder = build_run(3, epochs=2)
     builder.stages, builder.changes = ("baseline", "distilled"), {"planned": ["baseline", "distilled"]}
     assert "Not part of this run" not in render(builder.write()).read_text(encoding="utf-8")
+
+
+def test_commands_within_a_sentence_are_code_and_names_stay_text() -> None:
+    html = mark_code("Of `<b>` and \u202eb, `potstill models` lists 3 `more")
+    assert html == "Of <code>&lt;b&gt;</code> and \\u202eb, <code>potstill models</code> lists 3 `more"

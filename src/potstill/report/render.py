@@ -9,6 +9,7 @@ None if there are none.
 import base64
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from potstill.report.text_reports import classification_report_text, metrics_tex
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 
 _MAX_UNFOLDED_CLASSES = 20
@@ -274,7 +276,7 @@ def _jinja_environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # Invisible characters are escaped (finalize), then HTML; not so values with `|safe`, our own SVG and CSS.
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("potstill.report", "templates"),
         autoescape=True,
         finalize=_finalize,
@@ -282,6 +284,15 @@ def _jinja_environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = mark_code
+    return environment
+
+
+def mark_code(text: str) -> "Markup":
+    """Return text as HTML, with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(escape_invisible(text)))))  # nosec B704 # escaped
 
 
 def _finalize(value: Any) -> Any:
