@@ -67,6 +67,21 @@ def test_figures_that_json_cannot_carry_are_left_out(tmp_path):
     assert (found.stages[0].epochs[0].train_loss, found.stages[0].epochs[0].train_top1) == (None, 0.5)
 
 
+def test_a_federated_run_is_finished_with_its_last_algorithm(tmp_path):
+    folder = _made(tmp_path / "fed")
+    options, done = {"algorithms": ["fedavg", "feddf", "../outside"]}, {"test": {"top1": 0.75}}
+    for trained, state in (
+        ({"fedavg": done}, "training"),
+        ({"fedavg": done, "feddf": {"test": None}, "../outside": done}, "finished"),
+    ):
+        write_checksummed_json(folder / "federated.json", {"schema": 1, "options": options, "trained": trained})
+        found = server.Progress.model_validate(progress("fed", folder))
+        assert found.state == state
+        assert [(each.stage, each.test_top1) for each in found.stages] == [("fedavg", 0.75), ("feddf", None)]
+    (folder / "federated.json").write_text('{"trained": []}')
+    assert summary("fed", folder)["state"] == "damaged"
+
+
 def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):
     assert summary("gone", tmp_path / "gone")["state"] == "damaged"
     assert progress("gone", tmp_path / "gone")["state"] == "damaged"

@@ -16,7 +16,9 @@ from potstill.config import repeat_index, sort_stages, stage_role
 from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.run_folder import RunFolder
+from potstill.io import read_checksummed_json
 
+_FEDERATED_FILE = "federated.json"  # of a federated run, written anew after each algorithm
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FOLD_LINK = re.compile(rb'href="(fold-\d+)/report\.html"')
 _MAX_RUNS = 500
@@ -72,6 +74,8 @@ def _damaged_summary(run: str) -> dict[str, Any]:
 
 
 def _summary(run: str, folder: Path) -> dict[str, Any]:
+    if _regular(folder / _FEDERATED_FILE):
+        return _federated_summary(run, folder)
     stages, results = _stages(folder), _results(folder)
     finished = _regular(folder / "results.json")
     unlabeled = _mapping(results.get("without_labels")).get("test_labeled") is False  # then accuracies are unknown
@@ -85,6 +89,24 @@ def _summary(run: str, folder: Path) -> dict[str, Any]:
         "stages": [
             {"stage": each, "test_top1": _finite(_mapping(_mapping(figures.get(each)).get("test")).get("top1"))}
             for each in stages
+        ],
+    }
+
+
+def _federated_summary(run: str, folder: Path) -> dict[str, Any]:
+    """Return the summary of a federated run: the global model of each algorithm in place of the stages."""
+    found = read_checksummed_json(folder / _FEDERATED_FILE)
+    planned, trained = _mapping(found.get("options")).get("algorithms") or [], _mapping(found.get("trained"))
+    return {
+        "id": run,
+        "state": "finished" if set(planned) <= trained.keys() else _state(folder, []),
+        "created": None,
+        "method": None,
+        "report": False,
+        "stages": [
+            {"stage": str(each), "test_top1": _finite(_mapping(_mapping(trained.get(each)).get("test")).get("top1"))}
+            for each in planned
+            if str(each).isidentifier() and not (folder / str(each)).is_symlink()  # no path out of the folder
         ],
     }
 
