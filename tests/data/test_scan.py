@@ -54,6 +54,24 @@ def paint(path: Path, value: int) -> None:
     Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path, "BMP")
 
 
+@pytest.mark.parametrize(("side", "threads"), [(4, False), (64, True)])
+def test_small_files_are_read_by_one_thread(
+    side: int, threads: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, read = set[bool](), scan.read_file
+    monkeypatch.setattr("potstill.data.concurrency.thread_count", lambda: 2)
+
+    def noting(path: Path) -> bytes:
+        found.add(threading.current_thread() is not threading.main_thread())
+        return read(path)
+
+    monkeypatch.setattr(scan, "read_file", noting)
+    for name in NAMES:
+        Image.fromarray(np.full((side, side, 3), int(name[0]), np.uint8)).save(folder / name, "BMP")
+    check_files(folder, NAMES, "test")
+    assert found == {threads}
+
+
 def test_a_second_look_reads_nothing_and_finds_the_same(folder: Path, reads: list[str]) -> None:
     first = check_files(folder, NAMES, "test")
     assert sorted(reads) == NAMES

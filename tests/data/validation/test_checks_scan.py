@@ -168,6 +168,7 @@ def test_large_images_are_decoded_one_at_a_time(make_folder, monkeypatch: pytest
 
     monkeypatch.setattr(image_io, "_orientation", slow)
     monkeypatch.setattr(scan, "_PIECE", 1)
+    monkeypatch.setattr(scan, "_SMALL", 0)  # threads for files of any size
     monkeypatch.setattr(concurrency, "thread_count", lambda: 4)
     monkeypatch.setattr(image_io, "MOST_PIXELS", 12 * 10 - 1)
     look()
