@@ -72,6 +72,17 @@ def test_small_files_are_read_by_one_thread(
     assert found == {threads}
 
 
+def test_the_reason_of_a_bad_file_has_no_path_also_in_the_current_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "3.png").write_bytes(b"BM")
+    monkeypatch.chdir(folder)
+    bad: dict[str, str] = {}
+    check_files(Path(), NAMES, "test", bad=bad)
+    assert list(bad) == ["3.png"]
+    assert "3.png" not in bad["3.png"]
+
+
 def test_a_second_look_reads_nothing_and_finds_the_same(folder: Path, reads: list[str]) -> None:
     first = check_files(folder, NAMES, "test")
     assert sorted(reads) == NAMES

@@ -192,7 +192,7 @@ def check_files(
         )
     else:
         bad |= {
-            name: str(each).removeprefix(f"{root / name}: ")
+            name: str(each).removeprefix(f"{os.path.join(root, name)}: ")
             for name, each in zip(new, found, strict=True)
             if isinstance(each, DataError)
         }
