@@ -61,6 +61,8 @@ def load_teacher(path: str, classes: int, size: int) -> tuple[nn.Module, tuple[T
     """Return a trained network, from potstill's folder or somebody's checkpoint, and its mean and deviation."""
     if Path(path).is_dir():
         found = potstill.load(path)
+        if list(found.class_names) != sorted(found.class_names):
+            sys.exit(f"{path}: the peers' labels are the sorted folders, and its classes are {found.class_names}")
         return found.module, (found.input.mean, found.input.std)
     loaded = load_weights(identify_network(Path(path)), path, classes, size=size)
     return loaded.module.eval(), loaded.normalisation
@@ -176,10 +178,9 @@ def train_peer(name: str, given: argparse.Namespace, rate: float, seed: int) -> 
             step(images, labels)
             average.update_parameters(student)
             steps += 1
-    accuracies = {key: {split: _top1(network, loaders[split]) for split in ("val", "test")}
-                  for key, network in (("last", student), ("ema", average.module))}  # fmt: skip
-    best = max(accuracies.values(), key=lambda each: each["val"])
-    return {**best, "epochs": steps / len(loaders["train"]), "seconds": used}
+    val, best = max(((_top1(each, loaders["val"]), each) for each in (student, average.module)), key=lambda one: one[0])
+    top1 = {"val": val, "test": _top1(best, loaders["test"])}
+    return {**top1, "epochs": steps / len(loaders["train"]), "seconds": used}
 
 
 @torch.no_grad()
@@ -221,6 +222,8 @@ def _recipe(given: argparse.Namespace) -> Recipe:
 def result_of(name: str, given: argparse.Namespace, rate: float, seed: int) -> dict[str, Any]:
     """Return the result of a student, which is trained in a process of its own if it has not been."""
     path = given.output_dir / f"{name}-{rate:g}-{seed}.json"
+    settings = {key: str(getattr(given, key)) for key in ("data", "teacher", "recipe", "set", "minutes")}
+    settings |= {"own epochs": str(given.epochs)} if name == OURS else {}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, "-m", "benchmarks.equal_time", *given.arguments, "--one", name, rate, seed]
@@ -229,9 +232,11 @@ def result_of(name: str, given: argparse.Namespace, rate: float, seed: int) -> d
         if done.returncode:
             sys.exit(f"{name} ended with exit code {done.returncode}")
         result = json.loads(done.stdout.splitlines()[-1])
-        path.write_text(json.dumps(result), "utf-8")
+        path.write_text(json.dumps(result | {"settings": settings}), "utf-8")
         sys.stderr.write(f"{path.stem}: val {result['val']:.3f} after {result['seconds'] / 60:.1f} CPU-minutes\n")
     result = json.loads(path.read_text("utf-8"))
+    if (before := result.get("settings")) != settings:
+        sys.exit(f"{path} is the result of other settings, {before}: give another --output-dir, or remove it")
     if result["seconds"] > 61 * given.minutes + 1:
         sys.exit(
             f"{name} took {result['seconds'] / 60:.1f} CPU-minutes of {given.minutes:g} for {result['epochs']:g} "

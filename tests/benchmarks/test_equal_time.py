@@ -46,6 +46,7 @@ def test_potstills_own_time_has_all_that_its_process_did(command, capsys):
 def test_the_rate_is_chosen_on_val_and_test_is_of_that_rate(command, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
+    sets = [*SETTINGS, "training.min_steps=0"]
     for name, rate, seed, val, test in (
         ("timm", 0.1, 0, 0.5, 0.9),
         ("timm", 0.01, 0, 0.6, 0.4),
@@ -54,7 +55,9 @@ def test_the_rate_is_chosen_on_val_and_test_is_of_that_rate(command, tmp_path, c
         ("potstill", 0.01, 0, 0.6, 0.9),
         ("potstill", 0.1, 1, 0.7, 0.75),
     ):
-        result = {"val": val, "test": test, "epochs": 3, "seconds": 30.0}
+        settings = {"data": command[1], "teacher": command[3], "recipe": "cifar10", "set": str(sets), "minutes": "0.5"}
+        settings |= {"own epochs": "1"} if name == "potstill" else {}
+        result = {"val": val, "test": test, "epochs": 3, "seconds": 30.0, "settings": settings}
         (out / f"{name}-{rate:g}-{seed}.json").write_text(json.dumps(result))
     contestants = ["--contestants", "timm", "potstill"]
     equal_time.main([*command, *contestants])
@@ -62,6 +65,8 @@ def test_the_rate_is_chosen_on_val_and_test_is_of_that_rate(command, tmp_path, c
         "| timm | 0.01 | 3 | 0.5 | 60.0 ± 0.0 | 50.0 ± 14.1 |",
         "| potstill | 0.1 | 3 | 0.5 | 70.0 ± 0.0 | 72.5 ± 3.5 |",
     ]
+    with pytest.raises(SystemExit, match="other settings"):  # results of ten minutes are none of thirty
+        equal_time.main([*command, *contestants, "--minutes", "30"])
     (out / "potstill-0.1-1.json").write_text(json.dumps(result | {"seconds": 40.0}))
     with pytest.raises(SystemExit, match="give fewer --epochs"):
         equal_time.main([*command, *contestants])
