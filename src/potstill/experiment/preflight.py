@@ -262,7 +262,7 @@ def check_data_requirements(
     classes: bool = True,
 ) -> None:
     """Check that a method fits the training images: mixed, without labels or classes, few."""
-    needs, name = method.needs, type(method).__name__
+    needs, name = method.needs, method.label
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
     if mixes and needs.second != "none":
@@ -384,7 +384,7 @@ def _check_without_classes(method: Method, training: TrainingSettings, data: Dat
         )
     if method.needs.training_only:
         raise UsageError(
-            f"{type(method).__name__} measures nothing on val but labels, and there are none (--no-labels), so no "
+            f"{method.label} measures nothing on val but labels, and there are none (--no-labels), so no "
             "epoch could be selected: use another method, such as cosine or srd"
         )
     if training.freeze:
