@@ -287,7 +287,9 @@ def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> It
             shard.left.setdefault(UNKNOWN_TYPE, []).append(member.name)
             head = _content(tar, member, TEXT_HEAD)
             if begins_as_image(head):
-                shard.unread[member.name] = "an image whose name does not end in .jpg, .png, ...; rename it in the shard"
+                shard.unread[member.name] = (
+                    "an image whose name does not end in .jpg, .png, ...; rename it in the shard"
+                )
             elif has_image_suffix(member.name):
                 shard.unread[member.name] = f"no image of the formats {', '.join(FORMATS)}{foreign_file_hint(head)}"
             continue

@@ -257,9 +257,7 @@ class Distiller(nn.Module):
             self.router = build_output_router(self.method, self.student, self.teacher, example, within)
             infos = self._network_infos(example)
         if self.method.needs.index and self.train_labels is None:
-            raise UsageError(
-                f"{self.method.label} has a memory of the training set: pass train_labels=, [N] int64"
-            )
+            raise UsageError(f"{self.method.label} has a memory of the training set: pass train_labels=, [N] int64")
         training = TrainingInfo(infos[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
         self.method.build(*infos, training)
         self.method.to(example.device)

@@ -449,7 +449,9 @@ def _check_low_contrast(rows: NDArray[Any], ends: ValueRange) -> list[Finding]:
     way = (
         "scale the values in the files to 0 to 255" if ends == (0, 255) else f"set data.range=[{low:.10g},{high:.10g}]"
     )
-    reason = f"the values of nearly all images lie between {low:.6g} and {high:.6g}, and the range is {format_range(ends)}"
+    reason = (
+        f"the values of nearly all images lie between {low:.6g} and {high:.6g}, and the range is {format_range(ends)}"
+    )
     return [Finding("low-contrast", ".", f"{reason}: {way}")]
 
 
