@@ -56,13 +56,13 @@ def test_another_teacher_is_refused_with_the_ways_to_go_on(tmp_path):
     def taught_by(weights):
         return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": weights})})
 
-    folder.recipe.write_text(dump_recipe(taught_by("runs/my teacher/teacher")))
+    folder.write_recipe(dump_recipe(taught_by("runs/my teacher/teacher")))
     for weights in ("runs/other/teacher", None):  # None: --teacher was left out
         with pytest.raises(UsageError) as caught:
             check_same_recipe(folder, taught_by(weights))
         message = str(caught.value)
         for words in ("  teacher.weights: was", "--teacher 'runs/my teacher/teacher'", "--name", "--overwrite"):
             assert words in message
-    folder.recipe.write_text(dump_recipe(recipe))
+    folder.write_recipe(dump_recipe(recipe))
     with pytest.raises(UsageError, match=r"without these changes, start another run"):
         check_same_recipe(folder, taught_by("runs/other/teacher"))

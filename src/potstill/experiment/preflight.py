@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config import stage_role
+from potstill.config import stage_name, stage_role
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.config.validation import TARGET_MISSING
@@ -514,6 +514,11 @@ def warn_about_settings(
                     texts[f"{label}: {text}"] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
                 texts[f"{label}: the method's schedule stays at its start value in one epoch"] = None
+    if any(stage.distils for stage in planned):
+        for position, weight in enumerate(recipe.teachers.weights or (), start=1):
+            if weight == 0:
+                name = stage_name("teacher", position)
+                texts[f"{name} has the weight 0 in teachers.weights, so it costs time and teaches nothing"] = None
     augment = recipe.data.augment or data.augment
     tables = any(teacher.model == "table" for teacher in recipe.teacher_list)
     if tables and any(stage.distils for stage in planned) and not augment.changes_nothing:
