@@ -106,8 +106,8 @@ def _test_images(
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, splits.class_names, subset, splits.skipped
     if is_shards(source):
-        class_names, sets, _ = read_shards(settings)
-        return sets["train"], class_names, "all images", ()
+        shard_classes, sets, _ = read_shards(settings)
+        return sets["train"], shard_classes, "all images", ()
     listing, skipped, contents = read_files(list_source(settings), settings)
     # Nothing is trained: a class, or train itself, may be missing; a class that is missing in test gets a warning.
     passed = ("missing-class", "no-train")
