@@ -37,14 +37,6 @@ SYSTEM_FILES = {
     ".apdisk", ".fuse_hidden", "icon\r",
 }  # fmt: skip
 
-# Suffixes of images, including formats that are not supported: such a file always counts as an image.
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
-    ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".psd", ".psb",
-    ".svg", ".ico", ".tga", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".exr", ".hdr", ".dcm", ".nii", ".dng",
-    ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw",
-}  # fmt: skip
-
 MAX_LISTED_PROBLEMS = 20
 
 
@@ -97,11 +89,6 @@ def is_system_name(name: str, path: str) -> bool:
     file = lower in SYSTEM_FILES or lower.startswith("._")
     folder = lower in SYSTEM_FOLDERS or lower.startswith(".trash-")
     return (file or folder) and (folder if os.path.isdir(path) else file)
-
-
-def has_image_suffix(name: str) -> bool:
-    """Return whether a file's name has the suffix of an image, in any case."""
-    return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
 Severity = Literal["error", "warning"]

@@ -26,10 +26,10 @@ from potstill.data.entries import (
     Entry,
     Listing,
     broken_link_reason,
-    has_image_suffix,
     is_below,
     is_system_name,
 )
+from potstill.data.image_structure import has_image_suffix
 from potstill.data.shard_reader import MAX_CLASS_LENGTH, unique_keys
 from potstill.errors import did_you_mean
 from potstill.formatting import format_names
