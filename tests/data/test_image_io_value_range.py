@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from potstill.cli import main
 from potstill.config.recipe import load_recipe
-from potstill.data.datasets import load_data
+from potstill.data.datasets import from_torch, load_data
 from potstill.data.decoded_cache import DecodeRequest
 from potstill.data.image_io import ValueSpan, compute_range, decode, decode_bytes, to_uint8
 from potstill.data.scan import check_files
@@ -266,3 +266,27 @@ def test_floats_in_shards_have_one_range(tmp_path):
         tops = {int(images.pixels(i).max()) for images in (data.train, data.val, data.test) for i in range(len(images))}
         assert max(tops) == 255
         assert min(tops) == (225 if data.range[1] > 1 else 229)  # of 0.9 as float32
+
+
+@pytest.mark.parametrize("setting", ["auto", (0.0, 1023.0)])
+def test_images_of_pillow_from_python_have_one_range(setting):
+    class Images:
+        """Values up to 900, of 10 bits; as a file, each has a range of its own."""
+
+        targets = [0, 1] * 6
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return Image.fromarray(np.full((8, 8), 75 * (i + 1), np.uint16)), i % 2
+
+    data = from_torch(Images(), settings=DataSettings(range=setting))
+
+    assert data.range == (0.0, 1023.0)
+    for images in (data.train, data.val, data.test):
+        for i, name in enumerate(images.names):
+            assert int(images.pixels(i).max()) == 75 * (int(name.rpartition("/")[2]) + 1) // 4
+    assert (
+        len({from_torch(Images(), settings=DataSettings(range=each)).fingerprint for each in (setting, (0, 900))}) == 2
+    )

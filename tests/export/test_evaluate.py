@@ -79,7 +79,8 @@ def test_a_class_may_be_missing_in_the_splits_that_are_not_read(model: Path, tmp
 
 def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "d", 10)
-    recipe = {"name": "r", "data": {"source": str(folder), "test": 0.2}, "teacher": {"model": "a"}}
+    data = {"source": str(folder), "test": 0.2, "unlabeled": str(tmp_path / "gone")}  # which evaluation does not need
+    recipe = {"name": "r", "data": data, "teacher": {"model": "a"}}
     write_checksummed_text(model.parent / "recipe.yaml", json.dumps(recipe | {"student": {"model": "b"}}))
     try:
         metrics = evaluate(model.parent, f"{folder}/../d")

@@ -381,6 +381,18 @@ def test_data_that_is_not_where_the_run_began_is_named_with_the_option(monkeypat
     assert export_options.export_data_settings(Path("runs/x"), "digits").source == "digits"
 
 
+def test_other_data_take_the_options_of_the_run_only_if_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = DataSettings(source="solar", options={"classes": 2})
+    monkeypatch.setattr(export_options, "run_data_settings", lambda _: recorded)
+    for data, options in (
+        (str(tmp_path), {}),
+        ("moved.tar", {"classes": 2}),
+    ):  # "folders and manifests take no options"
+        assert export_options.export_data_settings(Path("runs/x"), data).options == options
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("potstill.export.options.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs onnx and onnxscript and onnxruntime.*\n.*potstill\[export\]"):

@@ -356,21 +356,41 @@ def from_torch(
         check_splits(names, {"train": pool}, label)
     origin += split_from_train(parts, names, settings)
     check_splits(names, parts, label)
-    ends: ValueRange | None = None
+
+    def describe() -> dict[str, list[str]]:
+        return {
+            split: [contents[name] for name in images.names] if images.names[0] in contents
+            else check_images(images, f"{label}, {split}")
+            for split, images in parts.items()
+        }  # fmt: skip
+
+    ends: ValueRange | None = None if settings.range == "auto" else settings.range
     if isinstance(sets["train"], FileSet):
         ends = resolve_range(parts["train"].names, contents, settings.range)
-        for images in sets.values():
-            if isinstance(images, FileSet):
-                images.range = ends
-    words = {
-        split: [contents[name] for name in images.names] if images.names[0] in contents
-        else check_images(images, f"{label}, {split}")
-        for split, images in parts.items()
-    }  # fmt: skip
+    _set_range(sets, ends)
+    words = describe()
+    if ends is None and (ends := _measured_range(sets, parts["train"].names)) is not None:
+        _set_range(sets, ends)
+        words = describe()
     return DataSplits(
         names, parts["train"], parts["val"], parts["test"], source=source, origin=origin, augment=DEFAULT_AUGMENT,
         fingerprint=fingerprint_with_range(fingerprint(parts, names, words), ends), range=ends,
     )  # fmt: skip
+
+
+def _set_range(sets: Mapping[str, ImageSet], ends: ValueRange | None) -> None:
+    if ends is not None:
+        for images in sets.values():
+            set_value_range(images, ends)
+
+
+def _measured_range(sets: Mapping[str, ImageSet], train: Sequence[str]) -> ValueRange | None:
+    """Return the range of PIL images of more than 8 bits, all of which were read; None if there are none."""
+    spans = {name: "" for images in sets.values() for name in images.names}
+    for images in sets.values():
+        if isinstance(images, TorchSet):
+            spans |= {images.names[i]: f"0 - {span}" for i, span in images.spans.items()}  # as a file's content
+    return resolve_range(train, spans, "auto")
 
 
 @dataclass

@@ -296,10 +296,15 @@ def read_file(path: str | Path) -> bytes:
     return content
 
 
-def to_rgb(image: Image.Image) -> Pixels:
+def wide_span(image: Image.Image) -> ValueSpan | None:
+    """Return the smallest and largest value of a loaded Pillow image of more than 8 bits; None for one of 8 bits."""
+    return _value_span(image, "plain") if image.mode in _WIDE_MODES else None
+
+
+def to_rgb(image: Image.Image, ends: ValueRange | None = None) -> Pixels:
     """Return pixels [H, W, 3] of a loaded Pillow image by the rules above; the orientation is not applied."""
     if image.mode in _WIDE_MODES:
-        return _wide_to_rgb(image)
+        return _wide_to_rgb(image, ends)
     if image.mode in ("RGBa", "La"):
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     if image.mode == "PA" or image.mode in ("RGBA", "LA") or "transparency" in image.info:

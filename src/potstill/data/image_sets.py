@@ -22,10 +22,12 @@ from potstill.data.image_io import (
     DecodedImage,
     Pixels,
     ValueRange,
+    ValueSpan,
     read_file,
     read_image,
     silence_pillow,
     to_rgb,
+    wide_span,
 )
 from potstill.data.image_structure import parse_structure
 from potstill.data.preprocessing import resize_to_square, stretch_with_shape
@@ -198,6 +200,8 @@ class TorchSet:
         self.labels = _validate_labels(
             read_labels(dataset, self.names) if labels is None else labels, count, len(self.names)
         )
+        self.range: ValueRange | None = None  # of PIL images of more than 8 bits; None: each image's own
+        self.spans: dict[int, ValueSpan] = {}  # of those that were read
 
     def __len__(self) -> int:
         return len(self.names)
@@ -206,7 +210,10 @@ class TorchSet:
         """Return image i, uint8 [H, W, 3]."""
         image = read_item(self.dataset, i, self.names[i])[0]
         try:
-            return _to_pixels(image)
+            pixels = _to_pixels(image, self.range)
+            if isinstance(image, Image.Image) and (span := wide_span(image)) is not None:
+                self.spans[i] = span
+            return pixels
         except DataError as error:
             raise DataError(f"{self.names[i]}: {error}") from None
 
@@ -267,13 +274,13 @@ def read_labels(dataset: Any, names: Sequence[str]) -> list[int] | list[str]:
     return labels
 
 
-def _to_pixels(image: Any) -> Pixels:
+def _to_pixels(image: Any, ends: ValueRange | None) -> Pixels:
     if isinstance(image, Image.Image):
         try:
             image.load()
         except Exception as error:  # Pillow raises nearly anything
             raise DataError(f"cannot be decoded: {' '.join(str(error).split())[:160]}") from error
-        return np.ascontiguousarray(to_rgb(image))
+        return np.ascontiguousarray(to_rgb(image, ends))
     kind = type(image).__name__
     if hasattr(image, "detach"):  # a tensor: recognised without importing torch
         image = image.detach().cpu().numpy()
@@ -422,15 +429,15 @@ def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
 
 
 def value_ranges(images: ImageSet) -> list[ValueRange | None]:
-    """Return the distinct value ranges of a set's files."""
-    ranges = [part.range for part in _leaf_sets(images) if isinstance(part, ContentSet)]
+    """Return the distinct value ranges of a set's files and PIL images."""
+    ranges = [part.range for part in _leaf_sets(images) if isinstance(part, (ContentSet, TorchSet))]
     return list(dict.fromkeys(ranges))
 
 
 def set_value_range(images: ImageSet, ends: ValueRange) -> None:
-    """From now on, map files of more than 8 bits from this range: that of the model whose input they are."""
+    """From now on, map images of more than 8 bits from this range: that of the model whose input they are."""
     for part in _leaf_sets(images):
-        if isinstance(part, ContentSet):
+        if isinstance(part, (ContentSet, TorchSet)):
             part.range = ends
 
 

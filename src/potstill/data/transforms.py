@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.data.image_io import Pixels
-from potstill.data.preprocessing import decoded_side, resize_to_square
+from potstill.data.preprocessing import crop_to_input, normalize_array, scale_and_shift
 from potstill.data.samplers import CounterRNG
 from potstill.data.settings import AugmentSettings
 from potstill.input_spec import InputSpec, Triple
@@ -48,8 +48,7 @@ def preprocess(pixels: Pixels, spec: InputSpec) -> Tensor:
     Returns:
         float32 [3, size, size].
     """
-    square = torch.from_numpy(resize_to_square(pixels, decoded_side(spec), spec.resize_mode))
-    return normalize(center_crop(square[None], spec.size), spec)[0]
+    return torch.from_numpy(normalize_array(crop_to_input(pixels, spec), spec))
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
@@ -67,8 +66,8 @@ def normalize(images: Tensor, spec: InputSpec) -> Tensor:
 @lru_cache(maxsize=16)  # avoids a copy to the device for each batch
 @torch.inference_mode(False)
 def _scale_and_shift(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
-    means, deviations = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (mean, std))
-    return (1 / (255 * deviations)).float().to(device), (means / deviations).float().to(device)
+    scale, shift = (torch.from_numpy(each.copy())[None].to(device) for each in scale_and_shift(mean, std))
+    return scale, shift
 
 
 Boxes = NDArray[np.int64]

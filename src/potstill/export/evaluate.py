@@ -106,8 +106,8 @@ def _test_images(
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, splits.class_names, subset, splits.skipped
     if is_shards(source):
-        class_names, sets, _ = read_shards(settings)
-        return sets["train"], class_names, "all images", ()
+        shard_classes, sets, _ = read_shards(settings)
+        return sets["train"], shard_classes, "all images", ()
     listing, skipped, contents = read_files(list_source(settings), settings)
     # Nothing is trained: a class, or train itself, may be missing; a class that is missing in test gets a warning.
     passed = ("missing-class", "no-train")
@@ -127,12 +127,14 @@ def _test_images(
 
 
 def run_data_settings(model: Path) -> Any:
-    """Return the data settings of a model's run; None for a model outside of a run."""
+    """Return the data settings of a model's run, without the unlabeled images, which nothing is measured on; None for a
+    model outside of a run.
+    """
     recipe = model.parent / "recipe.yaml"
     if not recipe.is_file():
         return None
     read_checksummed_text(recipe)  # compares it with its digest, before it is parsed
-    return load_recipe(recipe, data_needed=False, recorded=True).data
+    return load_recipe(recipe, data_needed=False, recorded=True).data.model_copy(update={"unlabeled": None})
 
 
 def _run_split_settings(settings: Any, source: str) -> Any:
@@ -143,8 +145,7 @@ def _run_split_settings(settings: Any, source: str) -> Any:
         return None
     if settings.target is not None and _is_same_source(settings.target, source):
         return target_settings(settings)
-    update = {} if settings.target is None else {"target": None, "unlabeled": None}
-    return settings.model_copy(update=update) if _is_same_source(settings.source, source) else None
+    return settings.model_copy(update={"target": None}) if _is_same_source(settings.source, source) else None
 
 
 def _is_same_source(first: str, second: str) -> bool:

@@ -93,9 +93,11 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
         )
     if settings is None:
         return DataSettings(source=str(source))
-    if source is None:
-        from potstill.data.datasets import check_source
+    from potstill.data.datasets import check_source, is_dataset
+    from potstill.data.file_datasets import is_shards
+    from potstill.data.sources import is_table
 
+    if source is None:
         try:
             check_source(settings)
         except UsageError as error:
@@ -103,7 +105,10 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
                 f"{error}\nThe data of {folder} has moved, or its path is relative to the folder in which the run "
                 "began: name it with --data DIR"
             ) from None
-    return settings if source is None else settings.model_copy(update={"source": source, "target": None})
+        return settings
+    folder_or_manifest = not (is_dataset(source) or is_shards(source) or is_table(source))
+    options = {} if folder_or_manifest else settings.options  # of the run's data set; folders take none
+    return settings.model_copy(update={"source": source, "target": None, "options": options})
 
 
 def check_all_options(options: ExportOptions) -> None:

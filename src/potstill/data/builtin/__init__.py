@@ -1,6 +1,7 @@
 """Data sets known by name: one file each, with the options that it takes; see ``data.datasets``."""
 
 import hashlib
+from collections.abc import Mapping
 
 from potstill.data.image_sets import ArraySet, ImageSet, Subset
 from potstill.data.settings import AugmentSettings, DataSettings
@@ -26,11 +27,7 @@ def split_published(
         "val": Subset(pool, parts["val"]),
         "test": test,
     }
-    channels = slice(None) if pool.images.ndim == 4 else 0  # gray images are digested as they were published
-    contents = {
-        split: [hashlib.sha256(images.pixels(i)[..., channels].tobytes()).hexdigest() for i in range(len(images))]
-        for split, images in splits.items()
-    }
+    contents = digest_pixels(splits, slice(None) if pool.images.ndim == 4 else 0)  # gray images: as they were published
     origin = (
         f"test as published; val: {100 * settings.val:g} % of {len(pool):,} training images, stratified, "
         f"split seed {settings.split_seed}"
@@ -39,3 +36,11 @@ def split_published(
         class_names, splits["train"], splits["val"], splits["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint(splits, class_names, contents), augment=augment,
     )  # fmt: skip
+
+
+def digest_pixels(splits: Mapping[str, ImageSet], channels: slice | int = slice(None)) -> dict[str, list[str]]:
+    """Return split -> SHA-256 of the pixels of each image, for a fingerprint."""
+    return {
+        split: [hashlib.sha256(images.pixels(i)[..., channels].tobytes()).hexdigest() for i in range(len(images))]
+        for split, images in splits.items()
+    }

@@ -1,13 +1,13 @@
 """Digits: 1,797 handwritten digits of 8x8 pixels, which come with scikit-learn (UCI, CC BY 4.0)."""
 
 import gzip
-import hashlib
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data.builtin import digest_pixels
 from potstill.data.image_sets import ArraySet
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.splits import DataSplits, fingerprint, split_by_settings
@@ -29,13 +29,9 @@ def digits(settings: DataSettings) -> DataSplits:
     images = ArraySet(pixels, labels, [f"digits/{i:05d}" for i in range(len(pixels))])
     class_names = tuple(str(digit) for digit in range(10))
     parts, origin = split_by_settings(settings, images, class_names)
-    contents = {
-        split: [hashlib.sha256(part.pixels(i).tobytes()).hexdigest() for i in range(len(part))]
-        for split, part in parts.items()
-    }
     return DataSplits(
         class_names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
-        fingerprint=fingerprint(parts, class_names, contents), augment=AUGMENT,
+        fingerprint=fingerprint(parts, class_names, digest_pixels(parts)), augment=AUGMENT,
     )  # fmt: skip
 
 
