@@ -257,10 +257,10 @@ class Sweep:
             for cell, combination in enumerate(self.combinations[: self.trials]):
                 if cell not in known_cells:
                     self.study.enqueue_trial(combination, user_attrs={"cell": cell})
-            if self.student == "baseline" and not known_cells and not self.combinations:
-                # Its first trial has the recipe's own settings.
-                if own := recipe_values(self.space, self.recipe):
-                    self.study.enqueue_trial(own)
+            # The first trial of a baseline has the recipe's own settings.
+            own = recipe_values(self.space, self.recipe) if self.student == "baseline" else {}
+            if own and not known_cells and not self.combinations:
+                self.study.enqueue_trial(own)
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
