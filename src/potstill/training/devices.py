@@ -40,7 +40,7 @@ def check_distributed_support(method: Method, optimizer: str, processes: Process
         return
     if method.needs.index:
         raise UsageError(
-            f"{type(method).__name__} remembers every training image, and {processes.count} processes would each "
+            f"{method.label} remembers every training image, and {processes.count} processes would each "
             "remember a part: start one process, or use kd or dist"
         )
     if optimizer.lower() == "dot":
