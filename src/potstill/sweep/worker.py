@@ -418,7 +418,7 @@ class Sweep:
             if not done:
                 reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
                 raise UsageError("no trial finished:\n" + "\n".join(reasons[:5]))
-            best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
+            best = (min if self.measure == "nll" else max)(done, key=lambda row: row["value"])
             self.observer.note(f"trial {best['number']} is the best on val, which is optimistic after a search")
             entries = {key: best[key] for key in ("folder", "chosen", "value")}
             write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **entries})
