@@ -142,6 +142,16 @@ def test_time_is_used_and_more_of_it_trains_longer(tmp_path):
     assert all(time > 0.75 * within for time, within in zip(times, (300, 600), strict=False))
 
 
+def test_little_time_still_compares_candidates(tmp_path):
+    """Better two networks in a short race than the first of the list, unseen."""
+    clock = Clock()
+    trainings = FakeTrainings(clock, accuracy={("b", "1.0"): 0.9})
+    found = search(tmp_path, clock, trainings, within=80.0).work(FAMILIES)
+    assert (found["plan"]["candidates"], found["winner"]["student.model"]) == (2, "b")
+    assert (found["final_epochs"], found["fresh_seeds"]) == (11, 1)  # not 3 seeds of 2 epochs
+    assert clock.now - 100 <= 80
+
+
 def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_path):
     clock = Clock()
     trainings = FakeTrainings(clock, accuracy={("b", None): 0.9, ("b", "1.0"): 0.85, ("c", "1.0"): 0.8})

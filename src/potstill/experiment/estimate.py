@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +24,8 @@ from potstill.training.devices import Compute
 from potstill.training.optim import freeze_low_rates
 from potstill.training.settings import TrainingSettings
 
-_TIMED_IMAGES = 16
 _ROUNDS = 3  # timed steps, after one for warm-up
+_ENOUGH_SECONDS = 0.2  # of timed steps, after which no further one is needed
 _NEGLIGIBLE_SPEED_UP = 1.05
 
 
@@ -103,13 +103,7 @@ def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> floa
     """Return the seconds per image of a training step of a copy of the student, forward and backward."""
     size = student.input.size
     step, images = create_timed_step(student.module, size, batch, compute), timed_batch_size(batch, size)
-    times = []
-    for _ in range(_ROUNDS + 1):
-        started = time.perf_counter()
-        step()
-        compute.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:]) / images
+    return _seconds_of(step) / images
 
 
 def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
@@ -163,7 +157,7 @@ class StageTime(float):
 def estimate_stages(
     recipe: Recipe, planned: Sequence[PlannedStage], data: DataSplits, compute: Compute
 ) -> dict[str, StageTime]:
-    """Return the seconds of each stage, from a small batch of its networks with random weights, without own code."""
+    """Return the seconds of each stage, from small batches of its networks with random weights, without own code."""
     seconds, known = dict[str, StageTime](), dict[tuple[object, ...], tuple[float, float]]()
     train, val, views = len(data.train), len(data.val), recipe.teacher_cache.views
     unlabeled = 0 if data.unlabeled is None else len(data.unlabeled)
@@ -212,7 +206,7 @@ def _seconds_of_step_and_forward(
         compute = replace(compute, bf16=False, fp16=False)
     with contextlib.suppress(UsageError):  # a network that is not from timm, and is not trained
         freeze_low_rates(network, settings)
-    images = timed_batch_size(_TIMED_IMAGES, size)
+    images = timed_batch_size(settings.batch_size, size)
     noise = torch.zeros(images, 3, size, size, device=compute.device).contiguous(memory_format=compute.memory_format)
 
     def forward() -> None:
@@ -220,11 +214,17 @@ def _seconds_of_step_and_forward(
             network(noise)
         compute.synchronize()
 
-    times = []
     hidden = find_opaque(network) is not None
-    for call in (forward if hidden else create_timed_step(network, size, images, compute), forward):
-        call()
+    step = forward if hidden else create_timed_step(network, size, images, compute)
+    return _seconds_of(step) / images, _seconds_of(forward) / images
+
+
+def _seconds_of(call: Callable[[], None]) -> float:
+    """Return the median seconds of a call, after one for warm-up; of a long one it takes fewer."""
+    call()
+    times = list[float]()
+    while len(times) < _ROUNDS and sum(times) < _ENOUGH_SECONDS:
         started = time.perf_counter()
         call()
-        times.append((time.perf_counter() - started) / images)
-    return times[0], times[1]
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -347,7 +347,8 @@ class HalvingSearch:
             return None if epochs is None else Plan(count, seeds, epochs)
 
         shapes = [(count, self.seeds, base) for count in range(len(pool), 1, -1)]
-        shapes += [(count, 1, math.ceil(base / 2)) for count in range(min(len(pool), 4), 1, -1)]
+        few = range(min(len(pool), 4), 1, -1)
+        shapes += [(count, 1, shortest) for shortest in (math.ceil(base / 2), least) for count in few]
         for shape in [*shapes, (1, 1, least)]:
             if (plan := fitting(*shape)) is not None:
                 return plan
@@ -506,7 +507,8 @@ class HalvingSearch:
             again = costs.training(name, epochs, distilled=False) + EVALUATION_EPOCHS * costs.epoch(name)
             return 2 * seeds * again + costs.new_views(epochs) * costs.view <= left
 
-        for seeds, shortest in ((self.seeds, max([least, *self.state["rungs"]])), (1, least)):
+        # A verdict on several seeds is worth half of the epochs, not more: one of the models is deployed.
+        for seeds, shortest in ((self.seeds, max([math.ceil(base / 2), *self.state["rungs"]])), (1, least)):
             found = longest(lambda epochs, seeds=seeds: fits(epochs, seeds), shortest, MAX_STRETCH * base)  # type: ignore[misc]
             if found is not None:
                 return found
