@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_with_the_same_weights(recipe, tmp_path, cache):
     assert weights(parts) == weights(whole)
 
 
-def test_the_key_differs_from_that_of_the_students_pixels():
+def test_the_key_tells_resolutions_and_unlabeled_images_apart():
     class Images:
         names = ("a", "b")
 
@@ -186,8 +186,8 @@ def test_the_key_differs_from_that_of_the_students_pixels():
             return Images()
 
     class Loading:
-        def __init__(self, size):
-            self.spec = type("Spec", (), {"size": size})
+        def __init__(self, size, unlabeled=None):
+            self.spec, self.unlabeled = type("Spec", (), {"size": size}), unlabeled
 
         def describe_views(self, second):
             return {"side": 18}
@@ -195,6 +195,8 @@ def test_the_key_differs_from_that_of_the_students_pixels():
     teacher = {"input": {"size": 24}}
     own, same = (cache_key(teacher, Loading(size), "train", Data(), second=False) for size in (16, 24))
     assert own == same | {"resolution": "own"}
+    further = cache_key(teacher, Loading(24, Images()), "train", Data(), second=False)
+    assert {key for key in same if same[key] != further[key]} == {"names"}  # of unlabeled images, which have ids too
 
 
 def test_a_pretrained_teacher_is_said_to_see_too_little():

@@ -133,6 +133,16 @@ def test_bad_input(copied, arguments, message, capsys):
     assert not (copied / "pruned" / "distilled-0.5" / "finetuned").exists()
 
 
+@pytest.mark.parametrize("command", [["shrink"], ["export", "--prune", "0.5"]])
+def test_images_that_came_later_are_refused(command, copied, photographs, tmp_path, capsys):
+    moved = Path(shutil.copytree(photographs, tmp_path / "moved"))
+    shutil.copy(next(moved.glob("red/*.png")), moved / "red" / "new.png")
+    verb, *options = command
+    assert main([verb, str(copied), *options, "--data", str(moved)]) == 3
+    assert "new: red/new.png" in capsys.readouterr().err
+    assert not [path for path in (copied / "shrink", copied / "pruned") if path.exists()]
+
+
 def test_a_model_outside_of_a_run_is_not_pruned(copied, capsys):
     assert main(["export", str(copied / "distilled"), "--prune", "0.5"]) == 2
     assert "no run folder" in capsys.readouterr().err

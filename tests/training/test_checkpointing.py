@@ -99,7 +99,7 @@ def test_a_name_that_is_not_there_is_no_crash(tmp_path):
 
 
 def test_an_epoch_goes_on_upon_the_device_of_its_training():
-    """A checkpoint is read on the CPU; "meta" stands for a GPU, which the CPU's tensors cannot be joined with either."""
+    """A checkpoint is read on the CPU; "meta" stands for a GPU: tensors of both cannot be joined."""
 
     def state(device):
         return EpochState(StreamingMetrics(3, device=device), TermAverages(), lr=0.1)

@@ -322,13 +322,15 @@ def _code_digest(module: nn.Module) -> str | None:
 def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:
     """All that decides a store's records; any change of it is another key."""
     own_size = {"resolution": "own"} if teacher["input"]["size"] != loader.spec.size else {}  # else: the student's
+    # The fingerprint does not depend on their order, ids do; it lacks unlabeled images that came from Python.
+    names = [*data.split(split).names, *(loader.unlabeled.names if loader.unlabeled is not None else ())]
     return {
         "teacher": teacher,
         **own_size,
         "classes": list(data.class_names),
         "data": data.fingerprint,
         "split": split,
-        "names": names_digest(data.split(split).names),  # the fingerprint does not depend on their order, ids do
+        "names": names_digest(names),
         "views": loader.describe_views(second=second),
     }
 

@@ -199,9 +199,12 @@ def recipe_values(space: Space, recipe: Recipe) -> dict[str, Any]:
     for each in space.dimensions:
         section, _, key = each.key.partition("training.")
         value = training.get(key) if section in ("", "student.") else None
-        if not each.choices and isinstance(value, int | float) and each.low <= value <= each.high:
+        if each.choices:
+            value = next((text for text in each.choices if parse_yaml(text, each.key).value == value), None)
+        elif not (isinstance(value, int | float) and each.low <= value <= each.high):
+            value = None
+        if value is not None:
             found[each.key] = value
-        found |= {each.key: text for text in each.choices if parse_yaml(text, each.key).value == value}
     return found
 
 

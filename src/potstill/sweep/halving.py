@@ -441,7 +441,7 @@ class HalvingSearch:
 
     def _rank(self, pool: Sequence[Candidate], rows: Sequence[dict[str, Any] | None]) -> list[Candidate]:
         """Return the candidates with a result, best on val first; equal ones keep their order."""
-        sign = 1 if self.trainings.measure in ("loss", "nll") else -1
+        sign = 1 if self.trainings.measure == "nll" else -1
         ended = zip(pool[: len(rows)], rows, strict=True)
         pairs = [(sign * row["value"], each) for each, row in ended if row and row["value"] is not None]
         return [each for _, each in sorted(pairs, key=lambda pair: pair[0])]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from potstill.config import stage_number, stage_role
 from potstill.config.recipe import Recipe, StageSettings, load_recipe
 from potstill.data.splits import DataSplits
-from potstill.errors import ArtifactError, UsageError, did_you_mean
+from potstill.errors import ArtifactError, DataError, UsageError, did_you_mean
 from potstill.evaluation.significance import paired_interval, paired_loss_bound, wilson_interval
 from potstill.experiment.plan import PlannedStage, plan_stages, scale_training
-from potstill.experiment.resume import check_same_recipe
+from potstill.experiment.resume import changed_images, check_same_recipe
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_loss, format_milliseconds, format_percent, format_points, format_scaled
 from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
@@ -196,13 +197,22 @@ class PrunedStudent:
             return own.teacher
         return found if isinstance(own.teacher, list) and stage_role(planned.teachers[0]) == "teacher" else found[0]
 
-    def data(self) -> "DataSplits":
-        """Return the splits of the run's data."""
+    @cached_property
+    def splits(self) -> DataSplits:
+        """The splits of the run's data; DataError: the images have changed since, so that val may have trained ones."""
         from potstill.console import silence_native_stderr
         from potstill.data.datasets import load_data
 
         with silence_native_stderr():
-            return load_data(self.recipe.data, None, progress=self.observer)
+            found = load_data(self.recipe.data, None, progress=self.observer)
+        if self.run.read_environment().get("data_fingerprint") != found.fingerprint:
+            raise DataError(
+                f"{found.source} has changed since {self.run.path} was trained on it, so that images of its train may "
+                "now be in val or test:\n"
+                + "\n".join(changed_images(self.run, found.as_rows()))
+                + "\nRestore the former images, or give the folder where they are with --data"
+            )
+        return found
 
     def prune(self, student: "Classifier", share: float) -> "Classifier":
         """Return a copy of a student with at most ``1 - share`` of its weights."""
@@ -222,7 +232,7 @@ class PrunedStudent:
         from potstill.models.pruning import count_weights
 
         assert target.limits is not None
-        limits, splits = target.limits, self.data().measured
+        limits, splits = target.limits, self.splits.measured
         low, high, found, nearest = 0.0, _MAX_SHARE, None, ""
         share = 0.0
         for _ in range(_ATTEMPTS):
@@ -258,6 +268,8 @@ class PrunedStudent:
         from potstill.models.model_file import save_model
 
         home, first = RunFolder(folder / FINETUNED), folder / START
+        if not home.trained(self.role):
+            _ = self.splits  # refuses other images before anything is written
         if not (first / "model.json").exists():
             save_model(start(), first)
         student = self.recipe.student.model_copy(update={"weights": str(first.resolve())})
@@ -401,7 +413,7 @@ class _Search:
         self.folder = work.run.path / SHRINK_FOLDER / work.stage
         self.note = work.observer.note
         check_prunable(work.student.module, work.student.architecture)
-        self.splits = work.data().measured
+        self.splits = work.splits.measured
         _check_images(len(self.splits.val), max_loss)
         self.reference = self._correct(self._torch(work.student), "val")
         self.rows: list[dict[str, Any]] = []

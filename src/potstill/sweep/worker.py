@@ -257,10 +257,10 @@ class Sweep:
             for cell, combination in enumerate(self.combinations[: self.trials]):
                 if cell not in known_cells:
                     self.study.enqueue_trial(combination, user_attrs={"cell": cell})
-            if self.student == "baseline" and not known_cells and not self.combinations:
-                # Its first trial has the recipe's own settings.
-                if own := recipe_values(self.space, self.recipe):
-                    self.study.enqueue_trial(own)
+            # The first trial of a baseline has the recipe's own settings.
+            own = recipe_values(self.space, self.recipe) if self.student == "baseline" else {}
+            if own and not known_cells and not self.combinations:
+                self.study.enqueue_trial(own)
         (self.folder / "trials").mkdir(exist_ok=True)
 
     def _teachers(self) -> tuple[str, ...]:
@@ -418,7 +418,7 @@ class Sweep:
             if not done:
                 reasons = sorted({str(row["error"]) for row in self.rows() if row["error"]})
                 raise UsageError("no trial finished:\n" + "\n".join(reasons[:5]))
-            best = (min if self.measure in ("loss", "nll") else max)(done, key=lambda row: row["value"])
+            best = (min if self.measure == "nll" else max)(done, key=lambda row: row["value"])
             self.observer.note(f"trial {best['number']} is the best on val, which is optimistic after a search")
             entries = {key: best[key] for key in ("folder", "chosen", "value")}
             write_checksummed_json(self.folder / study.FINAL_FILE, {"schema": 1, "trial": best["number"], **entries})
