@@ -79,9 +79,9 @@ def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     """Return the class order of a model's outputs if it seems to differ from that of the labels.
 
     Outputs and classes are matched for maximal accuracy (Kuhn, "The Hungarian method for the assignment problem", 1955,
-    by scipy).  Among K! orders, some are better by chance.  An order counts if it leaves less than half of the errors,
-    or has twice as many images right and clearly more than the best order has for shuffled labels: a weak model of
-    other order.  Return the class of each output, [K], or None.
+    by scipy).  Among K! orders, some are better by chance.  An order counts if it has more images right than chance
+    gives (the best one for shuffled labels), and leaves less than half of the errors; or if it has many more than that,
+    and twice as many as the model: a weak model.  Return the class of each output, [K], or None.
 
     Example:
         >>> labels = np.repeat([0, 1, 2], 10)
@@ -90,14 +90,12 @@ def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     """
     right = int((predicted == labels).sum())
     order, most = _best_order(predicted, labels, classes)
-    if most - right < 5:
-        return None
-    if 2 * (len(labels) - most) < len(labels) - right:
-        return order
-    if most < 2 * right:
+    clearly = 2 * (len(labels) - most) < len(labels) - right
+    if most - right < 5 or not (clearly or most >= 2 * right):
         return None
     by_chance = _best_order(predicted, np.random.default_rng(0).permutation(labels), classes)[1]
-    return order if most - by_chance > 5 + 3 * math.sqrt(by_chance) else None
+    deviation = math.sqrt(by_chance * (1 - by_chance / len(labels)))
+    return order if most - by_chance > (2 * deviation if clearly else 5 + 3 * deviation) else None
 
 
 def _best_order(predicted: Array, labels: Array, classes: int) -> tuple[Array, int]:
