@@ -126,6 +126,8 @@ def test_models_below_limits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["--under", "1kB"], "Nearest: cifar/resnet8"),
         (["--under", "3parsecs"], "unknown unit 'parsecs'"),
         (["torchvision/vgg11", "--sort", "size"], "the table of sizes has none of"),
+        (["cifar/*", "--int8"], "for the table of sizes: add --sort or --under"),
+        (["cifar/*", "--classes", "10"], "for the table of sizes: add --sort or --under"),
     ],
 )
 def test_limits_that_no_model_meets(

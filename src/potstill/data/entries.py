@@ -129,6 +129,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "missing-class": _skippable("classes that are not in every split", "metrics of such a split leave out a class"),
     "too-few": _skippable("classes too small for a split", "each of train, val and test needs an image of each class"),
     "split-folders": _refused("contradictory split folders", "it is not clear which images are for training"),
+    "no-train": _refused("data with other splits, and no train", "there is nothing to train on"),
     "link-out": _skippable(
         "paths and links out of the data",
         "the data would change with files elsewhere; data.follow_links: true reads them",

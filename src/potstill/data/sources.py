@@ -91,7 +91,7 @@ def _split_folders(listing: Listing, folders: list[Path]) -> list[tuple[str, Pat
     if "train" not in splits:
         if len(named) < len(folders):
             return []  # a class may be called "test"
-        listing.report("split-folders", ".", f"there is {' and '.join(sorted(splits))}, but no folder train")
+        listing.report("no-train", ".", f"there is {' and '.join(sorted(splits))}, but no folder train")
     if splits == {"train"} and len(folders) > 1 and not any(_subfolders_silently(listing, f) for _, f in named):
         return []
     for split in _SPLITS:
@@ -483,7 +483,7 @@ def _check_splits(listing: Listing, path: Path) -> None:
         reason = f"{len(given)} of {len(listing.entries)} rows name a split: all of them must, or none"
         listing.report("manifest", path, reason)
     if given and "train" not in given:
-        listing.report("manifest", path, "no row has the split train")
+        listing.report("no-train", path, "no row has the split train")
 
 
 TABLE_SUFFIX = ".parquet"

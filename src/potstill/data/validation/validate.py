@@ -300,6 +300,7 @@ def validate_listing(
         passed_over=listing.passed_over.total(),
         notes=[
             *_notes(listing, division),
+            *_notes_on_other_data(settings),
             *crop_notes(table.rows["width"], table.rows["height"], settings.resize_mode),
         ],
         skipped=sort_findings(skipped),
@@ -335,6 +336,14 @@ def _notes(listing: Listing, division: SplitAssignment) -> Iterator[str]:
                 f"class names are sorted as text, so that output {at} is {names[at]!r} and not {by_number[at]!r}; "
                 "weights of other programs may have the order of the numbers"
             )
+
+
+def _notes_on_other_data(settings: DataSettings) -> Iterator[str]:
+    """Yield a note for each setting that names further images, with the command that checks these."""
+    for key, unlabeled in (("unlabeled", True), ("target", False), ("labeled_test", False)):
+        if (source := getattr(settings, key)) is not None:
+            command = shlex.join(["potstill", "check", source, *(["--no-labels"] if unlabeled else [])])
+            yield f"the images of data.{key} are not checked here; `{command}` checks them"
 
 
 def _scan_images(scan_image: Scanner, count: int, progress: ProgressReporter | None) -> Iterator[ImageScan | Finding]:
