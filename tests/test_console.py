@@ -182,6 +182,23 @@ def test_on_a_terminal_there_is_a_bar_with_speed_and_eta(monkeypatch: pytest.Mon
     assert "done in 1 min 05 s, best epoch 1, val top-1 89.0 %" in shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    with Progress(Console(file=out, force_terminal=True, width=width, markup=False, highlight=False)) as progress:
+        progress.expect(lambda: {"distilled": 3600.0, "baseline": 3600.0})
+        progress.stage("distilled", "cifar/resnet8")
+        progress.epoch_start(10, 12, steps=2, images=1000)
+        progress.step(500)
+        progress.epoch_end({"epoch": 10, "val": {"top1": 0.5}})
+        progress.wait("predictions of the distilled on train", 1, 2)
+    shown = out.getvalue()
+    assert re.findall(r"(?:epoch|val|\d)[^\s]*\N{HORIZONTAL ELLIPSIS}", shown) == []  # at most of the name
+    assert "epoch 10/12" in shown
+    assert "val top-1 50.0 %" in shown
+
+
 def test_the_bar_shows_the_time_left_in_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     out = io.StringIO()

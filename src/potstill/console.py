@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 TEXT_WIDTH = 100  # characters of running text
+_BAR_WIDTH = 110  # characters of a terminal that shows all columns of the progress bar
+_NARROW_COLUMNS = 44  # characters of share, epoch, metric and time left
 _LINE_INTERVAL = 5.0  # seconds between two lines of progress without a terminal, at least
 _INTERVAL_SHARE = 0.01  # of the time since the start, at least: a day's log has hundreds of such lines, not thousands
 _RECENT_EPOCHS = 4  # whose speed predicts the time left
@@ -235,14 +237,16 @@ class Progress:
 
 def _progress_bar(console: "Console") -> Any:
     from rich import progress
+    from rich.table import Column
 
+    wide = console.width >= _BAR_WIDTH  # else rich would cut off every column
+    name = Column(no_wrap=True, max_width=None if wide else max(10, console.width - _NARROW_COLUMNS))
+    fields = ("epoch", "speed", "val") if wide else ("epoch", "val")
     return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(bar_width=24),
-        progress.TextColumn("{task.fields[epoch]}", markup=False),
-        progress.TextColumn("{task.fields[speed]}", markup=False),
-        progress.TextColumn("{task.fields[val]}", markup=False),
-        progress.TextColumn("ETA", markup=False),
+        progress.TextColumn("{task.description}", markup=False, table_column=name),
+        progress.BarColumn(bar_width=24) if wide else progress.TaskProgressColumn(),
+        *(progress.TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in fields),
+        *([progress.TextColumn("ETA", markup=False)] if wide else []),
         progress.TimeRemainingColumn(),
         console=console,
         refresh_per_second=4,

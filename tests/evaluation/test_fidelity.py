@@ -67,3 +67,13 @@ def test_a_weak_model_has_no_other_order(share):
     for _ in range(100):
         predicted = np.where(draw.random(60) < share, labels, draw.integers(0, 4, 60))
         assert class_order(predicted, labels, 4) is None
+
+
+def test_the_order_of_a_weak_model_is_found_too():
+    draw, order = np.random.default_rng(0), np.roll(np.arange(10), 3)
+    labels = np.repeat(np.arange(10), 30)
+    outputs = np.argsort(order)[labels]  # output i stands for class order[i]
+    predicted = np.where(draw.random(300) < 0.4, outputs, draw.integers(0, 10, 300))
+    assert (order[predicted] == labels).mean() < 0.5  # most of its predictions are wrong in any order
+    assert class_order(predicted, labels, 10).tolist() == order.tolist()
+    assert class_order(np.full(300, 3), np.repeat([0, 3], [290, 10]), 10) is None  # one class alone: no order

@@ -269,7 +269,7 @@ class Listing:
     def link_problem(self, path: str, root: str) -> tuple[str, str] | None:
         """Return kind and reason of the finding if a link must not be followed; None if it may."""
         target = os.path.realpath(path)
-        if os.path.islink(target):
+        if not os.path.exists(target):  # also outside, where follow_links would not help
             return "link-broken", broken_link_reason(path)
         is_folder = os.path.isdir(target)
         if not is_below(target, root) and not self.follow_links:
@@ -278,8 +278,6 @@ class Listing:
             if is_below(os.path.realpath(os.path.dirname(path)), target):
                 return "link-folder", "a link to a folder that holds the link: a loop"
             return None if self.follow_links else ("link-folder", LINK_TO_FOLDER)
-        if not os.path.exists(target):
-            return "link-broken", broken_link_reason(path)
         return None if os.path.isfile(target) else ("unreadable", "a link to something other than a regular file")
 
 

@@ -79,20 +79,32 @@ def class_order(predicted: Array, labels: Array, classes: int) -> Array | None:
     """Return the class order of a model's outputs if it seems to differ from that of the labels.
 
     Outputs and classes are matched for maximal accuracy (Kuhn, "The Hungarian method for the assignment problem", 1955,
-    by scipy).  Only an order with less than half of the errors counts: among K! orders, some are a little better by
-    chance.  Return the class of each output, [K], or None.
+    by scipy).  Among K! orders, some are better by chance.  An order counts if it has more images right than chance
+    gives (the best one for shuffled labels), and leaves less than half of the errors; or if it has many more than that,
+    and twice as many as the model: a weak model.  Return the class of each output, [K], or None.
 
     Example:
         >>> labels = np.repeat([0, 1, 2], 10)
         >>> class_order(np.repeat([2, 0, 1], 10), labels, 3)
         array([1, 2, 0])
     """
+    right = int((predicted == labels).sum())
+    order, most = _best_order(predicted, labels, classes)
+    clearly = 2 * (len(labels) - most) < len(labels) - right
+    if most - right < 5 or not (clearly or most >= 2 * right):
+        return None
+    by_chance = _best_order(predicted, np.random.default_rng(0).permutation(labels), classes)[1]
+    deviation = math.sqrt(by_chance * (1 - by_chance / len(labels)))
+    return order if most - by_chance > (2 * deviation if clearly else 5 + 3 * deviation) else None
+
+
+def _best_order(predicted: Array, labels: Array, classes: int) -> tuple[Array, int]:
+    """Return the order of classes, [K], in which most images are right, and their number."""
     from scipy.optimize import linear_sum_assignment
 
     matrix = np.bincount(predicted * classes + labels, minlength=classes * classes).reshape(classes, classes)
     outputs, order = linear_sum_assignment(matrix, maximize=True)
-    errors, left = len(labels) - int(np.trace(matrix)), len(labels) - int(matrix[outputs, order].sum())
-    return np.asarray(order) if errors - left >= 5 and 2 * left < errors else None
+    return np.asarray(order), int(matrix[outputs, order].sum())
 
 
 MAX_MAP_VALUES = 2**20  # per image; larger stages are left out: 64 images would take 256 MB

@@ -41,6 +41,7 @@ def test_links_out_loops_and_to_nothing(make_folder, tmp_path: Path) -> None:
     (a / "ping").symlink_to("pong")
     (a / "pong").symlink_to("ping")
     (a / "gone.png").symlink_to("nothing.png")
+    (a / "far.png").symlink_to(outside / "nothing.png")  # to follow it would not help
     (a / "beside").symlink_to(folder / "b")
     (folder / "linked").symlink_to(folder / "b")
     (folder / "far").symlink_to(outside / "c")
@@ -53,6 +54,7 @@ def test_links_out_loops_and_to_nothing(make_folder, tmp_path: Path) -> None:
         "a/ping": ("link-broken", "a link that leads round in a circle"),
         "a/pong": ("link-broken", "a link that leads round in a circle"),
         "a/gone.png": ("link-broken", "a link to nothing"),
+        "a/far.png": ("link-broken", "a link to nothing"),
         "a/beside": ("link-folder", "a link to a folder"),
         "linked": ("link-folder", "a link to a folder; put the folder itself there"),
         "far": (
