@@ -86,7 +86,8 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
 
     settings = DataSettings.model_validate({"source": source, **options})
     check_source(settings)
-    run_settings = None if model is None else _run_split_settings(run_data_settings(model), source)
+    recorded = None if model is None else run_data_settings(model)
+    run_settings = _run_split_settings(recorded, source)
     if run_settings is not None or is_dataset(source):
         enabled = {key: True for key, value in options.items() if value}
         splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
@@ -97,6 +98,8 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
         names = [splits.class_names[label] for label in splits.test.labels]
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, names, subset, splits.skipped
+    if recorded is not None:  # the model's classes have the names of these folders
+        settings = settings.model_copy(update={"class_folder": recorded.class_folder})
     listing, skipped, contents = read_files(list_source(settings), settings)
     # Nothing is trained: a class may be missing in another split, and one that is missing in test gets a warning.
     raise_refused(settings, [each for each in listing.findings if each.kind != "missing-class"], listing.shown_root)
@@ -146,7 +149,7 @@ def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
         shown = ", ".join(f"{name!r}{did_you_mean(name, class_names)}" for name in unknown[:5])
         raise DataError(
             f"the model does not know {len(unknown)} of these classes: {shown}\n"
-            f"It knows {format_names(class_names, 12)}"
+            f"It knows {format_names(class_names, 12)}; rename these folders, or give data without them"
         )
     ids = {name: i for i, name in enumerate(class_names)}
     return np.array([ids[label] for label in labels], dtype=np.int64)
