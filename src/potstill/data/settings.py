@@ -59,8 +59,8 @@ class DataSettings(BaseModel):
 
     source: str = Field(
         "digits",
-        description="a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name of "
-        "a data set, or file.py:callable",
+        description="a folder, a manifest (.csv, .tsv, .txt, .jsonl), .tar or .parquet files, hf://datasets/USER/NAME, "
+        "the name of a data set, or file.py:callable",
     )
     options: dict[str, Any] = Field(
         {}, description="options of a data set given by name or code, e.g. {classes: 2} for solar"
