@@ -3,7 +3,8 @@
 import pytest
 
 from potstill.cli import catalog, main
-from potstill.methods import StepCost, list_own_methods
+from potstill.config.recipe import list_recipes
+from potstill.methods import StepCost, list_methods, list_own_methods
 from potstill.models.model_table import ModelRow
 
 
@@ -60,6 +61,20 @@ def test_every_method_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Loss:\n" in text
 
 
+@pytest.mark.parametrize("command", ["methods", "recipes"])
+def test_lists_fit_the_terminal_and_piped_have_a_line_for_each_entry(command, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main([command]) == 0
+    piped = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([command]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert narrow.split() == piped.split()
+    known = list_methods() if command == "methods" else list_recipes()
+    assert sorted(line.split()[0] for line in piped.splitlines()) == sorted(known)
+
+
 def test_an_unknown_method_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "revewkd"]) == 2
     assert "did you mean 'reviewkd'?" in capsys.readouterr().err
@@ -111,6 +126,8 @@ def test_models_below_limits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["--under", "1kB"], "Nearest: cifar/resnet8"),
         (["--under", "3parsecs"], "unknown unit 'parsecs'"),
         (["torchvision/vgg11", "--sort", "size"], "the table of sizes has none of"),
+        (["cifar/*", "--int8"], "for the table of sizes: add --sort or --under"),
+        (["cifar/*", "--classes", "10"], "for the table of sizes: add --sort or --under"),
     ],
 )
 def test_limits_that_no_model_meets(

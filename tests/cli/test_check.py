@@ -124,6 +124,17 @@ def test_settings_of_the_data(photos: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["counts"]["test"] == {"cat": 3, "dog": 3}
 
 
+def test_other_images_of_the_settings_are_named_as_unchecked(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more pictures").mkdir()
+    (tmp_path / "more pictures" / "broken.jpg").write_text("no image")
+    main(["check", str(photos), "--set", f"data.unlabeled={tmp_path / 'more pictures'}"])
+
+    out = capsys.readouterr().out
+    assert f"data.unlabeled are not checked here; `potstill check '{tmp_path / 'more pictures'}' --no-labels`" in out
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -54,6 +54,12 @@ def test_options_are_handed_on(
 def test_errors_have_their_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path), "--format", "onxx"]) == 2
     assert "did you mean 'onnx'?" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--max-accuracy-drop", "0.05"]) == 2
+    assert "is for quantized files: add --int8" in capsys.readouterr().err
+    all_formats = ["export", "runs/none", "--format", "all-that-run", "--output", "x.onnx"]
+    for more in ([], ["--prune", "0.5"]):  # not only after the fine-tuning
+        assert main([*all_formats, *more]) == 2
+        assert "--output names one file" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "torch-export"]) == ArtifactError.exit_code
     assert "has no model" in capsys.readouterr().err
     (tmp_path / "x.onnx").write_bytes(b"no model")

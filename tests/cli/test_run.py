@@ -193,6 +193,8 @@ def test_report_draws_one_run_and_compares_several(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["report: runs/quickstart/report.html", "report: both.html"]
     assert calls[-1] == {"compared": [Path("runs/a"), Path("runs/b")]}
+    assert main(["report", "runs/quickstart", "--output", "mine.html"]) == 2  # where it would be looked for in vain
+    assert "the page of one run is runs/quickstart/report.html" in capsys.readouterr().err
 
 
 def test_a_run_that_stopped_before_its_distilled_student_says_why(

@@ -61,7 +61,7 @@ def test_known_teacher_outputs_replace_the_teacher():
 
 
 def test_a_method_with_a_teacher_needs_one():
-    with pytest.raises(UsageError, match="KD needs a teacher"):
+    with pytest.raises(UsageError, match="kd needs a teacher"):
         Distiller(Seen(), None, KD())
 
 

@@ -156,9 +156,9 @@ def test_a_killed_run_ends_the_same_and_the_cache_is_used(without_labels, tmp_pa
 
 def test_what_cannot_be_trained_without_labels_is_refused(without_labels, images, labeled_test, tmp_path):
     for changes, message in (
-        (("method.alpha=0.3",), r"KD gives the labels the weight 0\.3, and there are none .*--alpha 0"),
-        (("method={name: crd}",), "CRD needs the label of every image, and there are none"),
-        (("method={name: dho, balance: 0.5}",), r"DHO gives the labels the weight 0\.5"),
+        (("method.alpha=0.3",), r"kd gives the labels the weight 0\.3, and there are none .*--alpha 0"),
+        (("method={name: crd}",), "crd needs the label of every image, and there are none"),
+        (("method={name: dho, balance: 0.5}",), r"dho gives the labels the weight 0\.5"),
         (("method={name: nkd}",), "NKD needs the label of every image"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -312,7 +312,7 @@ def test_what_needs_classes_is_refused_where_there_are_none(
     for changes, flags, message in (
         ((), {"method": "kd"}, "method kd reads the classes of the teacher, which has none .* cosine"),
         (("method.ce_weight=1",), {}, r"gives the labels the weight 1.*use --method cosine or srd"),
-        ((), {"method": "semckd"}, "SemCKD measures nothing on val but labels"),
+        ((), {"method": "semckd"}, "semckd measures nothing on val but labels"),
         (("student={model: cifar/resnet8, training: {freeze: 1}}",), {}, "freeze"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -10,7 +10,7 @@ import torch
 from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.significance import wilson_interval
-from potstill.experiment import pipeline
+from potstill.experiment import curriculum, pipeline
 from potstill.experiment.comparison import count_flips
 from potstill.experiment.plan import plan_stages
 from potstill.input_spec import InputSpec
@@ -74,6 +74,21 @@ def test_the_previous_model_is_taken_as_it_is_and_heard_beside_the_teacher(run):
     # The teacher's lead is that of the teacher, and the cascade asks no previous model.
     assert results["comparison"]["teachers"] == 1
     assert results["cascade"]["teachers"] == ["teacher"]
+
+
+def test_teachers_with_weights_teach_and_order_images_without_the_previous_model(photographs, tmp_path, monkeypatch):
+    asked, predict = [], curriculum.predict_together
+
+    def note(models, *others):
+        asked.append(list(models))
+        return predict(models, *others)
+
+    monkeypatch.setattr(curriculum, "predict_together", note)
+    one = {"model": "cifar/resnet8", "training": {"epochs": 1}}
+    changes = {"teacher": [one, one], "teachers": {"weights": [1, 2]}, "born_again_generations": 2, "curriculum": {}}
+    recipe = load_recipe(settings(photographs, **changes), flags={"--previous": deployed(tmp_path / "old")})
+    pipeline.run(recipe, output_dir=tmp_path, stages=("teacher", "distilled"), evaluate=False)
+    assert asked == [["teacher", "teacher-2"], ["generation-1"]]
 
 
 def test_a_method_without_teacher_has_the_previous_model_alone(photographs, tmp_path):

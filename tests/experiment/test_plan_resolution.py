@@ -10,9 +10,10 @@ import torch
 from scipy.stats import binomtest
 
 from potstill.config.recipe import dump_recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.plan import choose_networks, lengthen_short_trainings, restore_choices
+from potstill.experiment.plan import choose_networks, lengthen_short_trainings, restore_choices, scale_training
 from potstill.experiment.run_folder import RunFolder
 from potstill.models import pretrained
 from potstill.models.factory import create_model
@@ -152,6 +153,20 @@ def test_few_images_are_seen_more_often():
     # 300 steps of one, two, six and 33 batches of an epoch; then the 4 epochs that the caller gives have more
     assert lengths == {56: 300, 112: 150, 350: 50, 2100: 10, 100_000: 4}
     assert lengthen_short_trainings(recipe, 56).teacher_list == recipe.teacher_list  # a probe has no epochs
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones"),
+    [(1, []), (2, [1]), (3, [1, 2]), (6, [4, 5]), (10, [6, 8]), (50, [30, 40]), (100, [60, 80]), (300, [60, 80])],
+)
+def test_a_schedule_of_any_length_is_a_valid_one_of_the_same_shape(epochs, milestones):
+    steps = ["schedule=step", "milestones=[60,80]", "epochs=100", "warmup_epochs=5"]
+    recipe = load_recipe("quickstart", [f"student.training.{each}" for each in steps])
+    training = scale_training(recipe, epochs)
+    scaled = recipe.model_copy(update={"student": recipe.student.model_copy(update={"training": training})})
+    found = load_recipe(parse_yaml(dump_recipe(scaled), "").value, recorded=True).stage_training("student")
+    assert (found.epochs, found.milestones) == (epochs, milestones)
+    assert found.warmup_epochs == pytest.approx(min(5, 5 * epochs / 100))
 
 
 def test_a_resumed_run_keeps_what_was_chosen(offline, tmp_path):

@@ -63,6 +63,13 @@ def test_a_setting_without_effect_is_said_of_each_network(recipe, changes, roles
     assert all(text.split(": ", 1)[1].startswith(message) for text in found)
 
 
+def test_a_teacher_without_weight_is_said(recipe):
+    two = "[{model: cifar/resnet8}, {model: cifar/resnet8}]"
+    assert warnings(recipe(teacher=two, **{"teachers.weights": [0.5, 2]})) == []
+    (found,) = warnings(recipe(teacher=two, **{"teachers.weights": [1, 0]}))
+    assert found.startswith("teacher-2 has the weight 0")
+
+
 @pytest.mark.parametrize(("setting", "value"), [("data.class_balance", "weights"), ("training.label_smoothing", 0.1)])
 def test_what_changes_the_label_term_is_doubted_where_there_is_none(recipe, setting, value):
     for method in ("{name: kd, alpha: 0.0}", "{name: dist, ce_weight: 0.0}"):

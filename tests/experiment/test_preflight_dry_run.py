@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "a schedule of nothing": (
         {"method": "{name: kd, schedule: {hint: {shape: linear}}}"},
-        "the schedule of KD names 'hint', which is neither",
+        "the schedule of kd names 'hint', which is neither",
     ),
     "an assistant that cannot be joined": (
         {"method": "{name: ofd}", "assistants": "[{model: convnext_atto}]", "data.size": 32},

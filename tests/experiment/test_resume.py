@@ -1,8 +1,16 @@
-"""How often a run has looked at test, and what was trained after a look."""
+"""How often a run has looked at test, what was trained after a look, and with which teacher it resumes."""
 
-from potstill.config.recipe import load_recipe
+import pytest
+
+from potstill.config.recipe import dump_recipe, load_recipe
+from potstill.errors import UsageError
 from potstill.experiment.plan import plan_stages
-from potstill.experiment.resume import describe_test_evaluations, record_test_evaluation, recorded_test_evaluations
+from potstill.experiment.resume import (
+    check_same_recipe,
+    describe_test_evaluations,
+    record_test_evaluation,
+    recorded_test_evaluations,
+)
 from potstill.experiment.run_folder import RunFolder
 
 
@@ -40,3 +48,21 @@ def test_views_that_no_seed_varies(tmp_path):
     found = looked(folder, "seeds=4", "data.augmentation_seed=7", "training.evaluate_test_every_epoch=true")
     assert found["augmentation_seeds"] == 1
     assert found["test_every_epoch"]
+
+
+def test_another_teacher_is_refused_with_the_ways_to_go_on(tmp_path):
+    recipe, folder = load_recipe("quickstart"), RunFolder(tmp_path)
+
+    def taught_by(weights):
+        return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": weights})})
+
+    folder.write_recipe(dump_recipe(taught_by("runs/my teacher/teacher")))
+    for weights in ("runs/other/teacher", None):  # None: --teacher was left out
+        with pytest.raises(UsageError) as caught:
+            check_same_recipe(folder, taught_by(weights))
+        message = str(caught.value)
+        for words in ("  teacher.weights: was", "--teacher 'runs/my teacher/teacher'", "--name", "--overwrite"):
+            assert words in message
+    folder.write_recipe(dump_recipe(recipe))
+    with pytest.raises(UsageError, match=r"without these changes, start another run"):
+        check_same_recipe(folder, taught_by("runs/other/teacher"))

@@ -1,4 +1,5 @@
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
 from potstill.cli import main
+from potstill.code_references import allowed_code
 from potstill.errors import DataError, UsageError
 from potstill.export.evaluate import evaluate
 from potstill.export.predict import predict
@@ -93,6 +95,52 @@ def test_a_manifest_counts_as_it_says(model: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\nred/0.png,red\nblue/1.png,blue\n")
 
     assert evaluate(model, str(tmp_path / "list.csv"))["count"] == 2
+
+
+def test_data_for_tests_alone_need_no_train(model: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "d" / "test", 5)
+    rows = [f"d/test/{name}/{i}.png,{name},test\n" for name in CLASSES for i in range(5)]
+    (tmp_path / "list.csv").write_text("".join(["path,label,split\n", *rows]))
+
+    wanted = by_scikit_learn(model, tmp_path / "d" / "test")[0]
+    for data in ("d", "list.csv"):
+        assert evaluate(model, str(tmp_path / data))["top1"] == pytest.approx(wanted)
+
+
+def test_shards_are_measured_whole(model: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "d", 4)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(folder, "")
+
+    metrics = evaluate(model, str(tmp_path / "d.tar"))
+
+    assert (metrics["count"], metrics["data"]) == (12, f"{tmp_path / 'd.tar'}, all images")
+    assert metrics["top1"] == pytest.approx(by_scikit_learn(model, folder)[0])
+
+
+def test_outputs_without_names_are_the_datas_classes_in_its_own_order(tmp_path: Path) -> None:
+    """Sorted by name, they would be another network's: labels 0 and 1 are zebra and ant."""
+    from potstill.models.factory import create_model
+
+    torch.manual_seed(0)
+    network = create_model("cifar/resnet8", 2, size=32).eval()
+    torch.nn.init.zeros_(network.head.weight)
+    network.head.bias.data = torch.tensor([1.0, 0.0])  # always the first class
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nfrom potstill.data.image_sets import ArraySet\n"
+        "class Images:\n"
+        "    classes, targets = ['zebra', 'ant'], [0, 1, 0, 1, 0, 1, 0]\n"
+        "    def __len__(self): return 7\n"
+        "    def __getitem__(self, i): return np.full((9, 9, 3), 30 * i, np.uint8), i % 2\n"
+        "def data(): return {'train': Images(), 'test': Images()}\n"
+    )
+
+    with allowed_code(True):
+        metrics = evaluate(f"cifar/resnet8@{tmp_path / 'w.pth'}", f"{tmp_path / 'own.py'}:data")
+
+    assert [row["class"] for row in metrics["per_class"]] == ["zebra", "ant"]
+    assert metrics["top1"] == pytest.approx(4 / 7)
 
 
 def test_classes_that_the_model_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:

@@ -23,13 +23,15 @@ from potstill.data.settings import DataSettings
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.export import exporter
 from potstill.export import options as export_options
-from potstill.export.exporter import compute_parity, export, single_thread_latency
+from potstill.export.exporter import Exporter, compute_parity, export, single_thread_latency
 from potstill.export.onnx import load_onnx
 from potstill.export.options import FORMATS, ExportOptions, find_format
 from potstill.export.predict import predict
 from potstill.input_spec import InputSpec
 from potstill.io import read_checksummed_json, sha256_hex
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier
 
 for _name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(_name, reason="needs potstill[export]")
@@ -408,6 +410,22 @@ def test_a_network_that_cannot_be_exported(run: Path, monkeypatch: pytest.Monkey
         exported(run)
     assert "data-dependent" in str(raised.value)  # the cause, not "Failed to export ... Next steps:"
     assert "\x1b" not in str(raised.value)
+
+
+def test_other_data_have_the_range_of_the_model(tmp_path: Path) -> None:
+    """Values up to 255 of 4095: nearly black to the network, white by the range of these images alone."""
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            (folder := tmp_path / "d" / split / name).mkdir(parents=True)
+            values = np.arange(64, dtype=np.uint16).reshape(8, 8) + 192 + len(split) * (name == "cat")
+            Image.fromarray(values.clip(max=255)).save(folder / f"{split}.png")
+    spec = InputSpec(8, range=(0.0, 4095.0))
+    classifier = Classifier(create_model("cifar/resnet8", 2, size=8), "cifar/resnet8", ("cat", "dog"), spec)
+    options, notes = ExportOptions(format="page", data=str(tmp_path / "d")), list[str]()
+    job = Exporter(tmp_path, classifier, "m", options, FORMATS["onnx"], notes.append)
+
+    assert {int(images.pixels(i).max()) for images in (job.splits.train, job.splits.test) for i in range(2)} == {15}
+    assert "a browser reads the high byte of their values, whatever the range of training, [0, 4095]" in notes[0]
 
 
 def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:

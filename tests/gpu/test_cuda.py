@@ -5,6 +5,7 @@ which shows that the tests themselves work.
 """
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from potstill.data.image_sets import ArraySet
 from potstill.data.loader import Loader
 from potstill.data.settings import AugmentSettings
 from potstill.distillation.distiller import Distiller
-from potstill.errors import StorageError
+from potstill.errors import Stopped, StorageError
 from potstill.input_spec import InputSpec
 from potstill.methods import create_method, list_own_methods
 from potstill.methods.kd import KD
@@ -145,34 +146,36 @@ def test_a_student_learns_in_every_precision(tmp_path, precision):
     assert history.best_value > 0.4  # of three classes
 
 
-class Died(Exception):
-    pass
+class Stopping(SilentObserver):
+    """Stops a training after so many of its steps, as a signal does."""
+
+    def __init__(self, training, after):
+        self.training, self.left = training, after
+
+    def step(self, images):
+        self.left -= 1
+        if self.left == 0:
+            self.training.signals.requested = signal.SIGTERM
 
 
-class Mortal(SilentObserver):
-    def epoch_start(self, epoch, *_):
-        if epoch > 2:
-            raise Died
-
-
+@pytest.mark.parametrize("after", [6, 8])  # within an epoch of four steps, and after its last step
 @pytest.mark.parametrize("precision", ["float32", "fp16"])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, precision):
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, precision, after):
     settings = TrainingSettings(
         epochs=3, lr=0.01, batch_size=8, precision=precision, device=str(DEVICE), checkpoint_seconds=0, ema_decay=0.9
     )
     whole = training(tmp_path / "whole", settings)
     whole.run()
     cut = training(tmp_path / "cut", settings)
-    cut.observer = Mortal()
-    with pytest.raises(Died):
+    cut.observer = Stopping(cut, after)
+    with pytest.raises(Stopped):
         cut.run()
     again = training(tmp_path / "cut", settings)
     again.run(resume=True)
     for one, other in zip(whole.distiller.student.parameters(), again.distiller.student.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    assert whole.history.records[-1]["train"]["loss"] == pytest.approx(
-        again.history.records[-1]["train"]["loss"], rel=1e-3
-    )
+    for one, other in zip(whole.history.records, again.history.records, strict=True):
+        assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], rel=1e-3)
 
 
 @NEEDS_CUDA

@@ -236,7 +236,7 @@ def test_no_process_outlives_the_launcher(place, whole):
     ("change", "shown"),
     [
         ("method.name=kid", "kid"),
-        ("method={name: crd}", "CRD remembers every training image"),
+        ("method={name: crd}", "crd remembers every training image"),
         ("training.batch_size=3", "a batch of 3 is too small"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from potstill.data.entries import has_image_suffix
+from potstill.data.image_structure import has_image_suffix
 
 from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL
 from ..forked import forked

@@ -78,6 +78,15 @@ def test_npz(tmp_path):
         read_answers(tmp_path / "c.npz")
 
 
+@pytest.mark.parametrize("delimiter", [",", ", ", ";", "\t"])
+def test_separators_and_empty_rows(tmp_path, delimiter):
+    rows = [("path", "a cat", "dog"), ("cat/0.png", "0.25", "0.75"), ("", "", ""), ("dog/0.png", "1", "0")]
+    (tmp_path / "a.csv").write_text("".join(f"{delimiter.join(row)}\n" for row in rows))
+    table = read_answers(tmp_path / "a.csv")
+    assert (table.paths, table.class_names) == (("cat/0.png", "dog/0.png"), ("a cat", "dog"))
+    np.testing.assert_array_equal(table.values, [[0.25, 0.75], [1, 0]])
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     assert read_answers(write_csv(tmp_path / "a.csv")) is read_answers(tmp_path / "a.csv")
     write_csv(tmp_path / "a.csv", values=10 * LOGITS)
@@ -126,8 +135,28 @@ def savez(**arrays):
             "a.csv",
             lambda path: write_csv(path, values=np.asarray(PROBABILITIES) * 100),
             DataError,
-            "the rows seem to be percentages, which sum to 100: divide by 100",
+            "the rows seem to be shares that sum to 100: divide them by their sum",
         ),
+        (
+            "a.npz",
+            savez(paths=PATHS, logits=np.asarray(LOGITS) * 1j),
+            ArtifactError,
+            "values of type complex64, and real numbers are needed",
+        ),
+        ("a.npz", savez(paths=PATHS, logits=LOGITS.astype(np.float64) * 1e300), DataError, "NaN or infinite"),
+        (
+            "a.csv",
+            lambda path: write_csv(path, values=np.round(np.asarray(PROBABILITIES) * 255)),  # in 8 bits
+            DataError,
+            "the rows seem to be shares that sum to 255",
+        ),
+        (
+            "a.csv",
+            lambda path: write_csv(path, ("path", "cat", "cat")),
+            ArtifactError,
+            "several columns for the class 'cat'",
+        ),
+        ("a.csv", lambda path: path.write_text("path;a;b\nx.png;0,2;0,8\n"), ArtifactError, "but '0,2'.* with a point"),
         (
             "a.csv",
             lambda path: write_csv(path, values=PROBABILITIES * [[0.5], [0.5], [0.5]]),

@@ -1,6 +1,7 @@
 """Figures of runs: one that was really carried out, and folders that hold odd things."""
 
 import json
+import os
 import socket
 
 import pytest
@@ -80,6 +81,26 @@ def test_a_federated_run_is_finished_with_its_last_algorithm(tmp_path):
         assert [(each.stage, each.test_top1) for each in found.stages] == [("fedavg", 0.75), ("feddf", None)]
     (folder / "federated.json").write_text('{"trained": []}')
     assert summary("fed", folder)["state"] == "damaged"
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "fit.json"])
+def test_a_search_is_listed_with_its_report(tmp_path, name):
+    folder = tmp_path / "search"
+    trial = _made(folder / "trials" / "0000")
+    write_checksummed_json(folder / name, {"schema": 1})
+    _made(tmp_path / "run")
+    assert list_runs(tmp_path).keys() == {"search", "run"}
+    assert (summary("search", folder)["state"], report("search", folder)) == ("training", None)
+    for each in (trial / "recipe.yaml", trial / "baseline" / "metrics.jsonl"):
+        os.utime(each, (0, 0))
+    assert server.Run.model_validate(summary("search", folder)).state == "stopped"
+    (folder / "sweep.html").write_text("all trials")
+    found = server.Progress.model_validate(progress("search", folder))
+    assert (found.state, found.report, found.stages) == ("finished", True, [])
+    assert report("search", folder) == b"all trials"
+    (folder / "sweep.html").unlink()
+    (folder / "sweep.html").symlink_to(trial / "recipe.yaml")
+    assert report("search", folder) is None
 
 
 def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):

@@ -144,13 +144,11 @@ def test_time_is_used_and_more_of_it_trains_longer(tmp_path):
 
 def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_path):
     clock = Clock()
-    trainings = FakeTrainings(clock, accuracy={("b", "2.0"): 0.9, ("b", None): 0.85, ("c", "1.0"): 0.8})
+    trainings = FakeTrainings(clock, accuracy={("b", None): 0.9, ("b", "1.0"): 0.85, ("c", "1.0"): 0.8})
     found = search(tmp_path, clock, trainings, within=None).work(FAMILIES)
     distilled = [entry for entry in trainings.done if entry[0] == "distilled"]
     assert [sum(entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)] == [12, 6, 3]
-    assert found["winner"] == {
-        "student.model": "b", "method.name": "kd", "method.temperature": "2.0", "method.alpha": "0.0"
-    }  # fmt: skip
+    assert found["winner"] == {"student.model": "b", "method.name": "dist", "method.ce_weight": "0.0"}
     # b had four trials, then two that are kept by their value, then two: the baseline has as many, over its lr
     of_b = [sum(entry[1] == "b" and entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)]
     baseline = [entry for entry in trainings.done if entry[0] == "baseline"]

@@ -11,13 +11,15 @@ import pytest
 
 import potstill
 from potstill.cli import main
+from potstill.config.recipe import dump_recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
 from potstill.experiment.pipeline import run as run_recipe
 from potstill.io import read_checksummed_json
 from potstill.models import model_file
 from potstill.models.pruning import count_weights
 from potstill.sweep import shrink as shrinking
-from potstill.sweep.shrink import LossTest, parse_target
+from potstill.sweep.shrink import Finetuning, LossTest, PrunedStudent, parse_target
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(each) is None for each in ("torch_pruning", "onnx", "onnxscript", "onnxruntime")),
@@ -67,6 +69,14 @@ def test_a_pruned_student_is_tuned_by_the_run_and_loads_again(copied, photograph
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     assert main(["export", str(copied), "--prune", "0.5", "--epochs", "2"]) == 2
     assert "epochs: was 1, now 2" in capsys.readouterr().err
+
+
+def test_early_stopping_does_not_end_a_training_before_its_quantization_aware_part(copied):
+    patience = "student.training.early_stopping_patience=2"
+    for sets, fraction in (((), 0.5), ((patience,), 1.0), ((patience, "student.training.qat_fraction=0"), 0.0)):
+        recipe = PrunedStudent(copied, None, Finetuning(sets=sets, int8=True)).recipe
+        assert recipe.stage_training("student").qat_fraction == fraction
+        load_recipe(parse_yaml(dump_recipe(recipe), "").value, recorded=True)  # as when it is resumed
 
 
 def test_shrink_keeps_the_smallest_file_that_passes_on_val(copied, photographs, monkeypatch, capsys):

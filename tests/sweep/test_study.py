@@ -2,8 +2,9 @@
 
 import pytest
 
+from potstill.config.recipe import load_recipe
 from potstill.errors import ArtifactError
-from potstill.sweep import parse_space, study
+from potstill.sweep import baseline_space, parse_space, recipe_values, study
 from potstill.sweep.worker import Pruned, PruningObserver
 from potstill.training.callbacks import SilentObserver
 
@@ -46,6 +47,25 @@ def test_a_hopeless_trial_is_pruned_by_its_student_alone(tmp_path):
 
 def test_a_grid_is_not_pruned(tmp_path):
     assert isinstance(opened(tmp_path, grid=True).pruner, optuna.pruners.NopPruner)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("student.training.lr=0.001..0.01:log", {"student.training.lr": "0.002"}),
+        ("student.training.lr=1e-3,2e-3", {"student.training.lr": "2e-3", "student.training.weight_decay": "0.0001"}),
+        ("student.training.lr=1e-3,1e-2", {"student.training.weight_decay": "0.0001"}),  # without the recipe's own
+        ("student.training.optimizer_options.eps=1e-8,1e-6", {"student.training.lr": "0.002"}),
+    ],
+)
+def test_the_first_baseline_has_the_recipe_s_values_if_they_are_in_the_space(text, first, tmp_path):
+    recipe = load_recipe("quickstart")
+    space = baseline_space(parse_space([text, "method.alpha=0..1"], "quickstart", [], {}), recipe, 20)
+    found = opened(tmp_path)
+    found.enqueue_trial(recipe_values(space, recipe))
+    chosen = study.suggest_settings(found.ask(), space)
+    assert chosen.keys() == {dimension.key for dimension in space.dimensions}
+    assert first.items() <= chosen.items()
 
 
 def test_a_damaged_journal_is_said(tmp_path):

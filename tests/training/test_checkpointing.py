@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from potstill.errors import ArtifactError
+from potstill.evaluation.metrics import StreamingMetrics, TermAverages
 from potstill.io import write_checksummed
 from potstill.training.checkpointing import (
+    EpochState,
     add_prefix,
     load_checkpoint,
     pack_optimizer,
@@ -94,3 +96,20 @@ def test_a_name_that_is_not_there_is_no_crash(tmp_path):
     write_checksummed(tmp_path / "x", len(text).to_bytes(8, "little") + text)
     with pytest.raises(ArtifactError, match="is no checkpoint"):
         load_checkpoint(tmp_path / "x")
+
+
+def test_an_epoch_goes_on_upon_the_device_of_its_training():
+    """A checkpoint is read on the CPU; "meta" stands for a GPU, which the CPU's tensors cannot be joined with either."""
+
+    def state(device):
+        return EpochState(StreamingMetrics(3, device=device), TermAverages(), lr=0.1)
+
+    before, after = state("cpu"), state("meta")
+    before.averages.update({"ce": torch.tensor(1.0)}, 4)
+    before.metrics.update(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    before.step = 1
+    after.unpack(*before.pack())
+    after.averages.update({"ce": torch.tensor(2.0, device="meta")}, 4)
+    tensors, facts = after.pack()
+    assert {value.device.type for value in tensors.values()} == {"meta"}
+    assert [number for _, _, number in facts["terms"]] == [1, 2]

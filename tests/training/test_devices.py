@@ -137,7 +137,7 @@ def test_a_gpu_trains_in_the_half_precision_that_its_tensor_cores_have(fake_cuda
     dtypes = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     assert compute.teacher_dtype == dtypes[precision]
     if precision == "fp16":  # whose loss has to be scaled, which dot cannot
-        assert create_compute(TrainingSettings(optimizer="dot")).precision == "float32"
+        assert create_compute(TrainingSettings(optimizer="DOT")).precision == "float32"
 
 
 def test_on_cuda_float32_uses_tensor_cores_and_cudnn_times_its_algorithms(fake_cuda):
@@ -150,9 +150,10 @@ def test_on_cuda_float32_uses_tensor_cores_and_cudnn_times_its_algorithms(fake_c
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
 
 
-def test_fp16_and_dot_are_refused():
+@pytest.mark.parametrize("name", ["dot", "DOT"])  # names of optimizers ignore case
+def test_fp16_and_dot_are_refused(name):
     with pytest.raises(UsageError, match="dot keeps two gradients"):
-        create_compute(TrainingSettings(device="cpu", precision="fp16", optimizer="dot"))
+        create_compute(TrainingSettings(device="cpu", precision="fp16", optimizer=name))
 
 
 def test_one_gpu_for_several_processes_is_refused():

@@ -314,6 +314,22 @@ def test_averaged_weights_follow_the_definition(tmp_path):
     torch.testing.assert_close(student.net[1].weight, expected)
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("auc_macro", 2), ("top1", 2), ("nll", 3)],  # epoch 1 separates the classes, with the wrong threshold
+)
+def test_of_epochs_with_an_equal_metric_the_first_with_the_higher_top1_is_best(metric, best, tmp_path, monkeypatch):
+    found = iter(zip((0.2, 0.9, 0.9, 0.8), (0.9, 0.6, 0.5, 0.7), strict=True))
+
+    def evaluate(*_):
+        top1, nll = next(found)
+        return {"count": 9, "loss": nll, "nll": nll, "top1": top1, "auc_macro": 1.0}
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    history, _ = train(tmp_path, TrainingSettings(epochs=4, selection_metric=metric))
+    assert history.best_epoch == best
+
+
 def test_early_stopping_waits_for_its_patience(tmp_path):
     settings = TrainingSettings(epochs=50, lr=1e-9, early_stopping_patience=3)
     history, _ = train(tmp_path, settings)

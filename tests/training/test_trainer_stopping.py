@@ -39,9 +39,15 @@ def loader(order="shuffled"):
     return Loader(images, InputSpec(8), batch_size=BATCH, augment=augment, order=order, seed=3)
 
 
+class Blocks(nn.Sequential):
+    def group_matcher(self, coarse=False):
+        """As timm's networks: each layer is a block."""
+        return {"blocks": r"^(\d+)"}
+
+
 def network(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(
+    return Blocks(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, CLASSES)
     )
 
@@ -139,6 +145,7 @@ def test_at_every_step_of_one_training(tmp_path, whole):
         ("kd", {"optimizer": "dot"}),
         ("kd", {"gradient_accumulation_steps": 2}),
         ("kd", {"ema_decay": 0.8}),
+        ("kd", {"layer_decay": 0.3}),
         (("at", {"weight": 1e4, "scaling": "auto"}), {}),  # the second stop is within the steps that are measured
         (("kd", {"schedule": {"kd": {"shape": "linear", "start": 0.2, "end": 0.8}}}), {}),
     ],

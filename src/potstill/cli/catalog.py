@@ -172,7 +172,7 @@ def models(
         int | None,
         typer.Option(metavar="PIXELS", min=1, help="Height and width of the images.  [default: each network's own]"),
     ] = None,
-    classes: Annotated[int, typer.Option(metavar="K", min=2, help="Number of classes.")] = 10,
+    classes: Annotated[int | None, typer.Option(metavar="K", min=2, help="Number of classes.  [default: 10]")] = None,
 ) -> None:
     """List the architectures; with --under or --sort, a table of their size and estimated latency."""
     from potstill.models.registry import list_models
@@ -181,11 +181,14 @@ def models(
     if not names:
         raise UsageError(f"no architecture matches {pattern!r}; `potstill models` lists all")
     if under is None and sort is None:
+        if int8 or image_size is not None or classes is not None:
+            raise UsageError("--int8, --image-size and --classes are for the table of sizes: add --sort or --under")
         sys.stdout.write("".join(f"{name}\n" for name in names))
         return
-    from potstill.models.model_table import REFERENCE, REFERENCE_SIZE, Limits, parse_limits, read_table
+    from potstill.models.model_table import REFERENCE, REFERENCE_SIZE, TABLE_CLASSES, Limits, parse_limits, read_table
 
     limits = parse_limits(under) if under is not None else Limits()
+    classes = TABLE_CLASSES if classes is None else classes
     known = set(names)
     rows = [row for row in read_table() if row.name in known]
     if not rows:
@@ -247,4 +250,9 @@ def methods(
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in format_columns(rows, left=range(3))))
+    """Print rows with the last cell wrapped to the terminal's width; piped, each row is one line, for grep."""
+    heads = format_columns([row[:-1] for row in rows], left=range(3))
+    start = max(map(len, heads)) + 2
+    width = max(shutil.get_terminal_size((1_000_000, 24)).columns - start, 20)
+    texts = (f"\n{' ' * start}".join(textwrap.wrap(row[-1], width, break_on_hyphens=False)) for row in rows)
+    sys.stdout.write("".join(f"{head:<{start}}{text}\n" for head, text in zip(heads, texts, strict=True)))

@@ -262,13 +262,13 @@ def export(
     preprocessing: Preprocessing = "none",
     int8: Annotated[bool, typer.Option("--int8", help="Quantize to int8, calibrated on training images.")] = False,
     max_drop: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--max-accuracy-drop",
             metavar="SHARE",
-            help="Largest loss of test accuracy by --int8; 0.01 is one percentage point.",
+            help="Largest loss of test accuracy by --int8; 0.01 is one percentage point.  [default: 0.01]",
         ),
-    ] = 0.01,
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="[default: export/ beside the model]")] = None,
     data: RunData = None,
     runtime: Annotated[
@@ -294,17 +294,19 @@ def export(
     """
     from potstill.export.exporter import export as export_model
     from potstill.export.onnx import facts_path
-    from potstill.export.options import ALL_THAT_RUN, ExportOptions, check_options, find_format
+    from potstill.export.options import ALL_THAT_RUN, MAX_DROP, ExportOptions, check_all_options
 
-    options = ExportOptions(form, preprocessing, int8, max_drop, output, data, runtime)
+    if max_drop is not None and not int8:
+        raise UsageError(f"--max-accuracy-drop {max_drop:g} is for quantized files: add --int8")
+    drop = MAX_DROP if max_drop is None else max_drop
+    options = ExportOptions(form, preprocessing, int8, drop, output, data, runtime)
     if prune is None and (epochs or settings):
         raise UsageError("--epochs and --set are for the fine-tuning after --prune; --prune 0 fine-tunes all channels")
     with allowed_code(allow_code):
         if prune is not None:
             from potstill.sweep.shrink import Finetuning, parse_target, prune_run
 
-            if form != ALL_THAT_RUN:
-                check_options(options, find_format(form))
+            check_all_options(options)  # before the fine-tuning, which takes long
             target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
             with SignalHandler() as stopping, Progress() as progress:
                 run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)

@@ -410,9 +410,8 @@ def to_arguments(flags: Mapping[str, Any]) -> list[str]:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
     output: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Page of the comparison; that of a single run is report.html in its folder."),
-    ] = Path("comparison.html"),
+        Path | None, typer.Option(metavar="FILE", help="Page of the comparison.  [default: comparison.html]")
+    ] = None,
 ) -> None:
     """Write a run's report again, or compare several runs."""
     from potstill.cli.results import print_results
@@ -420,8 +419,13 @@ def report(
     if len(runs) > 1:
         from potstill.report.compare import compare
 
-        print_report_path(compare(runs, output))
+        print_report_path(compare(runs, output or Path("comparison.html")))
         return
+    if output is not None:
+        raise UsageError(
+            f"--output is the page of a comparison of several runs: leave it out, the page of one run is "
+            f"{runs[0] / 'report.html'}"
+        )
     from potstill.experiment.run_folder import RunFolder
     from potstill.report.render import render
 

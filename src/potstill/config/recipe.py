@@ -471,7 +471,7 @@ _CODE = {"type": "string", "pattern": r":[A-Za-z_]\w*$"}  # package.module:Class
 _WEIGHTED: Schema = {"$ref": "#/$defs/WeightedMethod"}
 _AUTO: Schema = {
     "type": "object",
-    "properties": {"name": {"const": "auto", "description": "srd or kd, by the networks; see docs/recipes.md"}},
+    "properties": {"name": {"const": "auto", "description": "srd, dist or kd, by the networks; see docs/recipes.md"}},
     "required": ["name"],
 }
 

@@ -31,7 +31,7 @@ import numpy as np
 from potstill.code_references import is_code_reference, is_permitted, load_reference
 from potstill.data import builtin
 from potstill.data.concurrency import ProgressReporter
-from potstill.data.entries import has_image_suffix, name_problem, raise_problems
+from potstill.data.entries import name_problem, raise_problems
 from potstill.data.file_datasets import (
     DEFAULT_AUGMENT,
     add_unlabeled,
@@ -57,6 +57,7 @@ from potstill.data.image_sets import (
     read_labels,
     set_value_range,
 )
+from potstill.data.image_structure import has_image_suffix
 from potstill.data.parquet_tables import check_table
 from potstill.data.scan import check_files, check_images
 from potstill.data.settings import DataSettings

@@ -37,14 +37,6 @@ SYSTEM_FILES = {
     ".apdisk", ".fuse_hidden", "icon\r",
 }  # fmt: skip
 
-# Suffixes of images, including formats that are not supported: such a file always counts as an image.
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
-    ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".psd", ".psb",
-    ".svg", ".ico", ".tga", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".exr", ".hdr", ".dcm", ".nii", ".dng",
-    ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw",
-}  # fmt: skip
-
 MAX_LISTED_PROBLEMS = 20
 
 
@@ -99,11 +91,6 @@ def is_system_name(name: str, path: str) -> bool:
     return (file or folder) and (folder if os.path.isdir(path) else file)
 
 
-def has_image_suffix(name: str) -> bool:
-    """Return whether a file's name has the suffix of an image, in any case."""
-    return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
-
-
 Severity = Literal["error", "warning"]
 
 
@@ -142,6 +129,7 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "missing-class": _skippable("classes that are not in every split", "metrics of such a split leave out a class"),
     "too-few": _skippable("classes too small for a split", "each of train, val and test needs an image of each class"),
     "split-folders": _refused("contradictory split folders", "it is not clear which images are for training"),
+    "no-train": _refused("data with other splits, and no train", "there is nothing to train on"),
     "link-out": _skippable(
         "paths and links out of the data",
         "the data would change with files elsewhere; data.follow_links: true reads them",

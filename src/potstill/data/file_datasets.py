@@ -445,14 +445,7 @@ def load_shards(
     settings: DataSettings, augment: AugmentSettings, progress: ProgressReporter | None = None
 ) -> DataSplits:
     """Read every shard once, and check every image."""
-    options = read_options(settings, ShardOptions)
-    sources = {"train": settings.source, "val": options.val, "test": options.test}
-    shards = {split: _read_shards(source, progress) for split, source in sources.items() if source is not None}
-    every = [shard for found in shards.values() for shard in found]
-    raise_problems(settings.source, [problem for shard in every for problem in shard.problems])
-    names, sets = _label_samples(settings.source, shards, _class_names(options))
-    origin = f"{len(every)} tar shard{'s' if len(every) != 1 else ''}"
-    origin += _ignored_members(every)
+    names, sets, origin = read_shards(settings, progress)
     parts: dict[str, ImageSet] = dict(sets)
     origin += split_from_train(parts, names, settings)
     check_splits(names, parts, settings.source)
@@ -467,6 +460,19 @@ def load_shards(
         names, parts["train"], parts["val"], parts["test"], source=settings.source, origin=origin,
         fingerprint=fingerprint_with_range(fingerprint(parts, names, contents), ends), augment=augment, range=ends,
     )  # fmt: skip
+
+
+def read_shards(
+    settings: DataSettings, progress: ProgressReporter | None = None
+) -> tuple[tuple[str, ...], dict[str, ShardSet], str]:
+    """Return class names, the images of each split that has shards, and a sentence on the shards."""
+    options = read_options(settings, ShardOptions)
+    sources = {"train": settings.source, "val": options.val, "test": options.test}
+    shards = {split: _read_shards(source, progress) for split, source in sources.items() if source is not None}
+    every = [shard for found in shards.values() for shard in found]
+    raise_problems(settings.source, [problem for shard in every for problem in shard.problems])
+    names, sets = _label_samples(settings.source, shards, _class_names(options))
+    return names, sets, f"{len(every)} tar shard{'s' if len(every) != 1 else ''}{_ignored_members(every)}"
 
 
 def _ignored_members(shards: Sequence[Shard]) -> str:
@@ -514,7 +520,7 @@ def _label_samples(
     used = {text for found in texts.values() for text in found}
     names = tuple(given) if given is not None else _names_of(used, source)
     ids = {name: at for at, name in enumerate(names)}
-    if all(text.isdecimal() for text in used) and not used <= set(names):
+    if all(map(_is_id, used)) and not used <= set(names):
         ids = {str(at): at for at in range(len(names))}
     strange = sorted(used - set(ids))
     raise_problems(source, [f"class {text!r} is not one of the {len(names)} names" for text in strange])
@@ -522,8 +528,13 @@ def _label_samples(
     return names, {split: ShardSet(found, [ids[text] for text in texts[split]]) for split, found in places.items()}
 
 
+def _is_id(text: str) -> bool:
+    """Return whether a class is given by its number; with zeros before it ("00012"), it is a name."""
+    return text.isdecimal() and str(int(text)) == text
+
+
 def _names_of(used: set[str], source: str) -> tuple[str, ...]:
-    if not all(text.isdecimal() for text in used):
+    if not all(map(_is_id, used)):
         return tuple(sorted(used))
     most = max(map(int, used))
     if most >= 10 * len(used) + 1000:

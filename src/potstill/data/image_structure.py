@@ -18,7 +18,7 @@ from typing import Literal
 
 from potstill.errors import DataError
 
-_TEXT_HEAD = 1024  # bytes by which a text file is recognised
+TEXT_HEAD = 1024  # bytes by which a text file, or any other, is recognised
 
 # First bytes -> type of the file, and what to do.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -84,7 +84,7 @@ def _identify(content: bytes) -> str | None:
         return "a tar archive; unpack it, or give it as shards (NAME.tar)"
     if not content.strip(b"\0"):
         return "a file of zero bytes alone; most likely a copy that broke off"
-    return _identify_text(content[:_TEXT_HEAD])
+    return _identify_text(content[:TEXT_HEAD])
 
 
 def _identify_text(head: bytes) -> str | None:
@@ -102,7 +102,7 @@ def _identify_text(head: bytes) -> str | None:
     if text.startswith((b"{", b"[")) and b'"' in text:
         return "a JSON text; most likely a server's error message in place of the image"
     try:
-        plain = head.decode("utf-8", "strict" if len(head) < _TEXT_HEAD else "ignore")
+        plain = head.decode("utf-8", "strict" if len(head) < TEXT_HEAD else "ignore")
     except UnicodeDecodeError:
         return None
     words = sum(each.isprintable() or each.isspace() for each in plain)
@@ -155,6 +155,20 @@ IMAGE_HEAD = 16  # bytes that ``begins_as_image`` needs
 _SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
 )  # fmt: skip
+
+
+# Suffixes of images, including formats that are not supported: such a file always counts as an image.
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jxr", ".psd", ".psb",
+    ".svg", ".ico", ".tga", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".exr", ".hdr", ".dcm", ".nii", ".dng",
+    ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw",
+}  # fmt: skip
+
+
+def has_image_suffix(name: str) -> bool:
+    """Return whether a file's name has the suffix of an image, in any case."""
+    return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
 def begins_as_image(head: bytes) -> bool:

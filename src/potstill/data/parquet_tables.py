@@ -137,7 +137,7 @@ def _splits(listing: Listing, names: Sequence[str]) -> dict[str, str | None]:
         reason = f"{format_names(without, 3)}: the name begins with no split (train, val, test), as others do"
         listing.report("split-folders", ".", reason)
     elif given and "train" not in given:
-        listing.report("split-folders", ".", f"there is {' and '.join(sorted(given))}, but no table train")
+        listing.report("no-train", ".", f"there is {' and '.join(sorted(given))}, but no table train")
     return splits
 
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from potstill.data.image_io import decoder_version, read_image
-from potstill.data.image_structure import FORMATS, IMAGE_HEAD, begins_as_image
+from potstill.data.image_structure import FORMATS, TEXT_HEAD, begins_as_image, foreign_file_hint, has_image_suffix
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError, first_line
 from potstill.io import cache_folder, read_checksummed_json, write_checksummed_json
 
@@ -153,7 +153,8 @@ class Shard:
     samples: list[ShardSample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of ignored members
-    unnamed: list[str] = field(default_factory=list)  # of these, images by their content; not of a cached index
+    # Of these, images by content or suffix -> what to do about each; not of a cached index.
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 def read_shard(url: str) -> Shard:
@@ -168,7 +169,7 @@ def read_shard(url: str) -> Shard:
     shard = Shard(url)
     for member, content in _members(shard):
         _add_member(shard, member, content)
-    shard.problems += _unnamed_images(shard)
+    shard.problems += _lost_images(shard)
     for sample in shard.samples:
         if sample.offset < 0:
             shard.left.setdefault(LABEL_WITHOUT_IMAGE, []).append(sample.name)
@@ -182,12 +183,12 @@ def read_shard(url: str) -> Shard:
     return shard
 
 
-def _unnamed_images(shard: Shard) -> Iterator[str]:
-    """Yield a problem for each ignored member that is an image by its content, and the only one of its sample."""
+def _lost_images(shard: Shard) -> Iterator[str]:
+    """Yield a problem for each ignored member that is an image, and the only one of its sample."""
     keys = {sample.key for sample in shard.samples if sample.offset >= 0}
-    for name in shard.unnamed:
+    for name, reason in shard.unread.items():
         if split_member_name(name)[0] not in keys:
-            yield f"{shard.url}/{name}: an image whose name does not end in .jpg, .png, ...; rename it in the shard"
+            yield f"{shard.url}/{name}: {reason}"
 
 
 class _Header(tarfile.TarInfo):
@@ -284,8 +285,13 @@ def _sample_members(tar: tarfile.TarFile, shard: Shard, total: int | None) -> It
             raise ReadError(f"{member.name[:200]!a}: {member.size:,} bytes, more than the file has")
         if not image and suffix not in ("cls", "json"):
             shard.left.setdefault(UNKNOWN_TYPE, []).append(member.name)
-            if begins_as_image(_content(tar, member, IMAGE_HEAD)):
-                shard.unnamed.append(member.name)
+            head = _content(tar, member, TEXT_HEAD)
+            if begins_as_image(head):
+                shard.unread[member.name] = (
+                    "an image whose name does not end in .jpg, .png, ...; rename it in the shard"
+                )
+            elif has_image_suffix(member.name):
+                shard.unread[member.name] = f"no image of the formats {', '.join(FORMATS)}{foreign_file_hint(head)}"
             continue
         if member.issparse():
             shard.problems.append(f"{shard.url}/{member.name}: a sparse member; write the shard without --sparse")
@@ -399,6 +405,6 @@ def _index_path(url: str) -> Path | None:
     state = [str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None]
     if not state or info.get("size") is None:
         return None
-    version = ("2", decoder_version(), *FORMATS)  # of this reader, and of what decides whether an image is one
+    version = ("3", decoder_version(), *FORMATS)  # of this reader, and of what decides whether an image is one
     word = "\n".join([url, str(system.protocol), str(path), str(info["size"]), *state, *version])
     return cache_folder() / "shards" / f"{hashlib.sha256(word.encode('utf-8', 'surrogateescape')).hexdigest()}.json"

@@ -27,10 +27,10 @@ from potstill.data.entries import (
     Entry,
     Listing,
     broken_link_reason,
-    has_image_suffix,
     is_below,
     is_system_name,
 )
+from potstill.data.image_structure import has_image_suffix
 from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import MAX_CLASS_LENGTH, unique_keys
 from potstill.errors import did_you_mean
@@ -92,7 +92,7 @@ def _split_folders(listing: Listing, folders: list[Path]) -> list[tuple[str, Pat
     if "train" not in splits:
         if len(named) < len(folders):
             return []  # a class may be called "test"
-        listing.report("split-folders", ".", f"there is {' and '.join(sorted(splits))}, but no folder train")
+        listing.report("no-train", ".", f"there is {' and '.join(sorted(splits))}, but no folder train")
     if splits == {"train"} and len(folders) > 1 and not any(_subfolders_silently(listing, f) for _, f in named):
         return []
     for split in _SPLITS:
@@ -264,8 +264,9 @@ def regroup(listing: Listing, settings: DataSettings) -> Listing:
     A cross-validation pools all splits.
     """
     keep, level = "none" if settings.folds is not None else settings.keep_splits, settings.class_folder
-    pooled: dict[str | None, str | None] = {"test": {"val": "train"}, "none": dict.fromkeys(_SPLITS)}.get(keep, {})
-    entries = [replace(each, split=pooled.get(each.split, each.split)) for each in listing.entries]
+    pooled = {"all": (), "test": ("val",), "none": _SPLITS}[keep]
+    joined = "train" if keep == "test" else None
+    entries = [replace(each, split=joined) if each.split in pooled else each for each in listing.entries]
     notes = list(listing.notes)
     done = []
     if keep != "all" and any(each.split for each in listing.entries):
@@ -282,6 +283,7 @@ def regroup(listing: Listing, settings: DataSettings) -> Listing:
         return replace(listing, notes=notes)
     # The classes of the splits are compared anew, by their images.
     findings = [each for each in listing.findings if each.kind != "missing-class"]
+    findings = [each for each in findings if each.kind != "no-train" or keep != "none"]
     return replace(listing, entries=entries, findings=findings, notes=notes, regrouped="".join(f"; {e}" for e in done))
 
 
@@ -547,7 +549,7 @@ def _check_splits(listing: Listing, path: Path) -> None:
         reason = f"{len(given)} of {len(listing.entries)} rows name a split: all of them must, or none"
         listing.report("manifest", path, reason)
     if given and "train" not in given:
-        listing.report("manifest", path, "no row has the split train")
+        listing.report("no-train", path, "no row has the split train")
 
 
 TABLE_SUFFIX = ".parquet"

@@ -92,7 +92,7 @@ class Distiller(nn.Module):
         self._enlarged = ""
         networks = _as_list(teacher, nn.Module) if method.needs.teacher else []
         if method.needs.teacher and not networks:
-            raise UsageError(f"{type(method).__name__} needs a teacher, got None")
+            raise UsageError(f"{method.label} needs a teacher, got None")
         self.student = student
         self.teacher: Teachers | None = None
         if networks:
@@ -217,7 +217,7 @@ class Distiller(nn.Module):
         return self.router.table
 
     def _check_inputs(self, batch: Batch) -> None:
-        needs, name = self.method.needs, type(self.method).__name__
+        needs, name = self.method.needs, self.method.label
         if not self._ready:
             raise UsageError(
                 f"{name} has a pass over the training images first: call distiller.prepare(batches) before training"
@@ -242,7 +242,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _build(self, example: Tensor | None) -> None:
         if example is None:
-            raise UsageError(f"{type(self.method).__name__} sizes its adapters from an example: pass example=images")
+            raise UsageError(f"{self.method.label} sizes its adapters from an example: pass example=images")
         _require_taps(self.method, self.student)
         self.eval()  # so that the example does not update BatchNorm statistics
         self.router = build_output_router(self.method, self.student, self.teacher, example, self.feature_pairs)
@@ -257,9 +257,7 @@ class Distiller(nn.Module):
             self.router = build_output_router(self.method, self.student, self.teacher, example, within)
             infos = self._network_infos(example)
         if self.method.needs.index and self.train_labels is None:
-            raise UsageError(
-                f"{type(self.method).__name__} has a memory of the training set: pass train_labels=, [N] int64"
-            )
+            raise UsageError(f"{self.method.label} has a memory of the training set: pass train_labels=, [N] int64")
         training = TrainingInfo(infos[0].outputs.logits.shape[1], self.train_labels, self.batch_size)
         self.method.build(*infos, training)
         self.method.to(example.device)
@@ -309,7 +307,7 @@ def _require_taps(method: Method, student: nn.Module) -> None:
     missing = [path for path in method.student_taps if path not in paths]
     if missing:
         raise UsageError(
-            f"{type(method).__name__} reads the student's layers {' and '.join(method.student_taps)}, and "
+            f"{method.label} reads the student's layers {' and '.join(method.student_taps)}, and "
             f"{type(student).__name__} has no {' and no '.join(missing)}; kd works with any student"
         )
 

@@ -64,7 +64,7 @@ def pair_features(
     for network in (student, teacher):
         if network is not None and not network.structure.stages:
             raise UsageError(
-                f"{_method_name(method)} reads feature maps, and none were found in the {network.name} "
+                f"{method.label} reads feature maps, and none were found in the {network.name} "
                 f"({type(network.network).__name__}); name them with layers, or use kd"
             )
     if teacher is None:
@@ -90,25 +90,21 @@ def _require_head(method: Method, student: ExaminedNetwork, teacher: ExaminedNet
         path = network.structure.head if head else network.structure.embedder
         if (head or needs.embedding) and path is None:
             raise UsageError(
-                f"{_method_name(method)} needs a last linear layer that computes the logits, and the {network.name} "
+                f"{method.label} needs a last linear layer that computes the logits, and the {network.name} "
                 f"({type(network.network).__name__}) has none; methods on logits work, such as kd or dist"
             )
         if needs.pooled and head and network.structure.inactive:
             raise UsageError(
-                f"{_method_name(method)} reads the features before the head, and those of the {network.name} "
+                f"{method.label} reads the features before the head, and those of the {network.name} "
                 f"({type(network.network).__name__}) are all 0: its units no longer respond to any image; train it "
                 "again, with a lower learning rate, or take another network"
             )
         if needs.pooled and head and not network.structure.pooled:
             raise UsageError(
-                f"{_method_name(method)} needs a head that reads the mean of the last feature map, and that of the "
+                f"{method.label} needs a head that reads the mean of the last feature map, and that of the "
                 f"{network.name} ({type(network.network).__name__}) reads something else (hidden layers, class token, "
                 "or another pooling); at, on the same maps, needs no head"
             )
-
-
-def _method_name(method: Method) -> str:
-    return type(method).__name__
 
 
 BatchNorms = list[list[tuple[nn.BatchNorm2d | None, ...]]]  # by part, by teacher, by map

@@ -682,10 +682,11 @@ def build_distiller(
 
 def _teacher_weights(planned: PlannedStage, recipe: Recipe) -> list[float] | None:
     """Return the weights of a stage's teachers; the previous model, the last one, has none in their combination."""
+    *others, last = planned.teachers
     given = recipe.teachers.weights
-    if stage_role(planned.teachers[-1]) != "previous":
+    if stage_role(last) != "previous":
         return given
-    return [*(given or [1.0] * (len(planned.teachers) - 1)), 0.0]
+    return [*(given if given is not None and len(others) > 1 else [1.0] * len(others)), 0.0]
 
 
 def take_deployed_network(student: Classifier, distiller: Distiller) -> None:

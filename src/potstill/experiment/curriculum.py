@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.config import stage_role
 from potstill.config.recipe import CurriculumSettings, Recipe
 from potstill.data.loader import Loader
 from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share, uniform
@@ -37,7 +38,8 @@ def apply_curriculum(
     if settings is None or not stage.distils:
         return data
     labels = np.asarray(data.train.labels)
-    difficulty = _predict_difficulty(data, {name: models[name] for name in stage.teachers}, recipe, compute)
+    teachers = {name: models[name] for name in stage.teachers if stage_role(name) != "previous"}
+    difficulty = _predict_difficulty(data, teachers, recipe, compute)
     if settings.order == "random":
         seed = derive_seed(recipe.seed, f"{stage.seed}/curriculum")
         difficulty = uniform(seed, "curriculum", np.arange(len(labels), dtype=np.int64), 0)

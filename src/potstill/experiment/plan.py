@@ -157,15 +157,23 @@ def lengthen_short_trainings(recipe: Recipe, images: int) -> Recipe:
 
 
 def scale_training(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return the student's own training settings for so many epochs, with a schedule of the same shape."""
+    """Return the student's own training settings for so many epochs, with a schedule of the same shape.
+
+    Milestones that would coincide are an epoch apart; those that there is no epoch for are left out.
+    """
     training = recipe.stage_training("student")
     ratio = min(1.0, epochs / training.epochs)
+    warmup, milestones = ratio * training.warmup_epochs, list[int]()
+    for each in reversed(training.milestones):
+        milestones.insert(0, min([math.ceil(ratio * each), *(following - 1 for following in [*milestones, epochs])]))
+    milestones = [each for each in milestones if each > warmup]
     return {
         **recipe.student.training,
         "epochs": epochs,
         "min_steps": 0,
-        "warmup_epochs": ratio * training.warmup_epochs,
-        "milestones": [math.ceil(ratio * each) for each in training.milestones],
+        "warmup_epochs": warmup,
+        "milestones": milestones,
+        "schedule": training.schedule if milestones or training.schedule != "step" else "constant",
     }
 
 

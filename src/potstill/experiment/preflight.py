@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.config import stage_role
+from potstill.config import stage_name, stage_role
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
 from potstill.config.validation import TARGET_MISSING
@@ -262,7 +262,7 @@ def check_data_requirements(
     classes: bool = True,
 ) -> None:
     """Check that a method fits the training images: mixed, without labels or classes, few."""
-    needs, name = method.needs, type(method).__name__
+    needs, name = method.needs, method.label
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
     if mixes and needs.second != "none":
@@ -384,7 +384,7 @@ def _check_without_classes(method: Method, training: TrainingSettings, data: Dat
         )
     if method.needs.training_only:
         raise UsageError(
-            f"{type(method).__name__} measures nothing on val but labels, and there are none (--no-labels), so no "
+            f"{method.label} measures nothing on val but labels, and there are none (--no-labels), so no "
             "epoch could be selected: use another method, such as cosine or srd"
         )
     if training.freeze:
@@ -514,6 +514,11 @@ def warn_about_settings(
                     texts[f"{label}: {text}"] = None
             if settings.epochs == 1 and any(isinstance(each, ScheduledMethod) for each in method.modules()):
                 texts[f"{label}: the method's schedule stays at its start value in one epoch"] = None
+    if any(stage.distils for stage in planned):
+        for position, weight in enumerate(recipe.teachers.weights or (), start=1):
+            if weight == 0:
+                name = stage_name("teacher", position)
+                texts[f"{name} has the weight 0 in teachers.weights, so it costs time and teaches nothing"] = None
     augment = recipe.data.augment or data.augment
     tables = any(teacher.model == "table" for teacher in recipe.teacher_list)
     if tables and any(stage.distils for stage in planned) and not augment.changes_nothing:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -113,10 +114,13 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     if _only_extends(folder, former, recipe):
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
+        weights = flatten_settings(former).get("teacher.weights")
+        teacher = weights is not None and any(line.startswith("  teacher.weights:") for line in changed)
         raise UsageError(
             f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
             + first_lines(changed)
-            + "\nResume without these changes, or start another run with --name"
+            + f"\nResume without these changes{f' (give --teacher {shlex.quote(weights)} again)' if teacher else ''}, "
+            "start another run with --name, or replace this one with --overwrite"
         )
 
 

@@ -28,7 +28,7 @@ def evaluate(
     """Return all final metrics on labeled images.
 
     For the data that the run was trained on, the run's test split is used; for another folder or manifest, its
-    ``test`` split, or all images if it has no splits; for a named data set, its test split.
+    ``test`` split, or all images if it has no splits; for a named data set, its test split; for tar shards, all images.
 
     Args:
         model: a run folder (distilled student, else baseline, else teacher), a model folder or file, or bare weights;
@@ -59,9 +59,9 @@ def evaluate(
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
-    images, names, subset, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
-    classifier, origin = load_classifier(model, classes=classes, likely=sorted(set(names)), note=note)
-    labels = _match_labels(names, classifier.class_names)
+    images, own_classes, subset, skipped = _test_images(source, folder, follow_links=follow_links, skip_bad=skip_bad)
+    classifier, origin = load_classifier(model, classes=classes, likely=own_classes, note=note)
+    labels = _match_labels(images.labels, own_classes, classifier.class_names)
     resolved = create_compute(TrainingSettings(device=device)).device
     classifier.module.to(resolved)
     loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved, workers="auto")
@@ -76,10 +76,19 @@ def evaluate(
     }
 
 
-def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any, list[str], str, Sequence[SkippedFile]]:
-    """Return the images, the class name of each, a description of the subset, and the files left out."""
+def _test_images(
+    source: str, model: Path | None, **options: bool
+) -> tuple[Any, Sequence[str], str, Sequence[SkippedFile]]:
+    """Return the images, the class names of their labels, a description of the subset, and the files left out."""
     from potstill.data.datasets import check_source, is_dataset, load_data
-    from potstill.data.file_datasets import list_source, raise_refused, read_files, to_skipped
+    from potstill.data.file_datasets import (
+        is_shards,
+        list_source,
+        raise_refused,
+        read_files,
+        read_shards,
+        to_skipped,
+    )
     from potstill.data.image_sets import FileSet
     from potstill.data.scan import check_files
     from potstill.data.settings import DataSettings
@@ -95,25 +104,29 @@ def _test_images(source: str, model: Path | None, **options: bool) -> tuple[Any,
             raise DataError(
                 f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
             )
-        names = [splits.class_names[label] for label in splits.test.labels]
         subset = "test split of the run" if run_settings is not None else "test split"
-        return splits.test, names, subset, splits.skipped
+        return splits.test, splits.class_names, subset, splits.skipped
+    if is_shards(source):
+        class_names, sets, _ = read_shards(settings)
+        return sets["train"], class_names, "all images", ()
     if recorded is not None:  # the model's classes have the names of these folders
         settings = settings.model_copy(update={"class_folder": recorded.class_folder})
     listing, skipped, contents = read_files(list_source(settings), settings)
-    # Nothing is trained: a class may be missing in another split, and one that is missing in test gets a warning.
-    raise_refused(settings, [each for each in listing.findings if each.kind != "missing-class"], listing.shown_root)
+    # Nothing is trained: a class, or train itself, may be missing; a class that is missing in test gets a warning.
+    passed = ("missing-class", "no-train")
+    raise_refused(settings, [each for each in listing.findings if each.kind not in passed], listing.shown_root)
     entries = listing.entries
     subset = "all images"
     if any(entry.split for entry in entries):
         entries, subset = [entry for entry in entries if entry.split == "test"], "its test images"
     if not entries:
         raise DataError(f"{source} has splits, but no test images; to evaluate on others give their own folder")
-    # Label 0 is a placeholder: classes are matched by name.
-    images = FileSet(listing.root, [entry.name for entry in entries], [0] * len(entries))
+    class_names = sorted({entry.label for entry in entries})
+    ids = {name: i for i, name in enumerate(class_names)}
+    images = FileSet(listing.root, [entry.name for entry in entries], [ids[entry.label] for entry in entries])
     if not contents:
         check_files(listing.root, images.names, source, place=listing.place)
-    return images, [entry.label for entry in entries], subset, to_skipped(skipped)
+    return images, class_names, subset, to_skipped(skipped)
 
 
 def run_data_settings(model: Path) -> Any:
@@ -141,10 +154,11 @@ def _is_same_source(first: str, second: str) -> bool:
     return first == second or (Path(first).exists() and Path(second).exists() and Path(first).samefile(second))
 
 
-def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
+def _match_labels(labels: Any, own: Sequence[str], class_names: Sequence[str]) -> Any:
+    """Return the model's class ids [N] of labels [N], which are those of the classes ``own``."""
     import numpy as np
 
-    unknown = sorted(set(labels) - set(class_names))
+    unknown = sorted({own[label] for label in set(labels.tolist())} - set(class_names))
     if unknown:
         shown = ", ".join(f"{name!r}{did_you_mean(name, class_names)}" for name in unknown[:5])
         raise DataError(
@@ -152,4 +166,4 @@ def _match_labels(labels: Sequence[str], class_names: Sequence[str]) -> Any:
             f"It knows {format_names(class_names, 12)}; rename these folders, or give data without them"
         )
     ids = {name: i for i, name in enumerate(class_names)}
-    return np.array([ids[label] for label in labels], dtype=np.int64)
+    return np.array([ids.get(name, -1) for name in own], dtype=np.int64)[labels]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from potstill.config import sort_stages, stage_role
 from potstill.data.datasets import load_data
-from potstill.data.image_sets import ImageSet, read_pixels
+from potstill.data.image_io import format_range
+from potstill.data.image_sets import ImageSet, read_pixels, set_value_range
 from potstill.data.preprocessing import decoded_side
 from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
@@ -41,6 +42,7 @@ from potstill.export.options import (
     NAME,
     ExportOptions,
     MessageCallback,
+    check_all_options,
     check_options,
     create_metadata,
     export_data_settings,
@@ -86,9 +88,8 @@ def export_all(
     model: Path | str, stage: str | None = None, options: ExportOptions | None = None, *, note: MessageCallback = print
 ) -> "dict[str, Path | PotstillError]":
     """Export to each format whose engine is installed and runs here; return its file, or why there is none."""
-    options = options or ExportOptions()
-    if options.output is not None:
-        raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
+    options = replace(options or ExportOptions(), format=ALL_THAT_RUN)
+    check_all_options(options)
     found: dict[str, Path | PotstillError] = {}
     for name, form in FORMATS.items():
         if form.open is None:
@@ -316,6 +317,14 @@ class Exporter:
                 f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "
                 f"the model {format_names(self.classifier.class_names)}: give the data that it was trained on"
             )
+        if (ends := self.classifier.input.range) is not None:
+            for images in (self.splits.train, self.splits.test):
+                set_value_range(images, ends)  # other data may have another one
+            if options.format == "page":
+                self.note(
+                    "images of more than 8 bits: a browser reads the high byte of their values, whatever the range of "
+                    f"training, {format_range(ends)}: give the page images of 8 bits"
+                )
         self.compared = class_balanced_indices(self.splits.test.labels.tolist(), COMPARED_IMAGES)
         self.reference = create_torch_predictor(self.classifier.module, self.classifier.input, options.inside)
 

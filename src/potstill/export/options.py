@@ -31,6 +31,7 @@ FORMATS = {
     "torch-export": TORCH_EXPORT,
 }
 
+MAX_DROP = 0.01  # of accuracy, one percentage point
 ALL_THAT_RUN = "all-that-run"  # each format whose engine is installed, on the command line
 
 MessageCallback = Callable[[str], None]
@@ -54,7 +55,7 @@ class ExportOptions:
     format: str = "onnx"
     inside: str = "none"
     int8: bool = False
-    max_drop: float = 0.01
+    max_drop: float = MAX_DROP
     output: Path | None = None
     data: str | None = None
     runtime: Path | None = None
@@ -103,6 +104,14 @@ def export_data_settings(folder: Path, source: str | None) -> Any:
                 "began: name it with --data DIR"
             ) from None
     return settings if source is None else settings.model_copy(update={"source": source, "target": None})
+
+
+def check_all_options(options: ExportOptions) -> None:
+    """Raise UsageError if the format, which may be ``ALL_THAT_RUN``, is unknown or does not support these options."""
+    if options.format != ALL_THAT_RUN:
+        check_options(options, find_format(options.format, options.runtime))
+    elif options.output is not None:
+        raise UsageError(f"--output names one file, and --format {ALL_THAT_RUN} writes several: leave it out")
 
 
 def check_options(options: ExportOptions, form: ExportFormat) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.data.concurrency import threaded_map
-from potstill.data.entries import LINK_TO_FOLDER, has_image_suffix
+from potstill.data.entries import LINK_TO_FOLDER
 from potstill.data.image_io import Pixels, decode
-from potstill.data.image_structure import IMAGE_HEAD, begins_as_image
+from potstill.data.image_structure import IMAGE_HEAD, begins_as_image, has_image_suffix
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
 from potstill.errors import ArtifactError, DataError, StorageError, UsageError

@@ -47,7 +47,6 @@ class ConvAdapter(nn.Module):
 
     Stride 2 where the student's map is twice as large, transposed where it is half as large, else a kernel of
     ``1 + difference`` without padding: the regressor of the published FitNet numbers.  It cannot join every pair of
-    ``1 + difference`` without padding: the regressor of the published FitNet numbers.  It cannot join every pair of
     sizes [B, C, H, W] (or not with less than ``MAX_WEIGHTS``); there, the map is resized first and the kernel is 1x1.
     """
 

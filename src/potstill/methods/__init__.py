@@ -192,9 +192,11 @@ def method_class(name: str) -> "type[Method]":
         found = load_reference(_entry_points()[name])
     elif name == "auto":
         raise UsageError(
-            "auto is no method of its own: as the method of a whole recipe (--method auto) it becomes srd or kd"
+            "auto is no method of its own: as the method of a whole recipe (--method auto) it becomes srd, dist or kd"
         )
     else:
+        if name.startswith(("[", "{")):
+            raise UsageError(f"no method {name!r}: give several methods, or one with options, as --set 'method={name}'")
         known = list_methods()
         raise UsageError(
             f"no method {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}; or package.module:Class, "

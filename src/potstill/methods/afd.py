@@ -92,7 +92,7 @@ class AFD(Method):
     def build(self, student: NetworkInfo, teacher: NetworkInfo, training: TrainingInfo) -> None:
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
-            raise UsageError("AFD chooses among the student's stages; this one has a single stage. Use at")
+            raise UsageError("afd chooses among the student's stages; this one has a single stage. Use at")
         self.attention = StageAttention(ours, theirs, dimension=self.dimension)
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -111,6 +111,11 @@ class Method(nn.Module):
         """Prepare what depends on the options; they are attributes by now."""
 
     @property
+    def label(self) -> str:
+        """Name in recipes and messages; of a method of one's own without one, that of its class."""
+        return self.name or type(self).__name__
+
+    @property
     def label_weight(self) -> float:
         """Weight of the label term: the option ``ce_weight``; 1 where there is none."""
         return float(getattr(self, "ce_weight", 1.0))
@@ -179,7 +184,7 @@ class Method(nn.Module):
                 value = getattr(method, key)
                 share = isinstance(value, str) and value.endswith("%")
                 if share or (declared.of_epochs and method.in_epochs(key, epochs) != value):
-                    found[f"{method.name or type(method).__name__}.{key}"] = method.in_epochs(key, epochs)
+                    found[f"{method.label}.{key}"] = method.in_epochs(key, epochs)
         return found
 
     def warmup_length(self, epochs: int) -> float:
@@ -259,7 +264,7 @@ class Method(nn.Module):
         """Return the epoch, from 0; UsageError before ``start_epoch``, as a warm-up would never advance."""
         if self.epoch is None:
             raise UsageError(
-                f"{type(self).__name__} changes with the epochs: call distiller.start_epoch(epoch, epochs) at the "
+                f"{self.label} changes with the epochs: call distiller.start_epoch(epoch, epochs) at the "
                 "start of each, counted from 0"
             )
         return self.epoch

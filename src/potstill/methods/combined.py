@@ -53,6 +53,10 @@ class Combined(Method):
         self.teacher_taps = tuple(dict.fromkeys(path for method in self.each() for path in method.teacher_taps))
 
     @property
+    def label(self) -> str:
+        return " + ".join(method.label for method in self.each())
+
+    @property
     def label_term_names(self) -> frozenset[str]:
         return frozenset({"ce"}).union(*(method.label_term_names for method in self.each()))
 

@@ -149,7 +149,8 @@ class DIST(Method):
         if training.classes == 2:
             raise UsageError(
                 "dist correlates the probabilities of an image over its classes, and those of two classes always "
-                "correlate wholly: what is left does not tell the classes apart. Use method kd"
+                "correlate wholly: what is left does not tell the classes apart. Use method kd (without labels: "
+                "--method kd --alpha 0)"
             )
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -82,11 +82,11 @@ class FSP(Method):
         ours, theirs = ([features.shape[1] for features in side.outputs.maps] for side in (student, teacher))
         if len(ours) < 2:
             raise UsageError(
-                "FSP joins successive stages; these networks have one pair. Use nst, which takes any number"
+                "fsp joins successive stages; these networks have one pair. Use nst, which takes any number"
             )
         if ours != theirs:
             raise UsageError(
-                f"FSP compares products of channels, which must be as many in both networks; the student's stages have "
+                f"fsp compares products of channels, which must be as many in both networks; the student's stages have "
                 f"{ours}, the teacher's {theirs}. Use ickd, which relates channels through a connector"
             )
 

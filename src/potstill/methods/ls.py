@@ -95,6 +95,9 @@ class LS(MethodWrapper):
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if student.logits.shape[1] < 3:
-            raise UsageError("ls makes all logits of two classes alike: nothing is left to learn. Use method kd")
+            raise UsageError(
+                "ls makes all logits of two classes alike: nothing is left to learn. Use method kd (without labels: "
+                "--method kd --alpha 0)"
+            )
         terms = self.inner.distill(student.with_logits(standardise), teacher.with_logits(standardise), batch)
         return {name: self.weight * term for name, term in terms.items()}

@@ -93,7 +93,7 @@ class OFD(Method):
         for position, norm in enumerate(teacher.norms):
             if norm is None or not norm.affine:
                 raise UsageError(
-                    f"OFD takes its margins from the BatchNorm in front of the teacher's maps; stage {position + 1} of "
+                    f"ofd takes its margins from the BatchNorm in front of the teacher's maps; stage {position + 1} of "
                     f"{len(pairs)} has none. Use reviewkd, which also compares maps before their activation"
                 )
             self.register_buffer(f"margin{position}", ofd_margin(norm))

@@ -147,7 +147,7 @@ class SemCKD(Method):
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if len(batch) != self.batch_size:
             raise UsageError(
-                f"SemCKD was built for {self.batch_size} images a step and got {len(batch)}: "
+                f"semckd was built for {self.batch_size} images a step and got {len(batch)}: "
                 "its layers read rows of a B x B matrix. Leave out a smaller last batch"
             )
         attention = self.calibration.attention(student.maps, teacher.maps, self.softness)

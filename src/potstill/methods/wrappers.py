@@ -25,6 +25,10 @@ class MethodWrapper(Method):
         self.student_taps, self.teacher_taps = inner.student_taps, inner.teacher_taps
 
     @property
+    def label(self) -> str:
+        return self.name or self.inner.label
+
+    @property
     def label_weight(self) -> float:
         return self.inner.label_weight
 
@@ -138,7 +142,7 @@ def wrap_per_teacher(method: Method, shares: Sequence[float]) -> Method:
     method = method.for_teachers(shares)
     if unwrap(method).needs.members and len(method.parts) == 1 and len(set(shares)) > 1:
         raise UsageError(
-            f"{type(unwrap(method)).__name__} weighs the teachers by itself, image by image: "
+            f"{unwrap(method).label} weighs the teachers by itself, image by image: "
             "leave teachers.weights out, or use a method that takes them, such as kd"
         )
     alone = len(shares) < 2 or method.needs.members or not method.needs.features
@@ -201,7 +205,7 @@ class ScheduledMethod(MethodWrapper):
                     else did_you_mean(name, self._found)
                 )
                 return (
-                    f"the schedule of {type(self.inner).__name__} names {name!r}, which is neither an option of it nor "
+                    f"the schedule of {self.inner.label} names {name!r}, which is neither an option of it nor "
                     f"a term that counts{inside}. Its terms here are {known}"
                 )
         return ""

@@ -100,17 +100,24 @@ def _read(path: Path, modified: int, size: int) -> AnswerTable:
         )
     if values.ndim != 2 or len(values) != len(plain) or values.shape[1] < 2 or not len(plain):
         raise ArtifactError(f"{path} has {len(plain):,} paths and values of shape {list(values.shape)}, not [N, D]")
-    return AnswerTable(str(path), plain, values.astype(np.float32), kind or _guess_kind(values, path, plain), names)
+    if values.dtype.kind not in "fiu":
+        raise ArtifactError(f"{path} has values of type {values.dtype}, and real numbers are needed")
+    with np.errstate(over="ignore"):  # infinite numbers are refused
+        numbers = values.astype(np.float32)
+    return AnswerTable(str(path), plain, numbers, kind or _guess_kind(values, path, plain), names)
 
 
 def _read_csv(path: Path) -> tuple[Any, ...]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file)
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=lambda each: (first.count(each), each == ","))
+        lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         header = next(lines, [])
         at = _path_column(header, path)
         paths, rows = [], []
         for number, line in enumerate(lines, start=2):
-            if not line:
+            if not any(line):
                 continue
             if len(line) != len(header):
                 raise ArtifactError(f"{path}, line {number}: {len(line)} values, and the header has {len(header)}")
@@ -118,12 +125,12 @@ def _read_csv(path: Path) -> tuple[Any, ...]:
             try:
                 rows.append(np.array(line, dtype=np.float32))
             except ValueError:
-                column = next(
-                    name for name, text in zip(_without(header, at), line, strict=True) if not _is_number(text)
+                column, text = next(
+                    pair for pair in zip(_without(header, at), line, strict=True) if not _is_number(pair[1])
                 )
                 raise ArtifactError(
-                    f"{path}, line {number}: column {column!r} has no number: every column but the path's is a class; "
-                    "leave other columns out"
+                    f"{path}, line {number}: column {column!r} has no number, but {text!r}: every column but the "
+                    "path's is a class; leave other columns out, and write numbers with a point"
                 ) from None
     values = np.stack(rows) if rows else np.zeros((0, len(header)), np.float32)
     return (paths, values, *_column_names(_without(header, at)))
@@ -210,8 +217,11 @@ def _guess_kind(values: NDArray[Any], path: Path, paths: Sequence[str]) -> Answe
         return "probabilities"
     wrong = int(np.flatnonzero(~shares)[0])
     advice = "If they are logits, write 'logit_' before the names of the columns; "
-    if (positive & (np.abs(sums / 100 - 1) <= _SUM_TOLERANCE)).mean() > 0.5:
-        raise DataError(f"{path}: the rows seem to be percentages, which sum to 100: divide by 100.\n{advice[:-2]}")
+    total = float(np.median(sums))  # of percentages, votes, or probabilities in 8 bits
+    if total > 1 and not shares.any() and (positive & (np.abs(sums / total - 1) <= _SUM_TOLERANCE)).mean() > 0.5:
+        raise DataError(
+            f"{path}: the rows seem to be shares that sum to {total:.4g}: divide them by their sum.\n{advice[:-2]}"
+        )
     if 2 * shares.sum() > len(values) or (values.min() >= 0 and values.max() <= 1):
         what = "most rows are probabilities" if shares.any() else "all numbers are from 0 to 1"
         raise DataError(
@@ -229,6 +239,9 @@ def _check_values(table: AnswerTable) -> None:
             f"{table.origin}: {int((~finite).sum()):,} of {len(table.values):,} rows have a number that is NaN or "
             f"infinite, such as that of {first!r}"
         )
+    names = table.class_names or ()
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ArtifactError(f"{table.origin} has several columns for the class {twice[0]!r}: keep one of them")
     if table.class_names is not None and len(table.class_names) != table.values.shape[1]:
         raise ArtifactError(
             f"{table.origin} names {len(table.class_names)} classes and has {table.values.shape[1]} values in a row"

@@ -19,6 +19,7 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.io import read_checksummed_json
 
 _FEDERATED_FILE = "federated.json"  # of a federated run, written anew after each algorithm
+_SEARCH_FILES = ("sweep.json", "fit.json")  # of a search, which has trials in place of stages
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FOLD_LINK = re.compile(rb'href="(fold-\d+)/report\.html"')
 _MAX_RUNS = 500
@@ -53,6 +54,13 @@ def _folds(folder: Path) -> list[Path]:
         return []
 
 
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in ``folder``, without links."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [each for each in folder.iterdir() if each.is_dir() and not each.is_symlink()]
+
+
 def summary(run: str, folder: Path) -> dict[str, Any]:
     """Return state and figures of a run, without its curves; a run that cannot be read has the state "damaged"."""
     try:
@@ -76,6 +84,8 @@ def _damaged_summary(run: str) -> dict[str, Any]:
 def _summary(run: str, folder: Path) -> dict[str, Any]:
     if _regular(folder / _FEDERATED_FILE):
         return _federated_summary(run, folder)
+    if any(_regular(folder / name) for name in _SEARCH_FILES):
+        return _search_summary(run, folder)
     stages, results = _stages(folder), _results(folder)
     finished = _regular(folder / "results.json")
     unlabeled = _mapping(results.get("without_labels")).get("test_labeled") is False  # then accuracies are unknown
@@ -111,6 +121,15 @@ def _federated_summary(run: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def _search_summary(run: str, folder: Path) -> dict[str, Any]:
+    """Return the summary of a sweep or of ``fit``: finished with its report, which has the figures."""
+    finished = _report_file(folder) is not None
+    runs = (each for name in ("trials", "confirmation") for each in _folders(folder / name))
+    is_training = not finished and any(_start_time(each) and _state(each, _stages(each)) == "training" for each in runs)
+    state = "finished" if finished else "training" if is_training else "stopped"
+    return {"id": run, "state": state, "created": None, "method": None, "report": finished, "stages": []}
+
+
 def _progress(run: str, folder: Path) -> dict[str, Any]:
     about, results = _summary(run, folder), _results(folder)
     planned = _planned(folder)
@@ -129,13 +148,18 @@ def _progress(run: str, folder: Path) -> dict[str, Any]:
 
 def report(run: str, folder: Path) -> bytes | None:
     """Return the run's report.html, with links to the reports of its folds as served, or None where it has none."""
-    path = folder / "report.html"
     try:
-        if not _regular(path) or path.stat().st_size > _MAX_BYTES:
+        path = _report_file(folder)
+        if path is None or path.stat().st_size > _MAX_BYTES:
             return None
         return _FOLD_LINK.sub(rb'href="../%s.\1/report"' % run.encode(), path.read_bytes())
     except OSError:
         return None
+
+
+def _report_file(folder: Path) -> Path | None:
+    """Return the report of a run or of a search, or None where it has none yet."""
+    return next((path for name in ("report.html", "sweep.html") if _regular(path := folder / name)), None)
 
 
 def _regular(path: Path) -> bool:
@@ -144,10 +168,10 @@ def _regular(path: Path) -> bool:
 
 
 def _start_time(folder: Path) -> float | None:
-    """When the run was started, in seconds; None for what is no run, or cannot be read."""
+    """When the run or search was started, in seconds; None for what is neither, or cannot be read."""
     try:
-        recipe = folder / "recipe.yaml"
-        return recipe.stat().st_mtime if _regular(recipe) else None
+        files = (folder / name for name in ("recipe.yaml", *_SEARCH_FILES))
+        return next((each.stat().st_mtime for each in files if _regular(each)), None)
     except OSError:
         return None
 
@@ -167,8 +191,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _stages(folder: Path) -> list[str]:
-    names = (each.name for each in folder.iterdir() if each.is_dir() and not each.is_symlink())
-    return [name for name in sort_stages(names) if not repeat_index(name)]
+    return [name for name in sort_stages(each.name for each in _folders(folder)) if not repeat_index(name)]
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from potstill.config.recipe import Recipe, load_recipe
+from potstill.config.yaml import parse_yaml
 from potstill.errors import PotstillError, UsageError
+from potstill.experiment.resume import flatten_settings
 from potstill.methods import METHOD_SETTINGS, method_info
 
 METHOD = "method.name"
@@ -181,6 +183,26 @@ def baseline_space(space: Space, recipe: Recipe, trials: int) -> Space:
             middle = training.weight_decay or 1e-4
             own.append(Dimension("student.training.weight_decay", low=middle / 10, high=middle * 10, log=True))
     return Space(tuple(own), space.base_method)
+
+
+def recipe_values(space: Space, recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's own value of each setting of the training, for Optuna, if it is one of the space.
+
+    Example:
+        >>> recipe = load_recipe("quickstart", ["training.lr=0.01"])
+        >>> texts = ("student.training.lr=1e-2,1e-1", "training.weight_decay=0..1", "training.batch_size=8,16")
+        >>> recipe_values(Space(tuple(map(read_dimension, texts)), "kd"), recipe)
+        {'student.training.lr': '1e-2', 'training.weight_decay': 0.0001}
+    """
+    training = flatten_settings(recipe.stage_training("baseline").model_dump(mode="json"))
+    found: dict[str, Any] = {}
+    for each in space.dimensions:
+        section, _, key = each.key.partition("training.")
+        value = training.get(key) if section in ("", "student.") else None
+        if not each.choices and isinstance(value, int | float) and each.low <= value <= each.high:
+            found[each.key] = value
+        found |= {each.key: text for text in each.choices if parse_yaml(text, each.key).value == value}
+    return found
 
 
 def _validate(

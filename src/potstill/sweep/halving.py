@@ -30,7 +30,7 @@ MAX_STUDENTS = 4
 SETTINGS: tuple[dict[str, str], ...] = (  # the first ones are tried where time is short
     {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.0"},
     {"method.name": "dist", "method.ce_weight": "0.0"},
-    {"method.name": "kd", "method.temperature": "2.0", "method.alpha": "0.0"},
+    {"method.name": "dist", "method.ce_weight": "1.0"},
     {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.3"},
 )
 LR_FACTORS = (1.0, 0.5, 2.0, 0.25)  # of the baseline's learning rate, as many as a student has settings

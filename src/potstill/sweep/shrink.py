@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PRUNED_FOLDER, START, FINETUNED = "pruned", "start", "finetuned"
 EPOCH_SHARE = 4  # by default, fine-tuning takes this part of the student's epochs
-QAT_FRACTION = 0.5  # of the epochs of fine-tuning that are quantization-aware, for int8
+QAT_FRACTION = 0.5  # of the epochs of fine-tuning that are quantization-aware, for int8; with early stopping: all
 _MAX_SHARE = 0.9  # of the weights, that pruning removes at most for a target of size or time
 _ATTEMPTS = 8  # pruned networks that are measured for a target of size or time
 _TOLERANCE = 0.03  # so far below a target of size or time a pruned network may be
@@ -75,7 +75,7 @@ class Finetuning:
     epochs: int | None = None  # None: a quarter of the student's
     sets: tuple[str, ...] = ()  # settings, as after ``--set``
     data: str | None = None  # path of the run's data, if it has moved
-    int8: bool = False  # whether the last half of the epochs is quantization-aware
+    int8: bool = False  # whether the last half of the epochs is quantization-aware; with early stopping, all of them
 
 
 class PrunedStudent:
@@ -172,9 +172,11 @@ class PrunedStudent:
 
     def _training(self, recipe: Recipe, epochs: int, changed: set[str]) -> dict[str, Any]:
         """Return the student's own training settings: a short schedule of the same shape."""
-        quantized = recipe.stage_training("student").qat_fraction
+        given = recipe.stage_training("student")
+        quantized = given.qat_fraction
         if self.finetuning.int8 and not changed & {"training.qat_fraction", "student.training.qat_fraction"}:
-            quantized = quantized or QAT_FRACTION
+            # Early stopping might end the training before its quantization-aware part.
+            quantized = quantized or (QAT_FRACTION if given.early_stopping_patience is None else 1.0)
         return scale_training(recipe, epochs) | {"freeze": 0, "qat_fraction": quantized}
 
     def _teachers(self, own: Recipe, planned: PlannedStage) -> list[StageSettings] | StageSettings | None:

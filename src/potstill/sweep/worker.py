@@ -14,7 +14,7 @@ from potstill.errors import NonFiniteError, StorageError, UsageError
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.methods import needs_teacher
-from potstill.sweep import Space, baseline_space, study
+from potstill.sweep import Space, baseline_space, recipe_values, study
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
@@ -257,11 +257,9 @@ class Sweep:
             for cell, combination in enumerate(self.combinations[: self.trials]):
                 if cell not in known_cells:
                     self.study.enqueue_trial(combination, user_attrs={"cell": cell})
-            if self.student == "baseline" and not known_cells:  # its first trial has the recipe's own settings
-                training = self.recipe.stage_training("baseline").model_dump()
-                keys = [each.key for each in self.space.dimensions if each.key.startswith("student.training.")]
-                own = {key: training[key.removeprefix("student.training.")] for key in keys}
-                if own and not self.combinations:
+            if self.student == "baseline" and not known_cells and not self.combinations:
+                # Its first trial has the recipe's own settings.
+                if own := recipe_values(self.space, self.recipe):
                     self.study.enqueue_trial(own)
         (self.folder / "trials").mkdir(exist_ok=True)
 

@@ -70,7 +70,8 @@ class EpochState:
         return tensors | metrics, {"lr": self.lr, "step": self.step, "seconds": self.seconds, "terms": terms}
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replace the state by what ``pack`` returned."""
+        """Replace the state by what ``pack`` returned; further steps add to it on the device of the metrics."""
+        tensors = {name: value.to(self.metrics.device) for name, value in tensors.items()}
         self.averages.unpack(tensors, facts["terms"])
         self.metrics.unpack(
             {name.removeprefix("metrics."): value for name, value in tensors.items() if name.startswith("metrics.")}
@@ -347,8 +348,10 @@ class Checkpointer:
         if self.scaler is not None and self.scaler.is_enabled() and facts.get("scaler"):
             self.scaler.load_state_dict(facts["scaler"])
         self.schedule.last_epoch = facts["schedule"]["last_epoch"]
-        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
-            group["lr"] = self.settings.lr * factor(self.schedule.last_epoch)
+        for group, lr, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(self.schedule.last_epoch)
         # A process that is new keeps the random state of its seed.
         if states := strip_prefix(_random_state_prefix(self.compute.processes.rank), tensors):
             unpack_random_state(states, self.compute.device)

@@ -40,10 +40,10 @@ def check_distributed_support(method: Method, optimizer: str, processes: Process
         return
     if method.needs.index:
         raise UsageError(
-            f"{type(method).__name__} remembers every training image, and {processes.count} processes would each "
+            f"{method.label} remembers every training image, and {processes.count} processes would each "
             "remember a part: start one process, or use kd or dist"
         )
-    if optimizer == "dot":
+    if optimizer.lower() == "dot":
         raise UsageError(
             f"the optimizer dot runs backward twice, which {processes.count} processes cannot share: start one "
             "process, or set training.optimizer=sgd"
@@ -307,7 +307,8 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
             f"training.sync_batch_norm needs GPUs, and the device is {device}: leave it out, or raise "
             "training.batch_size, so that each process has enough images"
         )
-    if settings.precision == "fp16" and settings.optimizer == "dot":
+    dot = settings.optimizer.lower() == "dot"
+    if settings.precision == "fp16" and dot:
         raise UsageError(
             "the optimizer dot keeps two gradients, whose loss scale fp16 cannot adapt: set training.precision to bf16 "
             "or float32, or training.optimizer=sgd"
@@ -315,7 +316,7 @@ def create_compute(settings: TrainingSettings, processes: ProcessGroup = SINGLE_
     automatic = settings.precision == "auto"
     bf16 = _has_bf16(device) if automatic else settings.precision == "bf16"
     fp16 = settings.precision == "fp16"
-    if automatic and not bf16 and device.type == "cuda" and settings.optimizer != "dot":
+    if automatic and not bf16 and device.type == "cuda" and not dot:
         fp16 = torch.cuda.get_device_capability(device) >= (7, 0)  # has tensor cores for it
     if settings.channels_last == "auto":
         channels_last = device.type in ("cuda", "cpu")

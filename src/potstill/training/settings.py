@@ -87,7 +87,9 @@ class TrainingSettings(BaseModel):
         None, ge=1, description="stop after this many epochs without a better val metric; null: never"
     )
     selection_metric: SelectionMetric = Field(
-        "top1", description="val metric that selects the best epoch; nll: cross-entropy with the labels alone"
+        "top1",
+        description="val metric that selects the best epoch, of equal ones the first with the highest top-1; nll: "
+        "cross-entropy with the labels alone",
     )
     temperature_scaling: bool = Field(
         True,

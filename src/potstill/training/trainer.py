@@ -332,7 +332,7 @@ class Trainer:
             splits = {name: self._evaluate(number, name, loader) for name, loader in self.eval_loaders.items()}
             value = selection_value(self.settings.selection_metric, splits["val"])
             # With quantization-aware training, only weights that were trained under int8's rounding are candidates.
-            best = value > self.history.best_value or number == self.plain_epochs
+            best = self._is_better(value, splits["val"]) or number == self.plain_epochs
             if best:
                 self.history.best_epoch, self.history.best_value = number + 1, value
                 self.checkpointer.keep_best()
@@ -474,6 +474,13 @@ class Trainer:
         found: EpochRecord | None = self.compute.processes.share(record)
         assert found is not None  # the first process has computed it
         return found
+
+    def _is_better(self, value: float, val: EpochRecord) -> bool:
+        """Return whether an epoch is the best so far; of equal ones (AUC is soon 1) that with the higher top-1 is."""
+        if value != self.history.best_value:
+            return value > self.history.best_value
+        best = self.history.records[self.history.best_epoch - 1]["val"]
+        return float(val.get("top1") or 0) > float(best.get("top1") or 0)
 
     def _should_stop_early(self, number: int) -> bool:
         patience = self.settings.early_stopping_patience

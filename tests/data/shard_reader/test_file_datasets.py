@@ -77,6 +77,11 @@ def test_or_else_from_directories(tmp_path, tools):
     assert all(("cat" in name) == (label == 0) for name, label in zip(data.val.names, data.val.labels, strict=True))
 
 
+def test_numbers_with_zeros_before_them_are_names(tmp_path, tools):
+    tools.write_tar(tmp_path / "a.tar", [(f"{i % 2:05d}/{i}.png", tools.picture(i)) for i in range(20)])
+    assert load(tmp_path / "a.tar").class_names == ("00000", "00001")
+
+
 def test_numbers_get_names(shards, tmp_path):
     (tmp_path / "names.txt").write_text("red\nblue\n")
     for classes in (str(tmp_path / "names.txt"), ["red", "blue"]):

@@ -186,6 +186,17 @@ def test_an_image_without_the_suffix_of_one_is_not_lost(tmp_path):
         assert all("an image whose name does not end in .jpg" in each for each in problems)
 
 
+def test_an_image_of_a_format_that_is_not_read_is_not_lost(tmp_path):
+    ppm, jp2 = b"P6 1 1 255\nabc", b"\0\0\0\x0cjP  \r\n\x87\n"
+    members = [("a/0.ppm", ppm), ("a/1.jp2", jp2), ("a/1.cls", b"a"), ("a/2.png", png(3)), ("a/2.dng", b"raw data"),
+               ("a/3.png", png(4)), ("a/3.npy", b"an array"), ("a/4.txt", b"a caption")]  # fmt: skip
+    (tmp_path / "s.tar").write_bytes(tar(*members))
+    for _ in range(2):  # read, and from the cached index
+        ppm_problem, jp2_problem = read_shard(str(tmp_path / "s.tar")).problems
+        assert "s.tar/a/0.ppm: no image of the formats JPEG, PNG" in ppm_problem
+        assert jp2_problem.endswith("but a JPEG 2000 image; convert it")
+
+
 def test_a_hidden_image_makes_no_class_of_its_own(tmp_path):
     hidden = [(f"{c}/.thumb.png", png(200 + i)) for i, c in enumerate("abc")]
     (tmp_path / "s.tar").write_bytes(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from potstill.data import scan
 from potstill.data.datasets import load_data
@@ -151,6 +152,30 @@ def test_repeats_among_arrays() -> None:
         ("across-splits", "m/03", ("m/25",))
     ]
     assert find_repeated_files(data)[0].reason.startswith("the same pixels as m/25")
+
+
+@pytest.mark.parametrize(
+    ("values", "bright", "words"),
+    [
+        (range(16), 1, "nearly all of 39 images lie between 0 and 15 of 0 to 255"),
+        (range(16), 20, ""),  # a class of bright images
+        (range(40), 0, ""),
+    ],
+)
+def test_a_run_says_that_its_images_have_next_to_no_contrast(values, bright, words, tmp_path):
+    for i in range(80):
+        picture = np.resize(np.random.default_rng(i).permutation(np.array(values, np.uint8)), (8, 8))
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(picture * np.uint8(6 if i < bright else 1)).save(folder / f"{i}.png")
+    settings = DataSettings(source=str(tmp_path))
+    warnings, _ = summary_messages(quick_findings(load_data(settings)), "photos")
+    assert len(warnings) == bool(words)
+    assert all(words in each and "nearly one gray" in each and "potstill check photos" in each for each in warnings)
+    validate_data(settings)  # the whole check says what to do
+    warnings, _ = summary_messages(quick_findings(load_data(settings)), "photos")
+    assert len(warnings) == bool(words)
+    assert all("scale the values in the files to 0 to 255" in each for each in warnings)
 
 
 def test_what_a_run_says() -> None:

@@ -121,7 +121,7 @@ def test_names_that_nobody_can_write_down(make_folder) -> None:
         (THREE | {"train/empty": 0}, {"empty-class": ["train/empty"], "missing-class": ["test/empty", "val/empty"]}),
         ({k: v for k, v in THREE.items() if k != "val/dog"}, {"missing-class": ["val/dog"]}),
         (THREE | {"test/bird": 3}, {"missing-class": ["train/bird", "val/bird"]}),
-        ({"val/a": 1, "test/a": 1}, {"split-folders": ["."]}),
+        ({"val/a": 1, "test/a": 1}, {"no-train": ["."]}),
         (THREE | {"valid/cat": 1, "valid/dog": 1}, {"split-folders": ["."]}),
         ({"train/a": 3, "train/b": 3, "tset/a": 1}, {"split-folders": ["tset"]}),
         ({}, {"no-classes": ["."]}),

@@ -93,6 +93,20 @@ def terms(settings: Settings, teachers: int, epoch: int = 2, weights: list[float
 _known_terms: dict[str, dict[str, float]] = {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"name": "deit_hard"}, "deit_hard"),
+        ({"name": "kd", "schedule": {"temperature": {"shape": "linear", "start": 1}}}, "kd"),
+        ({"name": "ls", "base_method": {"name": "kd"}}, "ls"),
+        ({"name": "combined", "methods": [{"name": "kd"}, {"name": "crd"}]}, "kd + crd"),
+    ],
+)
+def test_messages_name_a_method_as_recipes_do(settings, label):
+    assert create_method(**settings).label == label
+    assert type("Mine", (Method,), {})().label == "Mine"
+
+
 def test_every_nesting_that_is_allowed_is_tried():
     assert len(NESTINGS) == 1 + 3 + 8 + 20 + 1 + 2 + 3 + 4
 
@@ -156,16 +170,16 @@ def test_terms_of_feature_methods_are_weighted_means():
 
 def test_a_method_that_weighs_teachers_itself_refuses_weights():
     assert terms({"name": "camkd", "feature_weight": 0.0}, 2, weights=[1.0, 1.0])
-    with pytest.raises(UsageError, match=r"CAMKD weighs the teachers by itself.*leave teachers\.weights out"):
+    with pytest.raises(UsageError, match=r"camkd weighs the teachers by itself.*leave teachers\.weights out"):
         terms({"name": "camkd", "feature_weight": 0.0}, 2, weights=[2.0, 1.0])
-    with pytest.raises(UsageError, match="CAMKD weighs the teachers by itself"):
+    with pytest.raises(UsageError, match="camkd weighs the teachers by itself"):
         terms(nested(("combined",), {"name": "camkd", "feature_weight": 0.0}), 2, weights=[2.0, 1.0])
 
 
 @pytest.mark.parametrize("wrappers", [(), ("combined",), ("ls",), ("combined", "ls")])
 def test_a_name_that_is_no_term_is_refused_at_the_first_step(wrappers):
     settings = nested(wrappers, {"name": "kd", "schedule": {"kdd": {"start": 0.5}}})
-    with pytest.raises(UsageError, match=r"schedule of KD names 'kdd'.*did you mean 'kd'"):
+    with pytest.raises(UsageError, match=r"schedule of kd names 'kdd'.*did you mean 'kd'"):
         terms(settings, 1)
 
 

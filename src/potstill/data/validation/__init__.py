@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from potstill.data.entries import FINDING_KINDS, Finding, Severity, suggest_fixes
 from potstill.data.image_io import SPAN_KINDS, ValueRange, ValueSpan, compute_range, format_range
@@ -442,17 +442,34 @@ def check_ranges(
 
 
 def _check_low_contrast(rows: NDArray[Any], ends: ValueRange) -> list[Finding]:
-    """Return a finding if all images together use a small part of the range, such as thermal images in kelvin."""
-    if not len(rows):
+    """Return a finding if nearly all images use the same small part of the range, such as thermal images in kelvin."""
+    if (band := narrow_band(rows["low"], rows["high"], ends)) is None:
         return []
-    low, high = rows["low"].min().item(), rows["high"].max().item()
-    if (high - low) * NARROW >= ends[1] - ends[0]:
-        return []
+    low, high = band
     way = (
         "scale the values in the files to 0 to 255" if ends == (0, 255) else f"set data.range=[{low:.10g},{high:.10g}]"
     )
-    reason = f"the values of all images lie between {low:.6g} and {high:.6g}, and the range is {format_range(ends)}"
+    reason = (
+        f"the values of nearly all images lie between {low:.6g} and {high:.6g}, and the range is {format_range(ends)}"
+    )
     return [Finding("low-contrast", ".", f"{reason}: {way}")]
+
+
+def narrow_band(lows: ArrayLike, highs: ArrayLike, ends: ValueRange) -> ValueRange | None:
+    """Return the band of all but 5 % of the images at each end, if it is less than 1/8 of the range; else None.
+
+    Example:
+        >>> lows, highs = np.zeros(20), np.full(20, 15)
+        >>> highs[7] = 255  # one bright image of twenty
+        >>> narrow_band(lows, highs, (0, 255)), narrow_band(lows, highs, (0, 127)), narrow_band(lows, highs, (0, 119))
+        ((0.0, 15.0), (0.0, 15.0), None)
+    """
+    lows, highs = np.sort(lows), np.sort(highs)
+    if not len(lows):
+        return None
+    left = len(lows) // 20
+    low, high = float(lows[left]), float(highs[-1 - left])
+    return None if (high - low) * NARROW >= ends[1] - ends[0] else (low, high)
 
 
 def _check_span(name: str, span: ValueSpan, ends: ValueRange) -> list[Finding]:

@@ -45,6 +45,7 @@ from potstill.data.validation import (
     ValidationReport,
     check_ranges,
     find_duplicates,
+    narrow_band,
     similar_classes,
     similar_files,
     sort_findings,
@@ -52,7 +53,7 @@ from potstill.data.validation import (
 from potstill.errors import ArtifactError, StorageError
 from potstill.io import cache_folder, read_checksummed, sha256_hex, write_checksummed
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ UNUSED_KINDS = ("beside-classes", "hidden")  # kinds of images that a run does n
 
 
 def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
-    """Return summaries of what ``potstill check`` found on this data, else of what is known without reading."""
+    """Return summaries of what ``potstill check`` found on this data, else of what is known from a few images."""
     found = load_summary(data.fingerprint)
     if found is None:
-        found = summarize_findings(find_repeated_files(data))
+        found = summarize_findings([*find_repeated_files(data), *find_low_contrast(data.train)])
         save_summary(data.fingerprint, found)
     # Unused images are not part of the fingerprint, and may have changed.
     return (*(each for each in found if each.kind not in UNUSED_KINDS), *summarize_findings(data.doubts))
@@ -132,8 +133,25 @@ def find_repeated_files(data: DataSplits) -> list[Finding]:
     return sort_findings(find_duplicates(pictures).findings)
 
 
+def find_low_contrast(images: ImageSet) -> list[Finding]:
+    """Return a finding if nearly all images of a sample, as networks see them, use a small part of 0 to 255."""
+    sample = np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int).tolist()
+    lows, highs, wide = list[int](), list[int](), 0
+    for i in sample:
+        pixels = images.pixels(i)
+        lows.append(int(pixels.min()))
+        highs.append(int(pixels.max()))
+        wide += narrow_band(lows[-1:], highs[-1:], (0, 255)) is None
+        if wide > 2 * (len(sample) // 20):  # one of them is not among the images that the band leaves out
+            return []
+    if (band := narrow_band(lows, highs, (0, 255))) is None:
+        return []
+    reason = f"the values of nearly all of {len(sample)} images lie between {band[0]:.0f} and {band[1]:.0f} of 0 to 255"
+    return [Finding("low-contrast", ".", reason)]
+
+
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
-    """Return messages: one warning for each kind of error, and at most one note for all other findings."""
+    """Return messages: a warning for each kind of error and for low contrast, and a note for all other findings."""
     command = f"`potstill check {shlex.quote(source)}`"
     warnings = [
         f"{source}: {each.count:,} x {FINDING_KINDS[each.kind].what} ({FINDING_KINDS[each.kind].why}), such as "
@@ -141,11 +159,16 @@ def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list
         for each in found
         if FINDING_KINDS[each.kind].severity == "error"
     ]
+    warnings += [
+        f"{source}: {FINDING_KINDS[each.kind].why}: {each.example}; {command} says more"
+        for each in found
+        if each.kind == "low-contrast"
+    ]
     others = [
         f"{each.count:,} x {FINDING_KINDS[each.kind].what}"
         + (f" ({each.example})" if each.kind in UNUSED_KINDS else "")
         for each in found
-        if FINDING_KINDS[each.kind].severity == "warning"
+        if FINDING_KINDS[each.kind].severity == "warning" and each.kind != "low-contrast"
     ]
     return warnings, [f"{source}: {', '.join(others)}; {command} lists them"] if others else []
 
@@ -219,6 +242,7 @@ def _contents(listing: Listing, table: ScanTable) -> dict[str, str]:
 
 _MAX_NAMES = 5  # names in a note
 _PIECE = 16  # images handed to a thread at once
+_SAMPLE = 39  # images whose contrast a run looks at, until three of them have enough
 
 
 def validate_data(settings: DataSettings, progress: ProgressReporter | None = None) -> ValidationReport:
@@ -276,6 +300,7 @@ def validate_listing(
         passed_over=listing.passed_over.total(),
         notes=[
             *_notes(listing, division),
+            *_notes_on_other_data(settings),
             *crop_notes(table.rows["width"], table.rows["height"], settings.resize_mode),
         ],
         skipped=sort_findings(skipped),
@@ -311,6 +336,14 @@ def _notes(listing: Listing, division: SplitAssignment) -> Iterator[str]:
                 f"class names are sorted as text, so that output {at} is {names[at]!r} and not {by_number[at]!r}; "
                 "weights of other programs may have the order of the numbers"
             )
+
+
+def _notes_on_other_data(settings: DataSettings) -> Iterator[str]:
+    """Yield a note for each setting that names further images, with the command that checks these."""
+    for key, unlabeled in (("unlabeled", True), ("target", False), ("labeled_test", False)):
+        if (source := getattr(settings, key)) is not None:
+            command = shlex.join(["potstill", "check", source, *(["--no-labels"] if unlabeled else [])])
+            yield f"the images of data.{key} are not checked here; `{command}` checks them"
 
 
 def _scan_images(scan_image: Scanner, count: int, progress: ProgressReporter | None) -> Iterator[ImageScan | Finding]:
