@@ -247,6 +247,12 @@ def test_test_without_a_class_needs_a_new_split(make_folder) -> None:
     assert data.origin == "made here: stratified 70/15/15, split seed 0; the splits of the source are pooled"
 
 
+def test_no_train_matters_only_where_splits_are_kept(make_folder) -> None:
+    folder = make_folder({"val/a": 4, "val/b": 4, "test/a": 2, "test/b": 2})
+    assert "but no folder train" in refused(folder)
+    assert len(load(folder, keep_splits="none").train) == 8
+
+
 def test_folds_need_no_class_in_every_split(make_folder) -> None:
     folder = make_folder(PUBLISHED | {"train/c": 3})
     tested = [name for fold in (1, 2, 3) for name in load(folder, folds=3, fold=fold).test.names]
