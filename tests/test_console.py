@@ -87,6 +87,17 @@ def test_the_end_is_in_sight_from_the_beginning(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+def test_a_stage_of_milliseconds_does_not_foretell_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out, progress = with_own_clock(monkeypatch)
+    progress.expect(lambda: {"teacher": 0.003, "baseline": 4.0, "distilled": 4.0})
+    progress.stage("teacher", "a network of 12 parameters")
+    progress.epoch_start(1, 2, 4, 100)
+    now[0] = 3.0  # start-up
+    progress.step(100)
+    progress.epoch_end({"epoch": 1, "val": {"top1": 0.5}})
+    assert out.getvalue().splitlines()[-1].endswith("  3.0 s left, 11.0 s in all")  # not an hour
+
+
 def with_own_clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], io.StringIO, Progress]:
     """A progress without a terminal, what it prints, and the time that it reads."""
     now, out = [0.0], io.StringIO()

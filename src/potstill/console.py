@@ -28,6 +28,7 @@ _NARROW_COLUMNS = 44  # characters of share, epoch, metric and time left
 _LINE_INTERVAL = 5.0  # seconds between two lines of progress without a terminal, at least
 _INTERVAL_SHARE = 0.01  # of the time since the start, at least: a day's log has hundreds of such lines, not thousands
 _RECENT_EPOCHS = 4  # whose speed predicts the time left
+_MIN_PACED = 5.0  # seconds of estimates that tell how much faster or slower the rest will be: start-up takes seconds
 _MIN_MEASURED = 2.0  # seconds of a stage after which its own speed replaces the estimate
 
 
@@ -179,7 +180,7 @@ class Progress:
         if done >= 1 or (done and (now - self._training_began >= _MIN_MEASURED or not here)):
             here = self._rest(estimated, done, now)
             passed = [passed[0] + estimated, passed[1] + now - self._stage_began + here]
-        pace = passed[1] / passed[0] if passed[0] > 0 else 1.0
+        pace = _pace(passed)
         others = sum(seconds for name, seconds in self._expected.items() if name != self._stage)
         return f"  {format_duration(here)} left, {format_duration(here + pace * others)} in all"
 
@@ -197,7 +198,7 @@ class Progress:
             return self._epoch_seconds(now, self._epoch - round(share * self._epochs)) * self._epochs * (1 - done)
         recent = self._epoch_seconds(now, self._epoch) * self._epochs
         first, later = time_of_stage.first / share, (estimated - time_of_stage.first) / (1 - share)
-        pace = self._passed[1] / self._passed[0] if self._passed[0] > 0 else 1.0
+        pace = _pace(self._passed)
         if recent < pace * math.sqrt(first * later):
             return recent * (1 - done)
         return recent * (share - done + (1 - share) * later / first)
@@ -233,6 +234,11 @@ class Progress:
         self._last_line = time.monotonic()
         # Not wrapped: a log is searched by lines.
         self._console.print(escape_control(text, keep="\n"), style=style, soft_wrap=True)
+
+
+def _pace(passed: list[float]) -> float:
+    """Return the measured seconds of stages divided by the estimated ones; 1 if these are too short to tell."""
+    return passed[1] / passed[0] if passed[0] >= _MIN_PACED else 1.0
 
 
 def _progress_bar(console: "Console") -> Any:

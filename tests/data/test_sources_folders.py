@@ -216,3 +216,91 @@ def test_where_an_output_folder_may_be(make_folder, output: str, refused: bool) 
         check_output_outside(DataSettings(source=str(data)), data / output)
     with pytest.raises(UsageError) if not output.startswith("..") else contextlib.nullcontext():
         check_output_outside(DataSettings(source="digits", unlabeled=str(data)), data / output)
+
+
+PUBLISHED = {"train/a": 6, "train/b": 6, "val/a": 2, "test/a": 3, "test/b": 3}  # b is missing in val
+
+
+def test_val_without_a_class_and_the_ways_to_go_on(make_folder) -> None:
+    folder = make_folder(PUBLISHED)
+    lines = refused(folder).splitlines()
+    assert lines[1].endswith("class 'b' is missing in val; it is in train, test")
+    assert "--set data.keep_splits=test" in lines[2]
+    assert lines[3] == "To go on without all images of these classes, and list them: --skip-bad"
+
+    data = load(folder, keep_splits="test")
+    assert data.counts() == {"train": {"a": 7, "b": 5}, "val": {"a": 1, "b": 1}, "test": {"a": 3, "b": 3}}
+    assert data.origin.endswith("; train and val of the source are pooled")
+    assert {name.split("/")[0] for name in data.train.names + data.val.names} == {"train", "val"}
+
+    (skipped,) = load(make_folder(PUBLISHED | {"train/c": 3, "val/c": 1, "test/c": 1}), skip_bad=True).skipped
+    assert skipped.reason == "class 'b' has no images in val; its 9 images are left out"
+
+
+def test_test_without_a_class_needs_a_new_split(make_folder) -> None:
+    folder = make_folder(PUBLISHED | {"train/c": 3})
+    assert "--set data.keep_splits=none (all images are then split anew)" in refused(folder)
+    assert "keep_splits=none" in refused(folder, keep_splits="test")
+
+    data = load(folder, keep_splits="none")
+    assert sum(sum(each.values()) for each in data.counts().values()) == 23
+    assert data.origin == "made here: stratified 70/15/15, split seed 0; the splits of the source are pooled"
+
+
+def test_no_train_matters_only_where_splits_are_kept(make_folder) -> None:
+    folder = make_folder({"val/a": 4, "val/b": 4, "test/a": 2, "test/b": 2})
+    assert "but no folder train" in refused(folder)
+    assert len(load(folder, keep_splits="none").train) == 8
+
+
+def test_folds_need_no_class_in_every_split(make_folder) -> None:
+    folder = make_folder(PUBLISHED | {"train/c": 3})
+    tested = [name for fold in (1, 2, 3) for name in load(folder, folds=3, fold=fold).test.names]
+    assert len(tested) == len(set(tested)) == 23
+    assert load(folder, folds=3, fold=1).origin.endswith("; the splits of the source are pooled")
+    assert "pooled" not in load(make_folder({"x/p": 4, "x/q": 4}) / "x", folds=2, fold=1).origin
+
+
+DEEP = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("Fruit/Apple/Red", "Fruit/Apple/Green",
+        "Fruit/Kiwi", "Roots/Leek", "Roots/Onion/Red")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("level", "classes"),
+    [
+        (1, ("Fruit", "Roots")),
+        (2, ("Apple", "Kiwi", "Leek", "Onion")),
+        (3, ("Green", "Kiwi", "Leek", "Red")),
+        ("last", ("Green", "Kiwi", "Leek", "Red")),
+    ],
+)
+def test_classes_named_by_inner_folders(make_folder, level: int | str, classes: tuple[str, ...]) -> None:
+    data = load(make_folder(DEEP), class_folder=level)
+    assert data.class_names == classes
+    assert all(data.class_names[label] in name for name, label in zip(data.train.names, data.train.labels, strict=True))
+    joined = any("'Red': Fruit/Apple/Red, Roots/Onion/Red" in note for note in data.notes)
+    assert joined == ("Red" in classes)
+    if level == 1:
+        assert "data.class_folder=last (4 classes) or --set data.class_folder=2 (4 classes)" in data.notes[0]
+
+
+def test_inner_folders_are_compared_between_splits(make_folder) -> None:
+    folder = make_folder({place: n for place, n in DEEP.items() if place != "val/Roots/Leek"})
+    assert load(folder).class_names == ("Fruit", "Roots")
+    assert "class 'Leek' has no images in val\nTo keep all classes, and the test split" in refused(
+        folder, class_folder="last"
+    )
+    assert load(folder, class_folder=2, keep_splits="test").counts()["val"]["Leek"] == 1
+
+
+def test_splits_one_folder_down(make_folder) -> None:
+    folder = make_folder({f"dataset/{place}": n for place, n in THREE.items()} | {"samples": 2})
+    assert f"the splits lie one folder further down: give {folder / 'dataset'} as the data" in refused(folder)
+    assert load(folder / "dataset").class_names == ("cat", "dog")
+
+
+def test_settings_of_folders_are_refused_for_other_data() -> None:
+    with pytest.raises(UsageError, match=r"data\.keep_splits: none is for folders"):
+        load(Path("digits"), keep_splits="none")
+    with pytest.raises(UsageError, match=r"data\.class_folder: 2 is for folders"):
+        load(Path("x.tar"), class_folder=2)

@@ -49,11 +49,22 @@ def test_without_splits(folder: Path) -> None:
     assert data.counts() == {"train": {"0": 4, "1": 4}, "val": {"0": 1, "1": 1}, "test": {"0": 1, "1": 1}}
 
 
+def test_lists_with_other_suffixes_and_pooled_splits(folder: Path) -> None:
+    lines = [",".join(row) for row in rows(train=8, test=4)]
+    from_csv = load(folder / "a.csv", "\n".join(["path,label,split", *lines]))
+    from_txt = load(folder / "a.txt", "\n".join(["path, label, split", *lines]))
+    from_tsv = load(folder / "a.tsv", "\n".join(["path,label,split", *lines]).replace(",", "\t"))
+    assert from_csv.as_rows() == from_txt.as_rows() == from_tsv.as_rows()
+    pooled = load_data(DataSettings(source=str(folder / "a.csv"), keep_splits="none"))
+    assert {split: len(pooled.split(split)) for split in ("train", "val", "test")} == {"train": 8, "val": 2, "test": 2}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("path,lable\np.png,a", ["the header must be", "did you mean 'label'?"]),
         ("", ["the header must be"]),
+        ("pictures/1.png, 0, 7\n", ["pictures/1.png,0,7, is an image", "path,label,column3 above it"]),
         ("path,label\n", ["lists no images"]),
         (
             "path,label\n/etc/passwd,a\n../x.png,b\n",

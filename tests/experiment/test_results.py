@@ -31,6 +31,9 @@ def test_gains_go_from_baseline_to_distilled():
     assert found["gap"] == pytest.approx(0.2)
     assert found["gap_closed"] == pytest.approx(0.5)
     assert (found["parameter_ratio"], found["file_ratio"], found["latency_ratio"]) == (10, 8, 4)
+    assert found["latency_noise"] == 1.0
+    stages["baseline"]["latency_ms"] = {"p50": 9.0}
+    assert compare_with_baseline(stages, correct)["latency_noise"] == 4.5
     assert "10.0 points above the baseline's" in found["verdict"]
 
 

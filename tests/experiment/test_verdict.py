@@ -144,6 +144,14 @@ def test_student_larger_and_slower() -> None:
     assert "2.0 times larger in parameters and neither faster nor slower for one image" in text
 
 
+def test_no_speed_is_claimed_of_a_busy_machine() -> None:
+    text = verdict(comparison(0.02, 0.01, 0.03, latency_ratio=22.0, latency_noise=5.77))
+    assert "12.3 times smaller in parameters. Latencies were measured on a busy machine" in text
+    assert "differ by a factor of 5.8" in text
+    assert "times faster" not in text
+    assert "3.1 times faster" in verdict(comparison(0.02, 0.01, 0.03, latency_noise=1.2))
+
+
 @pytest.mark.parametrize(
     "missing", [None, {}, comparison(None, None, None), comparison(0.1, None, 0.2), comparison(0.1, math.nan, 1)]
 )

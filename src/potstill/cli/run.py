@@ -143,8 +143,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="Images: a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name "
-        "of a data set, or code, path/file.py:callable.",
+        help="Images: a folder, a manifest (.csv, .tsv, .txt, .jsonl), .tar or .parquet files, "
+        "hf://datasets/USER/NAME, the name of a data set, or code, path/file.py:callable.",
     ),
 ]
 NoLabels = Annotated[

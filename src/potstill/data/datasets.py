@@ -268,6 +268,8 @@ def check_source(settings: DataSettings) -> None:
     if not settings.labeled:
         check_without_labels(settings)
         return
+    if is_dataset(name) or is_shards(name):
+        _check_grouping(settings)
     if is_dataset(name):
         check_dataset(settings)
         return
@@ -284,7 +286,10 @@ def check_source(settings: DataSettings) -> None:
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in MANIFEST_SUFFIXES):
         if path.exists():
             image = "; for an image, give the folder that holds the class folders" if has_image_suffix(name) else ""
-            raise UsageError(f"data {name!r}: a file of data is a manifest, {' or '.join(MANIFEST_SUFFIXES)}{image}")
+            raise UsageError(
+                f"data {name!r}: a file of data is a manifest ({', '.join(MANIFEST_SUFFIXES)}): a list of images whose "
+                f"first line is path,label or path,label,split{image}"
+            )
         near = nearest_name(path, dataset_names())
         raise UsageError(
             f"no data set, folder or manifest {name!r}{near}\n"
@@ -294,6 +299,12 @@ def check_source(settings: DataSettings) -> None:
     if settings.options:
         raise UsageError(f"data {name!r}: folders and manifests take no options, got {', '.join(settings.options)}")
     _check_shares(settings)
+
+
+def _check_grouping(settings: DataSettings) -> None:
+    for key, default in (("keep_splits", "all"), ("class_folder", 1)):
+        if (value := getattr(settings, key)) != default:
+            raise UsageError(f"data.{key}: {value} is for folders and lists of files; {settings.source} has its own")
 
 
 def _check_shares(settings: DataSettings) -> None:

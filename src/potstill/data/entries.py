@@ -206,8 +206,23 @@ def suggest_fixes(findings: list[Finding], *, skip_bad: bool = False) -> list[st
         fixes.append(
             "To read files elsewhere by links and paths: --set data.follow_links=true (of evaluate: --follow-links)"
         )
-    if not skip_bad and any(FINDING_KINDS[kind].skippable for kind in kinds):
-        fixes.append("To go on without the bad files and the classes that are too small, and list them: --skip-bad")
+    lacking = {
+        SPLIT_WORDS.get(each.path.split("/")[0].lower(), each.reason.rpartition(" ")[2])
+        for each in findings
+        if each.kind == "missing-class"
+    }
+    if lacking == {"val"}:
+        fixes.append(
+            "To keep all classes, and the test split: --set data.keep_splits=test (val is then split off from both "
+            "train and val)"
+        )
+    elif lacking:
+        fixes.append("To keep all classes: --set data.keep_splits=none (all images are then split anew)")
+    skippable = {kind for kind in kinds if FINDING_KINDS[kind].skippable}
+    if skippable and not skip_bad:
+        small = skippable <= {"missing-class", "too-few"}
+        what = "all images of these classes" if small else "the bad files and the classes that are too small"
+        fixes.append(f"To go on without {what}, and list them: --skip-bad")
     return fixes
 
 
@@ -238,6 +253,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)  # remarks that are no findings
     images: ImageSet | None = None  # in the order of the entries; None: files below the root
     follow_links: bool = False
+    regrouped: str = ""  # what ``sources.regroup`` has changed: clauses that begin with a semicolon
     place: Path | None = None  # the folder that messages name in place of the root
     _visited: dict[str, str] = field(default_factory=dict)  # real path of a folder -> path by which it was read
 

@@ -36,7 +36,7 @@ from potstill.data.parquet_tables import read_tables
 from potstill.data.scan import check_files, finding_kind
 from potstill.data.settings import AugmentSettings, DataSettings, Options, read_options
 from potstill.data.shard_reader import COMPRESSED_SUFFIX, Shard, ShardSample, expand_shards, read_shard
-from potstill.data.sources import ignored_files_note, is_table, read_manifest, walk_folder, walk_images
+from potstill.data.sources import ignored_files_note, is_table, read_manifest, regroup, walk_folder, walk_images
 from potstill.data.splits import (
     NO_CLASSES,
     SPLITS,
@@ -254,10 +254,10 @@ DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # most objects may 
 def list_source(settings: DataSettings, progress: ProgressReporter | None = None) -> Listing:
     """Return the listing of a folder or a manifest (see ``data.sources``), or of Parquet files."""
     if is_table(settings.source):
-        return read_tables(settings, progress)
+        return regroup(read_tables(settings, progress), settings)
     path = Path(settings.source).expanduser()
     read = walk_folder if path.is_dir() else read_manifest
-    return read(path, follow_links=settings.follow_links)
+    return regroup(read(path, follow_links=settings.follow_links), settings)
 
 
 def load_files(

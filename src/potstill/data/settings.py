@@ -59,8 +59,8 @@ class DataSettings(BaseModel):
 
     source: str = Field(
         "digits",
-        description="a folder, a .csv or .jsonl manifest, .tar or .parquet files, hf://datasets/USER/NAME, the name of "
-        "a data set, or file.py:callable",
+        description="a folder, a manifest (.csv, .tsv, .txt, .jsonl), .tar or .parquet files, hf://datasets/USER/NAME, "
+        "the name of a data set, or file.py:callable",
     )
     options: dict[str, Any] = Field(
         {}, description="options of a data set given by name or code, e.g. {classes: 2} for solar"
@@ -125,6 +125,16 @@ class DataSettings(BaseModel):
     )
     val: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes val, if the source has none")
     test: float = Field(0.15, gt=0, lt=1, description="share of the images that becomes test, if the source has none")
+    keep_splits: Literal["all", "test", "none"] = Field(
+        "all",
+        description="splits of a folder, a manifest or tables that are kept; test: val is split off from train and val "
+        "together; none: all images are split anew",
+    )
+    class_folder: Annotated[int, Field(ge=1)] | Literal["last"] = Field(
+        1,
+        description="folder that names the class of an image, counted from the data folder or that of the split: 1, 2 "
+        "and so on, or last: the one that the image lies in",
+    )
     split_seed: int = Field(0, ge=0, description="seed of the split; runs with different `seed` share a split")
     folds: int | None = Field(
         None,

@@ -18,6 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +31,7 @@ from potstill.data.entries import (
     is_system_name,
 )
 from potstill.data.image_structure import has_image_suffix
+from potstill.data.settings import DataSettings
 from potstill.data.shard_reader import MAX_CLASS_LENGTH, unique_keys
 from potstill.errors import did_you_mean
 from potstill.formatting import format_names
@@ -58,7 +60,6 @@ def walk_folder(root: Path, *, follow_links: bool = False) -> Listing:
     _report_missing_classes(listing, splits)
     _report_splits_within_classes(listing)
     listing.entries.sort(key=lambda entry: entry.name)
-    listing.notes += _nested_note(listing)
     return listing
 
 
@@ -234,14 +235,22 @@ def _report_missing_classes(listing: Listing, splits: list[tuple[str, Path]]) ->
 
 
 def _report_splits_within_classes(listing: Listing) -> None:
-    """Report ``cat/train`` and ``cat/test`` instead of ``train/cat`` and ``test/cat``: both would be trained on."""
+    """Report ``cat/train`` and ``cat/test`` in place of ``train/cat`` and ``test/cat``, and splits one folder down."""
     within: dict[str, set[str]] = {}
+    deep: set[str] = set()  # labels with folders in the folders of splits
     for entry in listing.entries:
         folders = entry.name.split("/")[1:-1]
-        if entry.split is not None or not folders or folders[0].lower() not in SPLIT_WORDS:
+        if entry.split is not None:
             return
-        within.setdefault(entry.label, set()).add(SPLIT_WORDS[folders[0].lower()])
-    if within and all("train" in splits and len(splits) > 1 for splits in within.values()):
+        found = within.setdefault(entry.label, set())
+        found.add(SPLIT_WORDS.get(folders[0].lower(), "") if folders else "")
+        if len(folders) > 1 and folders[0].lower() in SPLIT_WORDS:
+            deep.add(entry.label)
+    split = [label for label, splits in within.items() if "train" in splits and splits & {"val", "test"}]
+    if len(split) == 1 and split[0] in deep:
+        place = listing.root / split[0]
+        listing.report("split-folders", ".", f"the splits lie one folder further down: give {place} as the data")
+    elif split and len(split) == len(within) and not any("" in splits for splits in within.values()):
         label = min(within)
         listing.report(
             "split-folders", ".",
@@ -249,11 +258,62 @@ def _report_splits_within_classes(listing: Listing) -> None:
         )  # fmt: skip
 
 
-def _nested_note(listing: Listing) -> Iterator[str]:
-    deep = [entry.name for entry in listing.entries if entry.name.count("/") > 1 + (entry.split is not None)]
+def regroup(listing: Listing, settings: DataSettings) -> Listing:
+    """Return a listing with the classes of ``settings.class_folder``, and the splits of ``settings.keep_splits``.
+
+    A cross-validation pools all splits.
+    """
+    keep, level = "none" if settings.folds is not None else settings.keep_splits, settings.class_folder
+    pooled = {"all": (), "test": ("val",), "none": _SPLITS}[keep]
+    joined = "train" if keep == "test" else None
+    entries = [replace(each, split=joined) if each.split in pooled else each for each in listing.entries]
+    notes = list(listing.notes)
+    done = []
+    if keep != "all" and any(each.split for each in listing.entries):
+        done.append(f"{'train and val' if keep == 'test' else 'the splits'} of the source are pooled")
+    if listing.kind == "folders":
+        paths = [each.name.split("/")[int(each.split is not None) : -1] for each in listing.entries]
+        if level == 1:
+            notes += _nested_note(listing, paths)
+        else:
+            entries = [replace(each, label=_name_class(path, level)) for each, path in zip(entries, paths, strict=True)]
+            notes += _joined_note(paths, level)
+            done.append("classes named by the last folder" if level == "last" else f"classes named by folder {level}")
+    if not done:
+        return replace(listing, notes=notes)
+    # The classes of the splits are compared anew, by their images.
+    findings = [each for each in listing.findings if each.kind != "missing-class"]
+    findings = [each for each in findings if each.kind != "no-train" or keep != "none"]
+    return replace(listing, entries=entries, findings=findings, notes=notes, regrouped="".join(f"; {e}" for e in done))
+
+
+def _name_class(folders: list[str], level: int | str) -> str:
+    return folders[-1] if isinstance(level, str) else folders[min(level, len(folders)) - 1]
+
+
+def _nested_note(listing: Listing, paths: list[list[str]]) -> Iterator[str]:
+    deep = [entry.name for entry, path in zip(listing.entries, paths, strict=True) if len(path) > 1]
     if deep:
         lie = "1 image lies" if len(deep) == 1 else f"{len(deep):,} images lie"
-        yield f"{lie} in folders within class folders, such as {deep[0]}; they count for the class"
+        levels: tuple[int | str, ...] = ("last", 2) if max(map(len, paths)) > 2 else ("last",)
+        counts = {level: len({_name_class(path, level) for path in paths}) for level in levels}
+        others = " or ".join(f"--set data.class_folder={level} ({count:,} classes)" for level, count in counts.items())
+        yield (
+            f"{lie} in folders within class folders, such as {deep[0]}; they count for the class; to name classes by "
+            f"inner folders: {others}"
+        )
+
+
+def _joined_note(paths: list[list[str]], level: int | str) -> Iterator[str]:
+    """Yield a note on classes whose folders lie in several others, which may be different things."""
+    places: dict[str, set[str]] = {}
+    for path in paths:
+        end = len(path) if level == "last" else int(level)
+        places.setdefault(_name_class(path, level), set()).add("/".join(path[:end]))
+    if several := {name: sorted(found) for name, found in places.items() if len(found) > 1}:
+        name, found = next(iter(sorted(several.items())))
+        classes = "1 class is" if len(several) == 1 else f"{len(several):,} classes are"
+        yield f"{classes} made of folders of the same name in several places, such as {name!r}: {', '.join(found[:3])}"
 
 
 def ignored_files_note(passed_over: Counter[str]) -> str:
@@ -275,7 +335,7 @@ def _scan_folder(listing: Listing, folder: Path) -> list["os.DirEntry[str]"]:
         return []
 
 
-MANIFEST_SUFFIXES = (".csv", ".jsonl")
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 MAX_MANIFEST_BYTES = 256 * 2**20  # of a manifest: some millions of rows
 COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
@@ -293,7 +353,7 @@ def read_manifest(path: Path, *, follow_links: bool = False) -> Listing:
     """List all valid rows, with findings on the others; of a file that is listed twice, the first row."""
     listing = Listing(path.parent, "manifest", follow_links=follow_links)
     text = _text(listing, path)
-    rows = _csv_rows(listing, path, text) if path.suffix.lower() == ".csv" else _json_rows(listing, path, text)
+    rows = _json_rows(listing, path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(listing, path, text)
     real = os.path.realpath(path.parent)
     entries = [entry for line, row in rows if (entry := _entry(listing, path, line, row, real)) is not None]
     listing.entries = sorted(_drop_repeated(listing, path, entries), key=lambda entry: entry.name)
@@ -399,6 +459,12 @@ def _columns(header: Sequence[str]) -> tuple[dict[str, str], str]:
             known[role] = own[0]
     rest = [name for name in header if name not in known.values()]
     lacking = [role for role in ("path", "label") if role not in known]
+    if lacking and header and has_image_suffix(header[0].strip()):
+        fitting_header = ",".join(["path", "label", *(f"column{at}" for at in range(3, len(header) + 1))])
+        return (
+            {},
+            f"the first line, {','.join(header)[:200]}, is an image: put a line such as {fitting_header} above it",
+        )
     if lacking:
         near = next((each for name in rest if (each := did_you_mean(name.strip().lower(), lacking))), "")
         return {}, f"there is no column {' and '.join(lacking)}, got {','.join(header)[:200] or 'nothing'}{near}"

@@ -234,6 +234,7 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
     index = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": np.flatnonzero(in_test)}
     lines = (f"{split}\0{names[i]}" for split, found in index.items() for i in found.tolist())
     text = "\n".join([data.fingerprint, *lines]).encode("utf-8", "surrogateescape")
+    given = not data.origin.startswith("made here") or "are pooled" in data.origin
     identity = f"{pooled.pool.fingerprint}/train"  # as that of a loader of all images
     train, val, test = (Subset(pool, index[split], identity=identity) for split in SPLITS)
     check_splits(data.class_names, {"train": train, "val": val, "test": test}, data.source)
@@ -243,7 +244,7 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
         val=val,
         test=test,
         origin=f"{origin}; stratified, split seed {settings.split_seed}, val is {100 * settings.val:g} % of the rest"
-        f"{'' if data.origin.startswith('made here') else '; the splits of the source are pooled'}",
+        f"{'; the splits of the source are pooled' if given else ''}",
         fingerprint=hashlib.sha256(text).hexdigest(),
     )
 
@@ -341,6 +342,7 @@ def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssign
         origin, findings = listing.kind, list[Finding]()
     else:
         origin, findings = _fill_splits(listing, labels, splits, class_names, settings)
+        origin += listing.regrouped
     division = SplitAssignment(class_names, labels, splits, origin)
     if not settings.labeled:
         return division, findings
@@ -385,7 +387,11 @@ def _stratify_present(
 
 def _too_few_finding(listing: Listing, members: NDArray[np.int64], name: str, parts: list[str]) -> Finding:
     first = listing.entries[int(members[0])]
-    place = "." if listing.kind != "folders" else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
+    place = (
+        "."
+        if listing.kind != "folders" or listing.regrouped
+        else "/".join(first.name.split("/")[: 1 if first.split is None else 2])
+    )
     needed = f"not enough images for a split into {', '.join(parts)}: every class needs at least {len(parts)}"
     return Finding("too-few", place, f"{needed}, but {name!r} has {len(members)}")
 
@@ -400,7 +406,7 @@ def _find_missing_classes(division: SplitAssignment, listing: Listing) -> list[F
         found = f"only {names[0]!r}" if names else "none"
         reason = f"a classifier needs at least two classes, found {found}{_nested_folder_hint(listing)}"
         return [Finding("one-class", ".", reason)]
-    if not division.split or listing.kind == "folders":  # whose walk has compared the folders
+    if not division.split or (listing.kind == "folders" and not listing.regrouped):  # whose walk compares the folders
         return []
     return [
         Finding("missing-class", ".", f"class {name!r} has no images in {split}")
@@ -414,7 +420,12 @@ def _nested_folder_hint(listing: Listing) -> str:
     """Return a hint if the class folders are one level further down."""
     paths = [entry.name.split("/")[int(entry.split is not None) :] for entry in listing.entries]
     inner = sorted({path[1] for path in paths if len(path) > 2})
-    if listing.kind != "folders" or len(inner) < 2 or any(entry.split for entry in listing.entries):
+    if (
+        listing.kind != "folders"
+        or listing.regrouped
+        or len(inner) < 2
+        or any(entry.split for entry in listing.entries)
+    ):
         return ""
     return f"; with folders {', '.join(inner[:3])} in it: if these are the classes, give {paths[0][0]} as the data"
 
@@ -432,7 +443,8 @@ def find_small_classes(listing: Listing, settings: DataSettings) -> list[Finding
         missing = [split for split in given if not own[split]]
         pool = own["train" if given else None]
         if missing:
-            found.append(Finding("missing-class", name, f"class {name!r} has no images in {' and '.join(missing)}"))
+            reason = f"class {name!r} has no images in {' and '.join(missing)}; its {own.total():,} images are left out"
+            found.append(Finding("missing-class", name, reason))
         elif pool < needed:
             reason = f"class {name!r} has {pool} of the {needed} images needed for {', '.join(['train', *shares])}"
             found.append(Finding("too-few", name, reason))

@@ -258,6 +258,8 @@ def _compare_with_teachers(stages: dict[str, Any], groups: dict[str, Any], gain:
     for name, (part, key) in sums.items():
         costs = [cost for teacher in names if (cost := (stages[teacher][part] or {}).get(key)) is not None]
         ratios[name] = sum(costs) / student[part][key] if len(costs) == len(names) else None  # of some, unknown
+    same = [cost for name in ("baseline", "distilled") if (cost := (stages[name]["latency_ms"] or {}).get("p50"))]
+    ratios["latency_noise"] = max(same) / min(same) if len(same) > 1 else None  # both are the same network
     return {"teachers": len(names), "teachers_top1": top1, **_gap(lead, gain), **ratios}
 
 

@@ -223,16 +223,27 @@ def _range(comparison: Mapping[str, Any]) -> str:
     return "" if low is None or high is None else f" (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 
+MAX_LATENCY_NOISE = 1.5  # of two measurements of the same network, in turn; on an idle machine below 1.1
+
+
 def cost_sentence(comparison: Mapping[str, Any]) -> str:
     """Return how many times smaller and faster the student is than the teacher."""
     small, fast = finite_figure(comparison, "parameter_ratio"), finite_figure(comparison, "latency_ratio")
     size, speed = _format_ratio(small, "smaller", "larger"), _format_ratio(fast, "faster", "slower")
+    noise = finite_figure(comparison, "latency_noise") or 1.0
+    noisy = (
+        f" Latencies were measured on a busy machine: baseline and distilled student, the same network, differ by a "
+        f"factor of {noise:.1f}; export measures again."
+        if speed and noise > MAX_LATENCY_NOISE
+        else ""
+    )
+    speed = "" if noisy else speed
     ratios = [text for text in (size and f"{size} in parameters", speed and f"{speed} for one image") if text]
     several = (finite_figure(comparison, "teachers") or 1) > 1
     return (
-        f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(ratios)}."
+        f"Against the teacher{'s together' if several else ''}, the student is {' and '.join(ratios)}.{noisy}"
         if ratios
-        else ""
+        else noisy.strip()
     )
 
 

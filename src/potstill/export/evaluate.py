@@ -95,7 +95,8 @@ def _test_images(
 
     settings = DataSettings.model_validate({"source": source, **options})
     check_source(settings)
-    run_settings = None if model is None else _run_split_settings(run_data_settings(model), source)
+    recorded = None if model is None else run_data_settings(model)
+    run_settings = _run_split_settings(recorded, source)
     if run_settings is not None or is_dataset(source):
         enabled = {key: True for key, value in options.items() if value}
         splits = load_data(settings if run_settings is None else run_settings.model_copy(update=enabled))
@@ -108,6 +109,8 @@ def _test_images(
     if is_shards(source):
         shard_classes, sets, _ = read_shards(settings)
         return sets["train"], shard_classes, "all images", ()
+    if recorded is not None:  # the model's classes have the names of these folders
+        settings = settings.model_copy(update={"class_folder": recorded.class_folder})
     listing, skipped, contents = read_files(list_source(settings), settings)
     # Nothing is trained: a class, or train itself, may be missing; a class that is missing in test gets a warning.
     passed = ("missing-class", "no-train")
@@ -161,7 +164,7 @@ def _match_labels(labels: Any, own: Sequence[str], class_names: Sequence[str]) -
         shown = ", ".join(f"{name!r}{did_you_mean(name, class_names)}" for name in unknown[:5])
         raise DataError(
             f"the model does not know {len(unknown)} of these classes: {shown}\n"
-            f"It knows {format_names(class_names, 12)}"
+            f"It knows {format_names(class_names, 12)}; rename these folders, or give data without them"
         )
     ids = {name: i for i, name in enumerate(class_names)}
     return np.array([ids.get(name, -1) for name in own], dtype=np.int64)[labels]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from potstill.data.file_datasets import list_source
+from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_folder, walk_images
 
 THREE = {f"{split}/{name}": 3 for split in ("train", "val", "test") for name in ("cat", "dog")}
@@ -282,11 +284,12 @@ def test_splits_within_the_classes_are_refused(make_folder) -> None:
 
 
 def test_folders_within_classes_are_said_to_count(make_folder) -> None:
-    found = walk_folder(make_folder({"a": 2, "a/2021": 2, "b": 2, "b/test": 1}))
+    found = list_source(DataSettings(source=str(make_folder({"a": 2, "a/2021": 2, "b": 2, "b/test": 1}))))
 
     assert found.findings == []
     assert found.notes == [
-        "3 images lie in folders within class folders, such as a/2021/0.png; they count for the class"
+        "3 images lie in folders within class folders, such as a/2021/0.png; they count for the class; to name classes "
+        "by inner folders: --set data.class_folder=last (4 classes)"
     ]
 
 

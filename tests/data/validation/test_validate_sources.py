@@ -54,9 +54,9 @@ def test_repeats_among_arrays_of_several_sets() -> None:
 def test_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'digits'"):
         validate_data(DataSettings(source="digit"))
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.md").write_text("x")
     with pytest.raises(UsageError, match="a file of data is a manifest"):
-        validate_data(DataSettings(source=str(tmp_path / "a.txt")))
+        validate_data(DataSettings(source=str(tmp_path / "a.md")))
 
 
 def test_progress(make_folder) -> None:
