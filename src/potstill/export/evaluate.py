@@ -121,7 +121,7 @@ def _test_images(
         entries, subset = [entry for entry in entries if entry.split == "test"], "its test images"
     if not entries:
         raise DataError(f"{source} has splits, but no test images; to evaluate on others give their own folder")
-    class_names = sorted({entry.label for entry in entries})
+    class_names = tuple(sorted({entry.label for entry in entries}))
     ids = {name: i for i, name in enumerate(class_names)}
     images = FileSet(listing.root, [entry.name for entry in entries], [ids[entry.label] for entry in entries])
     if not contents:
