@@ -115,11 +115,13 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
         weights = flatten_settings(former).get("teacher.weights")
-        teacher = weights is not None and any(line.startswith("  teacher.weights:") for line in changed)
+        again = ""
+        if weights and any(line.startswith("  teacher.weights:") for line in changed):
+            again = f" (give --teacher {shlex.quote(weights)} again)"
         raise UsageError(
             f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
             + first_lines(changed)
-            + f"\nResume without these changes{f' (give --teacher {shlex.quote(weights)} again)' if teacher else ''}, "
+            + f"\nResume without these changes{again}, "
             "start another run with --name, or replace this one with --overwrite"
         )
 
