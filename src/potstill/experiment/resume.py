@@ -115,8 +115,9 @@ def check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         changed = [line for line in changed if not line.partition(":")[0].endswith("training.epochs")]
     if changed:
         weights = flatten_settings(former).get("teacher.weights")
-        teacher = weights is not None and any(line.startswith("  teacher.weights:") for line in changed)
-        again = f" (give --teacher {shlex.quote(str(weights))} again)" if teacher else ""
+        again = ""
+        if weights and any(line.startswith("  teacher.weights:") for line in changed):
+            again = f" (give --teacher {shlex.quote(weights)} again)"
         raise UsageError(
             f"--resume needs the same recipe, but {folder.recipe} has other settings:\n"
             + first_lines(changed)

@@ -464,11 +464,11 @@ def narrow_band(lows: ArrayLike, highs: ArrayLike, ends: ValueRange) -> ValueRan
         >>> narrow_band(lows, highs, (0, 255)), narrow_band(lows, highs, (0, 127)), narrow_band(lows, highs, (0, 119))
         ((0.0, 15.0), (0.0, 15.0), None)
     """
-    lows, highs = np.sort(lows), np.sort(highs)
-    if not len(lows):
+    dark, bright = np.sort(lows), np.sort(highs)
+    if not len(dark):
         return None
-    left = len(lows) // 20
-    low, high = float(lows[left]), float(highs[-1 - left])
+    left = len(dark) // 20
+    low, high = float(dark[left]), float(bright[-1 - left])
     return None if (high - low) * NARROW >= ends[1] - ends[0] else (low, high)
 
 
