@@ -145,7 +145,7 @@ def test_time_is_used_and_more_of_it_trains_longer(tmp_path):
 def test_little_time_still_compares_candidates(tmp_path):
     """Better two networks in a short race than the first of the list, unseen."""
     clock = Clock()
-    trainings = FakeTrainings(clock, accuracy={("b", "1.0"): 0.9})
+    trainings = FakeTrainings(clock, accuracy={("b", None): 0.9})
     found = search(tmp_path, clock, trainings, within=80.0).work(FAMILIES)
     assert (found["plan"]["candidates"], found["winner"]["student.model"]) == (2, "b")
     assert (found["final_epochs"], found["fresh_seeds"]) == (11, 1)  # not 3 seeds of 2 epochs
@@ -158,7 +158,7 @@ def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_
     found = search(tmp_path, clock, trainings, within=None).work(FAMILIES)
     distilled = [entry for entry in trainings.done if entry[0] == "distilled"]
     assert [sum(entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)] == [12, 6, 3]
-    assert found["winner"] == {"student.model": "b", "method.name": "dist", "method.ce_weight": "0.0"}
+    assert found["winner"] == {"student.model": "b", "method.name": "dist", "method.ce_weight": "1.0"}
     # b had four trials, then two that are kept by their value, then two: the baseline has as many, over its lr
     of_b = [sum(entry[1] == "b" and entry[3] == epochs for entry in distilled) for epochs in (2, 4, 8)]
     baseline = [entry for entry in trainings.done if entry[0] == "baseline"]
@@ -169,6 +169,16 @@ def test_without_a_budget_all_candidates_are_raced_with_the_recipe_s_epochs(tmp_
     assert trainings.again["seeds"] == found["fresh_seeds"] == 3
     assert trainings.again["trainings"]["baseline"][1] == {"student.training.lr": "0.05"}
     assert trainings.done.count(("teacher",)) == 1
+
+
+def test_students_from_scratch_are_first_taught_by_dist_and_pretrained_ones_by_kd(tmp_path):
+    clock = Clock()
+    trainings = FakeTrainings(clock)
+    families = [[(Student("a", "pretrained"), None)], [(Student("b"), None)]]
+    search(tmp_path, clock, trainings, within=None).work(families)
+    first_rung = [(entry[1], entry[2]["method.name"]) for entry in trainings.done if entry[0] == "distilled"][:8]
+    assert first_rung[:2] == [("a", "kd"), ("b", "dist")]
+    assert len(set(first_rung)) == 4
 
 
 def test_two_classes_are_not_taught_by_dist(tmp_path):

@@ -28,9 +28,9 @@ FIT_FILE = "fit.json"
 FRESH_SEEDS = 3
 MAX_STUDENTS = 4
 SETTINGS: tuple[dict[str, str], ...] = (  # the first ones are tried where time is short
+    {"method.name": "dist", "method.ce_weight": "1.0"},
     {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.0"},
     {"method.name": "dist", "method.ce_weight": "0.0"},
-    {"method.name": "dist", "method.ce_weight": "1.0"},
     {"method.name": "kd", "method.temperature": "1.0", "method.alpha": "0.3"},
 )
 LR_FACTORS = (1.0, 0.5, 2.0, 0.25)  # of the baseline's learning rate, as many as a student has settings
@@ -219,7 +219,8 @@ class HalvingSearch:
             return self.state
         try:
             students = self._students(families)
-            pool = [Candidate(student, settings) for settings in self._settings() for student in students]
+            orders = [[Candidate(student, each) for each in self._settings(student)] for student in students]
+            pool = [candidate for rank in zip(*orders, strict=True) for candidate in rank]
             teacher, view, epoch = self.trainings.estimate(students)
             costs = Costs(epoch, view, self.trainings.views())
             if "teacher" not in self.state:  # an error now rather than after the teacher's training
@@ -327,9 +328,12 @@ class HalvingSearch:
             self._save(students=found)
         return [Student(row["name"], row["weights"]) for row in found if not row["dropped"]]
 
-    def _settings(self) -> list[dict[str, str]]:
-        """Return the settings of the method that are tried; two classes are too few for dist."""
-        return [each for each in SETTINGS if each["method.name"] != "dist" or self.trainings.classes > 2]
+    def _settings(self, student: Student) -> list[dict[str, str]]:
+        """Return the settings of the method in the order in which they are tried, the likely best first: kd for a
+        pretrained student, dist for one from scratch.  Two classes are too few for dist.
+        """
+        found = [each for each in SETTINGS if each["method.name"] != "dist" or self.trainings.classes > 2]
+        return sorted(found, key=lambda each: student.weights is not None and each["method.name"] != "kd")
 
     def _plan(self, costs: Costs, pool: Sequence[Candidate], *, before: float = 0.0) -> Plan:
         """Return the largest plan that fits into the time left; ``before``: seconds of what precedes the race."""
