@@ -63,10 +63,10 @@ def test_every_method_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", ["methods", "recipes"])
 def test_lists_fit_the_terminal_and_piped_have_a_line_for_each_entry(command, capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
     assert main([command]) == 0
     piped = capsys.readouterr().out
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert main([command]) == 0
     narrow = capsys.readouterr().out
     assert max(map(len, narrow.splitlines())) <= 60

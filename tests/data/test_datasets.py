@@ -63,7 +63,7 @@ def test_a_folder_of_the_same_name_is_mentioned(tmp_path: Path, monkeypatch: pyt
             {"source": f"{Path(__file__).parent}s"},
             [f"no data set, folder or manifest '{Path(__file__).parent}s'; did you mean 'data'?"],
         ),
-        ({"source": __file__}, [".csv or .jsonl"]),
+        ({"source": __file__}, [".csv, .tsv, .txt, .jsonl"]),
         ({"source": "digits", "options": {"classes": 2}}, ["unknown option 'classes' (allowed: none)"]),
         ({"source": "solar", "options": {"clases": 2, "cells": "none"}}, ["did you mean 'classes'?", "option cells"]),
         ({"source": "fashion-mnist", "options": {"limit": 1}}, ["option limit"]),

@@ -424,7 +424,7 @@ def test_a_threshold_that_leaves_nothing_ends_the_run_before_the_student(between
 
 def test_what_cannot_work_is_refused_before_training(between, tmp_path):
     for sets, message in (
-        (("method={name: crd}",), r"CRD.*leave data\.target out"),
+        (("method={name: crd}",), r"crd.*leave data\.target out"),
         (("method={name: dkd}",), r"dkd needs the label of every image.*leave data\.target out"),
         (("data.augment={mixup: 0.5}",), "mixes labels, which target images do not have"),
         (("method={name: supervised}",), "learns from no teacher"),

@@ -159,7 +159,7 @@ def test_what_cannot_be_trained_without_labels_is_refused(without_labels, images
         (("method.alpha=0.3",), r"kd gives the labels the weight 0\.3, and there are none .*--alpha 0"),
         (("method={name: crd}",), "crd needs the label of every image, and there are none"),
         (("method={name: dho, balance: 0.5}",), r"dho gives the labels the weight 0\.5"),
-        (("method={name: nkd}",), "NKD needs the label of every image"),
+        (("method={name: nkd}",), "nkd needs the label of every image"),
     ):
         with pytest.raises(UsageError, match=message):
             pipeline.run(without_labels(*changes), output_dir=tmp_path)

@@ -101,7 +101,7 @@ def test_what_can_work_is_not_refused():
 
 def test_preflight_looks_at_the_method_and_the_data_together(recipe, unlabeled):
     made = recipe(**{"method": "{name: supervised}", "data.unlabeled": unlabeled})
-    with pytest.raises(UsageError, match="Supervised has no teacher or peer"):
+    with pytest.raises(UsageError, match="supervised has no teacher or peer"):
         check_all(made, None)
 
 

@@ -261,7 +261,7 @@ def test_a_table_has_no_preprocessing(plain, table, tmp_path, setting):
         (lambda names, logits: {"logits": logits * np.nan}, 3, "60 of 60 rows have a number that is NaN"),
         (lambda names, logits: {"logits": logits[:, :2], "classes": ("blue", "red")}, 2, "lacks 1 of the 3 classes"),
         (lambda names, logits: {"classes": ("blue", "green", "gold")}, 2, "lacks 1 of the 3 classes"),
-        (lambda names, logits: {"classes": ("blue", "green", "green")}, 2, "names a class twice"),
+        (lambda names, logits: {"classes": ("blue", "green", "green")}, 4, "several columns for the class 'green'"),
     ],
 )
 def test_bad_tables_end_with_one_message(plain, table, answers, tmp_path, capsys, change, code, message):

@@ -34,7 +34,8 @@ FREE = {  # docs/guarantees.md and docs/recipes.md say so
 }  # fmt: skip
 ONLY_WITH_ANOTHER = {  # valid only together with another change, or with a file that is there
     "data.unlabeled", "data.classes", "data.labeled", "data.labeled_test", "teacher.fallback", "student.fallback",
-    "data.fold", "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights",
+    "data.fold", "data.keep_splits", "data.class_folder",
+    "teacher.prompts", "student.prompts", "teacher.weights", "student.weights", "teachers.weights",
     "training.milestones", "training.nesterov", "teacher.training.nesterov", "student.training.nesterov",
     "student.training.milestones",
     "teacher.training.milestones", "training.ema_decay",

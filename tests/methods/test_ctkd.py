@@ -74,7 +74,7 @@ def test_weights_start_and_first_epoch_are_those_of_the_scripts():
 
 def test_wants_to_know_the_epoch():
     student, teacher = made()
-    with pytest.raises(UsageError, match="CTKD changes with the epochs"):
+    with pytest.raises(UsageError, match="ctkd changes with the epochs"):
         CTKD().distill(Outputs(student), Outputs(teacher), Batch(torch.zeros(4, 3, 1, 1), torch.arange(4)))
 
 

@@ -253,6 +253,7 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows with the last cell wrapped to the terminal's width; piped, each row is one line, for grep."""
     heads = format_columns([row[:-1] for row in rows], left=range(3))
     start = max(map(len, heads)) + 2
-    width = max(shutil.get_terminal_size((1_000_000, 24)).columns - start, 20)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000_000
+    width = max(columns - start, 20)
     texts = (f"\n{' ' * start}".join(textwrap.wrap(row[-1], width, break_on_hyphens=False)) for row in rows)
     sys.stdout.write("".join(f"{head:<{start}}{text}\n" for head, text in zip(heads, texts, strict=True)))

@@ -798,7 +798,7 @@ def decode_all(
 
 def decode_squares(images: ImageSet, index: list[int], side: int, resize_mode: str) -> Tensor:
     """Return some images as squares, uint8 [B, *square_shape]."""
-    return torch.stack([torch.from_numpy(read_square(images, i, side, resize_mode)) for i in index])
+    return torch.from_numpy(np.stack([read_square(images, i, side, resize_mode) for i in index]))
 
 
 def _threads(images: ImageSet) -> int | None:

@@ -126,7 +126,10 @@ FINDING_KINDS: dict[str, FindingKind] = {
     "no-classes": _refused("places without class folders", "there is nothing to learn"),
     "empty-class": _skippable("empty classes", "a class without images cannot be learned"),
     "one-class": _refused("too few classes", "a classifier needs at least two"),
-    "missing-class": _skippable("classes that are not in every split", "metrics of such a split leave out a class"),
+    "missing-class": _skippable(
+        "classes that are not in every split",
+        "metrics of such a split leave out a class; `data.keep_splits` makes another split",
+    ),
     "too-few": _skippable("classes too small for a split", "each of train, val and test needs an image of each class"),
     "split-folders": _refused("contradictory split folders", "it is not clear which images are for training"),
     "no-train": _refused("data with other splits, and no train", "there is nothing to train on"),

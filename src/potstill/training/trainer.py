@@ -479,7 +479,7 @@ class Trainer:
         """Return whether an epoch is the best so far; of equal ones (AUC is soon 1) that with the higher top-1 is."""
         if value != self.history.best_value:
             return value > self.history.best_value
-        best = self.history.records[self.history.best_epoch - 1]["val"]
+        best = next((each["val"] for each in self.history.records if each["epoch"] == self.history.best_epoch), {})
         return float(val.get("top1") or 0) > float(best.get("top1") or 0)
 
     def _should_stop_early(self, number: int) -> bool:

@@ -141,7 +141,10 @@ def test_columns_that_are_not_used_are_named(make_folder) -> None:
         ("file,image,label\na,b,c\n", "'file' and 'image' may both be the path; rename or remove one"),
         ("path,class,category\na,b,c\n", "'class' and 'category' may both be the label; rename or remove one"),
         ("path,label,splits\na,b,train\n", "unknown column 'splits'; did you mean 'split'?"),
-        ("p/0.png,cat\np/1.png,dog\n", "there is no column path and label, got p/0.png,cat"),
+        (
+            "p/0.png,cat\np/1.png,dog\n",
+            "the first line, p/0.png,cat, is an image: put a line such as path,label above it",
+        ),
     ],
 )
 def test_what_is_ambiguous_in_a_header_is_said(make_folder, text: str, reason: str) -> None:
