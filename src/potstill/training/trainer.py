@@ -479,8 +479,9 @@ class Trainer:
         """Return whether an epoch is the best so far; of equal ones (AUC is soon 1) that with the higher top-1 is."""
         if value != self.history.best_value:
             return value > self.history.best_value
-        best = next((each["val"] for each in self.history.records if each["epoch"] == self.history.best_epoch), {})
-        return float(val.get("top1") or 0) > float(best.get("top1") or 0)
+        records, best = self.history.records, self.history.best_epoch
+        top1 = [float(each["val"].get("top1") or 0) for each in records if each["epoch"] == best]
+        return float(val.get("top1") or 0) > max(top1, default=0.0)
 
     def _should_stop_early(self, number: int) -> bool:
         patience = self.settings.early_stopping_patience
