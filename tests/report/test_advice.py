@@ -40,7 +40,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 20
+    assert len(RULES) == len(set(RULES)) == 21
     assert all(rule.__doc__ for rule in RULES)
 
 
@@ -272,6 +272,22 @@ def test_val_too_small() -> None:
     # sqrt(0.8 * 0.2 / 400) = 0.02
     assert advice.val_too_small(made(401)) is None
     assert "standard error of top-1 is 2.0 points" in str(advice.val_too_small(made(400)))
+
+
+def test_a_test_split_of_other_images_is_said() -> None:
+    counts = {"val": {"a": 400}, "test": {"a": 400}}
+    tops = {"teacher": (0.97, 0.80), "baseline": (0.72, 0.50), "distilled": (0.76, 0.55)}
+
+    def made(**changed: tuple[float, float]) -> Run:
+        both = {name: {"val": {"top1": val}, "test": {"top1": test}} for name, (val, test) in (tops | changed).items()}
+        return run(both, data={"counts": counts})
+
+    found = advice.test_is_other(made())
+    assert "The baseline has a top-1 of 72.0 % on val and 50.0 % on test" in str(found)
+    assert advice.test_is_other(made(distilled=(0.76, 0.67))) is None  # one network is less than 10 points worse
+    counts = {"val": {"a": 60}, "test": {"a": 60}}
+    assert advice.test_is_other(made()) is None  # chance explains so much with few images
+    assert advice.test_is_other(run({"baseline": {"val": {"top1": 0.9}}}, data={"counts": counts})) is None
 
 
 def test_test_too_small() -> None:

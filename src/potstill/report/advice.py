@@ -152,6 +152,8 @@ SEEDS_IN_FOLDS = 3
 RECOMMENDED_FOLDS, FEW_TEST_IMAGES = 5, 2000  # folds test five times as many images, for five times the training
 RECOMMENDED_SEEDS = 5  # Student's t is 12.7 standard errors with two seeds, 4.3 with three, 2.8 with five
 NOISY_VAL_ERROR = 0.02  # standard error of top-1 on val
+SHIFT_GAP = 0.10  # of top-1 between val and test: far beyond what choosing an epoch on val adds
+SHIFT_ERRORS = 4.0  # and so many standard errors of the difference
 WIDE_INTERVAL = 0.03  # half width of the interval of the gain
 
 
@@ -220,6 +222,32 @@ def val_too_small(run: Run) -> Advice | None:
         evidence,
         "Give val more images, or pick the epoch by nll, which varies less by chance.",
         settings=("training.selection_metric=nll",),
+    )
+
+
+def test_is_other(run: Run) -> Advice | None:
+    """All networks are far worse on test than on val, on which everything is chosen."""
+    if recipe_setting(run, "data", "target") is not None:  # then other images are meant to be there
+        return None
+    gaps = list[tuple[float, str, float, float]]()
+    for stage in ("teacher", "baseline", "distilled"):
+        on_val, on_test = (final_metric(run, stage, split, "top1") for split in ("val", "test"))
+        sizes = split_size(run, "val"), split_size(run, "test")
+        if on_val is None or on_test is None or not all(sizes):
+            continue
+        error = math.sqrt(on_val * (1 - on_val) / sizes[0] + on_test * (1 - on_test) / sizes[1])
+        if on_val - on_test < max(SHIFT_GAP, SHIFT_ERRORS * error):
+            return None
+        gaps.append((on_val - on_test, stage, on_val, on_test))
+    if not gaps:
+        return None
+    _, stage, on_val, on_test = max(gaps)
+    return Advice(
+        "test has other images than val",
+        f"The {'distilled student' if stage == 'distilled' else stage} has a top-1 of {format_percent(on_val)} on val "
+        f"and {format_percent(on_test)} on test, more than chance explains, and so have all networks.",
+        "Give a val split of images that were taken as those of test were, for all choices are made on val; and look "
+        "for near copies in train and val with potstill check.",
     )
 
 
@@ -598,6 +626,7 @@ RULES: tuple[AdviceRule, ...] = (
     one_seed,
     few_seeds,
     val_too_small,
+    test_is_other,
     test_too_small,
 )
 
