@@ -610,6 +610,7 @@ RULES: tuple[AdviceRule, ...] = (
     leakage,
     contradictory_labels,
     weak_teacher,
+    test_is_other,
     teacher_still_improving,
     overconfident_teacher,
     no_room,
@@ -626,7 +627,6 @@ RULES: tuple[AdviceRule, ...] = (
     one_seed,
     few_seeds,
     val_too_small,
-    test_is_other,
     test_too_small,
 )
 
