@@ -511,8 +511,9 @@ class HalvingSearch:
             again = costs.training(name, epochs, distilled=False) + EVALUATION_EPOCHS * costs.epoch(name)
             return 2 * seeds * again + costs.new_views(epochs) * costs.view <= left
 
-        # A verdict on several seeds is worth half of the epochs, not more: one of the models is deployed.
-        for seeds, shortest in ((self.seeds, max([math.ceil(base / 2), *self.state["rungs"]])), (1, least)):
+        # One of the models is deployed: further seeds are trained where each has the recipe's epochs at least.
+        in_full = [(seeds, max([base, *self.state["rungs"]])) for seeds in range(self.seeds, 1, -1)]
+        for seeds, shortest in (*in_full, (1, least)):
             found = longest(lambda epochs, seeds=seeds: fits(epochs, seeds), shortest, MAX_STRETCH * base)  # type: ignore[misc]
             if found is not None:
                 return found
