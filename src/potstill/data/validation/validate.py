@@ -160,7 +160,7 @@ def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list
         if FINDING_KINDS[each.kind].severity == "error"
     ]
     warnings += [
-        f"{source}: {FINDING_KINDS[each.kind].why}: {each.example}; {command} says more"
+        f"{source}: {FINDING_KINDS[each.kind].why}: {each.example}; details: {command}"
         for each in found
         if each.kind == "low-contrast"
     ]
