@@ -151,6 +151,26 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
     assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
 
 
+@pytest.mark.parametrize(
+    ("setting", "is_kept"),
+    [
+        ("teacher.head=probe", False),  # a fitted head is part of the teacher
+        ("teacher.classes=[a, b]", False),
+        ("teacher.size=160", False),
+        ("teacher.training.epochs=3", False),
+        ("teacher.head=none", True),  # its model file has no classes
+        ("teacher_cache.views=2", True),
+    ],
+)
+def test_the_next_command_drops_what_the_trained_teacher_holds(
+    setting: str, is_kept: bool, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", "photos", "--teacher", "resnet18@pretrained", "--set", setting]
+    assert main(["train", "vgg16-resnet18", "--stage", "teacher", *given]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    assert (setting in shlex.split(line)) == is_kept
+
+
 def test_a_run_without_labels_is_said_to_have_no_accuracy(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     from potstill.cli.results import print_results
 

@@ -136,7 +136,8 @@ def resume_after_restart(folder: dict[str, Any], name: str) -> None:
 
 INTERNAL_ERROR = 1
 _CPU_SETTING = re.compile(r"\s*training\.device\s*=\s*cpu\s*")
-_TEACHER_WEIGHTS = re.compile(r"\s*teacher\.(\d+\.)?weights\s*=")
+# Settings that made a teacher, which its folder holds; without a head it has no classes, and must be declared so.
+_MADE_TEACHER = re.compile(r"\s*teacher\s*[.=](?!\s*(\d+\.)?head\s*=\s*none\s*$)")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `potstill recipes`, or a YAML file.")]
 Data = Annotated[
@@ -388,7 +389,7 @@ def train(
     if stage is Stage.teacher:
         trained = sorted(folder.glob("teacher*/model.json"))
         next_flags["--teacher"] = [str(folder)] if len(trained) < 2 else [str(model.parent) for model in trained]
-        settings = [text for text in settings or [] if not _TEACHER_WEIGHTS.match(text)]  # replaced by --teacher
+        settings = [text for text in settings or [] if not _MADE_TEACHER.match(text)]
     else:
         next_flags["--baseline"] = str(folder)
     next_flags["--set"] = settings
