@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -167,16 +167,7 @@ def run(
     checkpoint. The first of ``processes`` writes, into a folder that all see.
     """
     started = time.monotonic()
-    unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown or not stages:
-        raise UsageError(f"stages must be some of {', '.join(STAGES)}, got {list(stages)}")
-    if "distilled" in stages and "teacher" not in stages and needs_teacher(recipe.method):
-        if any(teacher.weights is None for teacher in recipe.teacher_list):
-            raise UsageError(
-                "the distilled stage alone needs a trained teacher: give its run or model folder with "
-                "--teacher, or train all stages with `potstill run`"
-            )
-        stages = ("teacher", *stages)
+    stages = _complete_stages(recipe, stages)
     planned, observer = plan_stages(recipe, stages), observer or SilentObserver()
     if not planned and not recipe.data.labeled:
         raise UsageError("there is no baseline: it learns from labels, and with data.labeled: false there are none")
@@ -278,73 +269,38 @@ def run(
             extended,
             reused,
         )
-        if splits.teacher_labels:
-            experiment.warn(describe_missing_labels(splits))
-        for text in replaced:
-            experiment.warn(text)
-        experiment.warnings += warn_about_data(splits, observer, recipe.data.resize_mode)
-        experiment.warnings += warn_about_settings(recipe, planned, splits, observer, compute)
-        if splits.unlabeled is not None and splits.target is None and "distilled" in stages:
-            unlabeled = describe_unlabeled(recipe, splits)
-            observer.note(unlabeled["sentence"])
-            if unlabeled["passes"] < 1:
-                experiment.warn(
-                    f"the distilled student sees {unlabeled['passes']:.0%} of the unlabeled images: train for more "
-                    "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
-                )
+        experiment.warn_about_start(replaced)
         with threads:
             left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
-            # Pretrained teachers first, so that their accuracy is reported before anything is trained.
-            for each in sorted(
-                planned,
-                key=lambda stage: not (stage.role == "teacher" and recipe.network(stage.name).weights is not None),
-            ):
-                if experiment.not_distilled and each.name not in ("teacher", "baseline"):
-                    continue
-                if splits.teacher_labels and each.role != "teacher":
-                    experiment.label_by_teachers()
-                experiment.run_stage(each)
-            planned = tuple(stage for stage in planned if stage.name in experiment.models)
-            classless = {stage.name: _describe_classless(experiment.models[stage.name]) for stage in planned
-                         if _has_no_classes(recipe, stage.name)}  # fmt: skip
-            if splits.teacher_labels:
-                experiment.label_by_teachers()
-            planned = tuple(stage for stage in planned if stage.name not in classless)  # which predict nothing
-            models = {stage.name: experiment.models[stage.name] for stage in planned}
+            experiment.train()
             if not evaluate:  # a trial of a sweep, which must not see the test split
                 return folder.path
-            facts_of_run: dict[str, Any] = {"teacher_below_baseline": experiment.teacher_below_baseline}
-            if classless:
-                facts_of_run["teachers_without_classes"] = classless
-            if splits.unlabeled is not None and splits.target is None:
-                facts_of_run["unlabeled_images"] = len(splits.unlabeled)
-            if experiment.not_distilled:
-                facts_of_run["not_distilled"] = experiment.not_distilled
-            if processes.first:
-                record_test_evaluation(folder, recipe, planned)
-                facts_of_run["looks"] = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
-            if recipe.data.fold is not None:
-                is_all = recipe.data.fold == "all"
-                facts_of_run["fold"] = "all" if is_all else f"fold {recipe.data.fold} of {recipe.data.folds}"
-            facts_of_run["views_differ"] = _view_differences(models)
-            for sentence in facts_of_run["views_differ"]:
-                experiment.warn(sentence)
-            if splits.has_classes:
-                splits = experiment.predicted if splits.teacher_labels else splits
-                evaluated = evaluate_stages(folder, models, recipe, splits, compute, experiment.observer, facts_of_run)
-            else:
-                evaluated = evaluate_embeddings(folder, experiment.models, recipe, splits, compute, facts_of_run)
+            evaluated = experiment.evaluate()
         if not processes.first:
             return folder.path
         seconds = time.monotonic() - started
-        names = [stage.name for stage in planned]
-        results = describe_run(folder.path.name, recipe, splits, names, evaluated, seconds, experiment.warnings)
-        for stage, model in models.items():
+        predicted, names = experiment.predicted, list(experiment.evaluated_models)
+        results = describe_run(folder.path.name, recipe, predicted, names, evaluated, seconds, experiment.warnings)
+        for stage, model in experiment.evaluated_models.items():
             folder.check_epochs(stage, model.facts.get("lines"))
         folder.write_results(results)
         trackers.results(results)
     return folder.path
+
+
+def _complete_stages(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the stages to train, with the teacher's before a distilled student that needs its ready teacher."""
+    if not stages or any(stage not in STAGES for stage in stages):
+        raise UsageError(f"stages must be some of {', '.join(STAGES)}, got {list(stages)}")
+    if "distilled" not in stages or "teacher" in stages or not needs_teacher(recipe.method):
+        return stages
+    if any(teacher.weights is None for teacher in recipe.teacher_list):
+        raise UsageError(
+            "the distilled stage alone needs a trained teacher: give its run or model folder with "
+            "--teacher, or train all stages with `potstill run`"
+        )
+    return ("teacher", *stages)
 
 
 def _write_beginning(
@@ -521,6 +477,73 @@ class _Experiment:
         self.predicted = self.data  # without labels: with the teacher's predictions in their place
         self.domains = Domains(self.recipe, self.data, self.compute, self.observer, self.warn)
 
+    @property
+    def evaluated_models(self) -> dict[str, Classifier]:
+        """Return the models of the run in the planned order, but for teachers without classes, which predict none."""
+        names = (stage.name for stage in self.planned if not _has_no_classes(self.recipe, stage.name))
+        return {name: self.models[name] for name in names if name in self.models}
+
+    def warn_about_start(self, replaced: Sequence[str]) -> None:
+        """Warn of what is known of data and settings before anything is trained; ``replaced``: networks."""
+        if self.data.teacher_labels:
+            self.warn(describe_missing_labels(self.data))
+        for text in replaced:
+            self.warn(text)
+        self.warnings += warn_about_data(self.data, self.observer, self.recipe.data.resize_mode)
+        self.warnings += warn_about_settings(self.recipe, self.planned, self.data, self.observer, self.compute)
+        if self._has_unlabeled and any(stage.role == "distilled" for stage in self.planned):
+            unlabeled = describe_unlabeled(self.recipe, self.data)
+            self.observer.note(unlabeled["sentence"])
+            if unlabeled["passes"] < 1:
+                self.warn(
+                    f"the distilled student sees {unlabeled['passes']:.0%} of the unlabeled images: train for more "
+                    "epochs (an epoch is one pass over the labeled images), or raise data.unlabeled_share"
+                )
+
+    def train(self) -> None:
+        """Train the planned stages, or those until the teacher turns out to do harm."""
+        # Pretrained teachers first, so that their accuracy is reported before anything is trained.
+        for stage in sorted(
+            self.planned,
+            key=lambda stage: not (stage.role == "teacher" and self.recipe.network(stage.name).weights is not None),
+        ):
+            if self.not_distilled and stage.name not in ("teacher", "baseline"):
+                continue
+            if stage.role != "teacher":
+                self.label_by_teachers()
+            self.run_stage(stage)
+        self.label_by_teachers()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluate the trained models on test; return the facts of the run with their metrics."""
+        facts: dict[str, Any] = {"teacher_below_baseline": self.teacher_below_baseline}
+        if classless := [name for name in self.models if _has_no_classes(self.recipe, name)]:
+            facts["teachers_without_classes"] = {name: _describe_classless(self.models[name]) for name in classless}
+        if self._has_unlabeled and self.data.unlabeled is not None:
+            facts["unlabeled_images"] = len(self.data.unlabeled)
+        if self.not_distilled:
+            facts["not_distilled"] = self.not_distilled
+        if self.compute.processes.first:
+            planned = tuple(stage for stage in self.planned if stage.name in self.evaluated_models)
+            record_test_evaluation(self.folder, self.recipe, planned)
+            looks = recorded_test_evaluations(self.folder)
+            facts["looks"] = describe_test_evaluations(looks, self.recipe, planned)
+        if (fold := self.recipe.data.fold) is not None:
+            facts["fold"] = "all" if fold == "all" else f"fold {fold} of {self.recipe.data.folds}"
+        facts["views_differ"] = _view_differences(self.evaluated_models)
+        for sentence in facts["views_differ"]:
+            self.warn(sentence)
+        if not self.data.has_classes:
+            return evaluate_embeddings(self.folder, self.models, self.recipe, self.data, self.compute, facts)
+        return evaluate_stages(
+            self.folder, self.evaluated_models, self.recipe, self.predicted, self.compute, self.observer, facts
+        )
+
+    @property
+    def _has_unlabeled(self) -> bool:
+        """Whether there are images without labels that are not the target domain's."""
+        return self.data.unlabeled is not None and self.data.target is None
+
     def run_stage(self, stage: PlannedStage) -> Classifier:
         started = time.monotonic()
         if self._done(stage):
@@ -550,8 +573,8 @@ class _Experiment:
         return model
 
     def label_by_teachers(self) -> None:
-        """Use the teachers' predictions as labels of val, and of test if it has none, and for all metrics."""
-        if self.predicted is not self.data or not self.data.has_classes:
+        """Use the teachers' predictions as labels of the splits that have none, and for all metrics."""
+        if self.predicted is not self.data or not (self.data.has_classes and self.data.teacher_labels):
             return
         teachers = {name: model for name, model in self.models.items() if stage_role(name) == "teacher"}
         found: dict[str, Any] = {}
