@@ -251,18 +251,6 @@ def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fiel
     }
 
 
-CKA: dict[str, Any] = {
-    "split": "val",
-    "images": 108,
-    "layers": {"teacher": ["stage1", "stage2"], "baseline": ["a", "b", "c"], "distilled": ["a", "b", "c"]},
-    "values": {
-        "baseline": [[0.91, 0.5, -0.02], [0.4, 0.6, 0.35]],
-        "distilled": [[0.93, 0.55, 0.1], [0.5, 0.71, None]],
-    },
-    "left_out": {},
-}
-
-
 @pytest.fixture
 def drawn() -> None:
     """The test's pages have their pictures."""
@@ -306,7 +294,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
             bins = [[10, 0.45, 0.4], [30, 0.75, 0.7], [60, 0.97, 0.95]]
             figures = {"ece": 0.03, "nll": 0.4, "bins": bins}
             builder.calibration = {"temperature": 1.4, "before": figures, "after": figures}
-            builder.examples, builder.changes = examples(names), {"cka": CKA, "warnings": ["The teacher is weak."]}
+            builder.examples, builder.changes = examples(names), {"warnings": ["The teacher is weak."]}
             made[classes] = builder.write()
         return made[classes]
 

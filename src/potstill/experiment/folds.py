@@ -171,7 +171,7 @@ def _describe_stages(
     comparison = None
     if {"baseline", "distilled"} <= stages.keys():
         comparison = compare_with_baseline(stages, correct, together, entries, recipe.seed, None, known, fold_of)
-    return {"stages": stages, "repeats": entries, "together": together, "comparison": comparison, "cka": None, **known}
+    return {"stages": stages, "repeats": entries, "together": together, "comparison": comparison, **known}
 
 
 def _test_over_seeds(stages: Mapping[str, Any], name: str) -> dict[str, float | None]:

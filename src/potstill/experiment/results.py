@@ -26,7 +26,7 @@ from potstill.evaluation.final_metrics import calibration_report, split_interval
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, evaluation_mode, predict_split
 from potstill.evaluation.significance import mean_interval, paired_interval, wilson_interval
 from potstill.experiment.builders import build_network, split_loader
-from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
+from potstill.experiment.comparison import compare_with_baseline, count_flips
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
 from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members, predict_images
 from potstill.experiment.examples import describe_examples
@@ -54,8 +54,8 @@ def evaluate_stages(
     observer: Observer,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
-    results.json.
+    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to
+    ``cascade`` of results.json.
 
     With a target, all of these are on its images.  The test split is not read before, unless the recipe requests test
     metrics of every epoch.  The networks run in float32, as in ``predict``.  Call in all processes; the first one
@@ -111,7 +111,6 @@ def evaluate_stages(
         ),
         **({"flips": count_flips(correct)} if "previous" in correct else {}),
         "cascade": _calibrate_cascade(run, once, found, groups.get("teachers", {}), recipe),
-        "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),
     }
 
@@ -166,7 +165,6 @@ def evaluate_embeddings(
         "comparison": None,
         "without_labels": _describe_embeddings(run, stages, entries, data),
         "cascade": None,
-        "cka": describe_similarity(models, recipe, data, compute),
         **(known or {}),
     }
 

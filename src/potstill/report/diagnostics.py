@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from potstill.formatting import MISSING, format_count, format_decimal, format_number, format_percent, format_points
-from potstill.report.canvas import FAINT, GRID, RIGHT, ROLE_COLORS, add_legend_below, as_svg, text_color_on
-from potstill.report.display_names import shorten
+from potstill.report.canvas import FAINT, ROLE_COLORS, add_legend_below, as_svg
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_predictions
 from potstill.report.stage_figures import (
     Matrix,
@@ -58,47 +57,6 @@ def _plot_bins(axes: "Axes", bins: ReliabilityBins, label: str, colour: str, das
     x, y = [each[1] for each in bins], [each[2] for each in bins]
     axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.5, label=label)
     axes.scatter(x, y, s=[8 + 90 * each[0] / images for each in bins], color=colour, zorder=3, linewidths=0)
-
-
-_MIN_SIZE = 3.0  # inches
-
-
-def similarity_size(rows: int, columns: int) -> tuple[float, float]:
-    """Return the figure size in inches for ``draw_similarity``."""
-    return max(_MIN_SIZE, 0.62 * columns) + 1.0, max(2.2, 0.42 * rows) + 0.9
-
-
-def draw_similarity(
-    figure: "Figure",
-    values: Sequence[Sequence[float | None]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-) -> None:
-    """Draw a heat map of the similarity of each pair of stages, with its numbers."""
-    from matplotlib.patches import Rectangle
-
-    axes: Axes = figure.subplots()
-    axes.set_title(title)
-    axes.grid(visible=False)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            strength = min(1.0, max(0.0, value or 0.0))
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=RIGHT, alpha=strength, linewidth=0))
-            text = "–" if value is None else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-            axes.text(j, i, text, color=text_color_on(RIGHT, strength), ha="center", va="center")
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color(GRID)
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [shorten(name, 14) for name in rows])
-    across = [shorten(name, 14) for name in columns]
-    axes.set_xticks(range(len(columns)), across)
-    if max(map(len, across), default=0) > 7:
-        axes.tick_params(axis="x", labelrotation=30)
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
 
 
 _WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
@@ -281,11 +239,8 @@ def _cascade_latency(run: Run, student: str, teachers: Sequence[str], deferred: 
     return known[0] + deferred * sum(known[1:]) if len(known) == 1 + len(teachers) else None
 
 
-_STUDENTS = ("baseline", "distilled")
-
-
 def fidelity_context(run: Run) -> dict[str, Any] | None:
-    """Return agreement and KL divergence of each student on each split, and CKA; None if nothing was measured."""
+    """Return agreement and KL divergence of each student on each split; None if nothing was measured."""
     rows = []
     for stage in run.stages.values():
         known = {split: stage.metrics.get(split, {}) for split in SPLITS}
@@ -295,48 +250,7 @@ def fidelity_context(run: Run) -> dict[str, Any] | None:
                 for split in SPLITS
             ]
             rows.append((stage.name, cells))
-    cka = run.results.get("cka")
-    cka = cka if isinstance(cka, dict) else {}
-    pictures = [svg for name in _STUDENTS if (svg := _cka_svg(cka, name))]
-    notes = _cka_notes(cka)
-    if not rows and not pictures and not notes:
-        return None
-    images = format_number(cka.get("images"))
-    return {
-        "splits": SPLITS,
-        "rows": rows,
-        "pictures": pictures,
-        "notes": notes,
-        "images": "" if images is None else format_count(images),
-        "split": str(cka.get("split") or ""),
-    }
-
-
-def _cka_svg(cka: dict[str, Any], name: str) -> str | None:
-    layers, values = cka.get("layers") or {}, (cka.get("values") or {}).get(name)
-    down, across = layers.get("teacher"), layers.get(name)
-    if not values or not down or not across or [len(row) for row in values] != [len(across)] * len(down):
-        return None
-    fields = [[format_number(value) for value in row] for row in values]
-    best = [max((value for value in row if value is not None), default=None) for row in fields]
-    highest = ", ".join(
-        f"{format_decimal(value, 2)} for the teacher's {path}" for path, value in zip(down, best, strict=True)
-    )
-    return as_svg(
-        lambda figure: draw_similarity(figure, fields, down, across, f"Teacher (down) and {name} (across)"),
-        similarity_size(len(down), len(across)),
-        name=f"cka-{name}",
-        label=f"CKA between the stages of teacher and {name}; the highest with any stage of {name}: {highest}.",
-    )
-
-
-def _cka_notes(cka: dict[str, Any]) -> list[str]:
-    found = []
-    if cka.get("failed"):
-        found.append(f"The similarity of teacher and student stages could not be measured: {cka['failed']}.")
-    for name, paths in (cka.get("left_out") or {}).items():
-        found.append(f"Left out, as its feature maps are too large to compare: {name}, {', '.join(map(str, paths))}.")
-    return found
+    return {"splits": SPLITS, "rows": rows} if rows else None
 
 
 _MAX_MISTAKES = 8  # rows of the table of mistakes
