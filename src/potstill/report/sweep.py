@@ -6,7 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from potstill.errors import ArtifactError
+from potstill.evaluation import Array
+from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval
 from potstill.experiment.run_folder import RunFolder
 from potstill.experiment.verdict import headline
 from potstill.formatting import (
@@ -22,7 +26,7 @@ from potstill.formatting import (
 )
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, add_legend_below, as_svg
-from potstill.report.compare import compare_predictions, group_runs, read_contender
+from potstill.report.compare import read_contender
 from potstill.report.display_names import escape_invisible
 from potstill.report.render import render, render_template
 from potstill.report.run_reader import read_run
@@ -179,17 +183,29 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
     correct = {}
     for student in ("baseline", "distilled"):
         run = read_run(folder / "confirmation" / student)
-        students = group_runs([run])[0].stages_by_seed(student)
-        correct[student] = read_contender(student, students).correct
-        top1 = [stage.metrics["test"]["top1"] for _, stage in students.values()]
+        contender = read_contender(student, run)
+        correct[student] = contender.correct
+        top1 = [stage.metrics["test"]["top1"] for stage in contender.students.values()]
         spread = f" ± {format_points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
         found["rows"].append((student, f"{format_percent(statistics.fmean(top1))}{spread}"))
     seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
     word = "seed" if len(seeds) == 1 else "seeds"
     found |= {"seeds": f"{word} {', '.join(map(str, seeds))}", "trials": facts["trials"]}
     more_seeds = "--seeds 5 and another --name" if (folder / "fit.json").exists() else "--confirm-seeds 5"
-    compared = compare_predictions(correct["baseline"], correct["distilled"])
+    compared = _compare_predictions(correct["baseline"], correct["distilled"])
     return found | {"verdict": headline(compared, more_seeds=more_seeds)}
+
+
+def _compare_predictions(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
+    """Return the part of ``comparison`` for the headline, from the correct images of each student: seed -> [N] bool."""
+    shared = sorted(before.keys() & after.keys())
+    a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
+    if len(shared) == 1:
+        gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
+        ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
+        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
+    crossed = crossed_interval(a, b)._asdict()
+    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": crossed}}
 
 
 def _read_fit(folder: Path) -> dict[str, Any] | None:
