@@ -1,4 +1,4 @@
-"""The pages, tables and figures of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
+"""The pages and tables of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,6 @@ from potstill.formatting import (
     format_duration,
     format_loss,
     format_milliseconds,
-    format_number,
     format_percent,
     format_points,
     format_scaled,
@@ -27,56 +26,11 @@ from potstill.formatting import (
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, add_legend_below, as_svg
 from potstill.report.compare import read_contender
-from potstill.report.display_names import escape_invisible
 from potstill.report.render import render, render_template
 from potstill.report.run_reader import read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_MAX_TICK_LABELS = 12  # choices up to which a slice has tick labels
-
-
-def draw_importance(figure: "Figure", shares: Mapping[str, float]) -> None:
-    """Draw a bar for each key, the largest on top."""
-    axes = figure.add_subplot()
-    ranked = sorted(shares.items(), key=lambda item: item[1])
-    axes.barh([escape_invisible(key) for key, _ in ranked], [share for _, share in ranked], color=DISTILLED, height=0.6)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the variance over trials")
-    axes.grid(axis="y", visible=False)
-
-
-def draw_slice(figure: "Figure", trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any) -> None:
-    """Draw the metric of each finished trial against its value of one key; the best trial is marked."""
-    axes = figure.add_subplot()
-    key = dimension["key"]
-    shown = [trial for trial in trials if trial["value"] is not None and key in trial["chosen"]]
-    values = [trial["chosen"][key] for trial in shown]
-    if dimension["choices"]:
-        x = [float(dimension["choices"].index(value)) for value in values]
-        if len(dimension["choices"]) <= _MAX_TICK_LABELS:
-            axes.set_xticks(range(len(dimension["choices"])), [escape_invisible(text) for text in dimension["choices"]])
-        axes.set_xlim(-0.5, len(dimension["choices"]) - 0.5)
-    else:
-        x = [format_number(float(value)) or 0.0 for value in values]
-        if dimension["log"]:
-            axes.set_xscale("log")
-        axes.set_xlim(dimension["low"], dimension["high"])
-    axes.scatter(x, [trial["value"] for trial in shown], s=26, color=DISTILLED, alpha=0.7, clip_on=False)
-    marked = [i for i, trial in enumerate(shown) if trial["number"] == best]
-    axes.scatter(
-        [x[i] for i in marked],
-        [shown[i]["value"] for i in marked],
-        s=90,
-        facecolors="none",
-        edgecolors=VAL,
-        clip_on=False,
-        zorder=4,
-    )
-    axes.set_xlabel(escape_invisible(key))
-    axes.set_ylabel("val", color=FAINT)
 
 
 _STATE_LABELS = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
@@ -102,10 +56,6 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         "over": [each["text"] for each in sweep["space"]],
         "keys": [each["key"] for each in sweep["space"]],
         "rows": [_trial_row(trial, sweep) | {"best": trial["number"] == best} for trial in trials],
-        "importance": _importance_svg(found.get("importance", {})),
-        "slices": [_slice_svg(trials, each, best, at) for at, each in enumerate(sweep["space"])]
-        if best is not None
-        else [],
         "final": final,
         "fit": fit,
     }
@@ -154,21 +104,6 @@ def _trial_row(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, 
         "epochs": str(trial["epochs"]),
         "seconds": format_duration(trial["seconds"]),
     }
-
-
-def _importance_svg(shares: Mapping[str, float]) -> str | None:
-    if not shares:
-        return None
-    label = "Importance: " + ", ".join(f"{key} {format_percent(share)}" for key, share in shares.items())
-    return as_svg(
-        partial(draw_importance, shares=shares), (6.4, 0.8 + 0.4 * len(shares)), name="importance", label=label
-    )
-
-
-def _slice_svg(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any, at: int) -> dict[str, str]:
-    draw = partial(draw_slice, trials=trials, dimension=dimension, best=best)
-    label = f"{dimension['key']} against the metric on val, a dot for each trial"
-    return {"key": dimension["key"], "svg": as_svg(draw, (4.2, 3.0), name=f"slice{at}", label=label)}
 
 
 def _read_final(folder: Path) -> dict[str, Any] | None:
