@@ -16,8 +16,6 @@ from potstill.report.canvas import FAINT, ROLE_COLORS, add_legend_below, as_svg
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_predictions
 from potstill.report.stage_figures import (
     Matrix,
-    difference_svg,
-    draw_rate,
     draw_stages,
     endpoints,
     matrix_svg,
@@ -59,7 +57,7 @@ def _plot_bins(axes: "Axes", bins: ReliabilityBins, label: str, colour: str, das
     axes.scatter(x, y, s=[8 + 90 * each[0] / images for each in bins], color=colour, zorder=3, linewidths=0)
 
 
-_WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
+_WIDE_SIZE = (4.9, 3.0)  # inches
 
 
 def stages_figure(run: Run) -> str | None:
@@ -72,22 +70,10 @@ def stages_figure(run: Run) -> str | None:
 
 
 def curves_context(run: Run) -> dict[str, Any] | None:
-    """Return four figures of each stage."""
+    """Return three figures of each stage."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
-    return {"stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]} if trained else None
-
-
-def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
-    pictures = [svg for _, svg in stage_curves(run, stage).values()]
-    rates = [rate for record in stage.epochs if (rate := format_number(record.get("lr"))) is not None]
-    if rates:
-        label = (
-            f"Line chart: learning rate of {stage.name}, {rates[0]:g} in the first epoch, {rates[-1]:g} in the last."
-        )
-        pictures.append(
-            as_svg(lambda figure: draw_rate(figure, stage), _SMALL_SIZE, name=f"rate-{stage.name}", label=label)
-        )
-    return pictures
+    stages = [(stage.name, [svg for _, svg in stage_curves(run, stage).values()]) for stage in trained]
+    return {"stages": stages} if stages else None
 
 
 _RELIABILITY_SIZE = (4.0, 3.6)  # inches
@@ -265,7 +251,6 @@ def confusion_context(run: Run) -> dict[str, Any] | None:
     on_test = _test_matrices(run)
     return {
         "test": pictures["test"],
-        "difference": _students_difference_svg(run),
         "folded": [(split, pictures[split]) for split in ("val", "train") if pictures[split]],
         "mistakes": _frequent_mistakes(run, on_test),
         "stages": [name for name, _ in on_test],
@@ -293,17 +278,6 @@ def _stage_matrix_svg(run: Run, stage: StageResult, split: str, matrix: Matrix) 
         "images on the diagonal."
     )
     return matrix_svg(matrix, run.class_names, f"{stage.name}, {split}", label)
-
-
-def _students_difference_svg(run: Run) -> str | None:
-    """Return the difference of both students on test; None if one is missing."""
-    stages = [run.stages.get(name) for name in ("baseline", "distilled")]
-    before, after = (stage.confusion("test", len(run.class_names)) if stage else None for stage in stages)
-    if before is None or after is None:
-        return None
-    gained = int(after.trace() - before.trace())
-    label = f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal."
-    return difference_svg(before, after, run.class_names, "distilled − baseline, test", label)
 
 
 def _test_matrices(run: Run) -> list[tuple[str, Matrix]]:
