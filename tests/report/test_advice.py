@@ -259,7 +259,7 @@ def test_what_is_advised_can_be_typed() -> None:
     )
     found = collect_advice(made)
     settings = [each.settings for each in found if each.settings]
-    assert len(settings) >= 6
+    assert len(settings) >= 4
     for each in settings:
         load_recipe("quickstart", each)
     commands = [command for *_, command in (advice_context(made) or {})["advice"] if command]
