@@ -41,7 +41,6 @@ from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
-LATENCY_BATCH = 16  # batch size of latency_batch_ms
 _PER_CLASS_KEYS = ("per_class",)  # kept in metrics.json, left out of results.json
 
 
@@ -408,14 +407,10 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
     networks = {name: (model.module, model.input) for name, model in models.items() if not find_table(model.module)}
-    one, several = (
-        measure_latency(networks, batch=1),
-        measure_latency(networks, batch=LATENCY_BATCH, warmup=1, seconds=10.0),
-    )
+    latency = measure_latency(networks, batch=1)
     return {
         name: {
-            "latency_ms": one.get(name),
-            "latency_batch_ms": several.get(name),
+            "latency_ms": latency.get(name),
             "memory": None if find_opaque(model.module) else measure_memory(model.module, model.input),
         }
         for name, model in models.items()
