@@ -27,36 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ReliabilityBins = Sequence[Sequence[float]]  # images, mean confidence, accuracy
-
-
-def draw_reliability(
-    figure: "Figure", before: ReliabilityBins, after: ReliabilityBins, title: str, colour: str
-) -> None:
-    """Draw a reliability diagram before (solid) and after (dashed) scaling; a dot's area shows its number of images."""
-    from matplotlib.ticker import PercentFormatter
-
-    axes: Axes = figure.subplots()
-    axes.set_title(title)
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-    _plot_bins(axes, before, "unscaled", colour, "-")
-    _plot_bins(axes, after, "scaled", FAINT, "--")
-    axes.set_xlim(0, 1.03)
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("accuracy")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    axes.legend(loc="upper left", fontsize=8.5)
-
-
-def _plot_bins(axes: "Axes", bins: ReliabilityBins, label: str, colour: str, dashes: Any) -> None:
-    images = sum(each[0] for each in bins) or 1
-    x, y = [each[1] for each in bins], [each[2] for each in bins]
-    axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.5, label=label)
-    axes.scatter(x, y, s=[8 + 90 * each[0] / images for each in bins], color=colour, zorder=3, linewidths=0)
-
-
 _WIDE_SIZE = (4.9, 3.0)  # inches
 
 
@@ -76,17 +46,15 @@ def curves_context(run: Run) -> dict[str, Any] | None:
     return {"stages": stages} if stages else None
 
 
-_RELIABILITY_SIZE = (4.0, 3.6)  # inches
 _HIGHEST = 20.0  # temperature that is fitted
 
 
 def calibration_context(run: Run) -> dict[str, Any] | None:
-    """Return a reliability diagram and a row for each stage; None if calibration was not measured."""
+    """Return a row for each stage; None if calibration was not measured."""
     found = [(stage, facts) for stage in run.stages.values() if (facts := _calibration_facts(stage))]
     if not found:
         return None
     return {
-        "pictures": [_reliability_svg(stage, facts) for stage, facts in found],
         "rows": [(stage.name, _calibration_cells(facts)) for stage, facts in found],
         "notes": [note for stage, facts in found if (note := _temperature_note(stage.name, facts))],
     }
@@ -106,8 +74,7 @@ def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
     facts = stage.facts.get("calibration")
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
-    both = [facts.get(key) for key in ("before", "after")]
-    return facts if all(isinstance(each, dict) and _valid_rows(each.get("bins"), 3) for each in both) else None
+    return facts if all(isinstance(facts.get(key), dict) for key in ("before", "after")) else None
 
 
 def _valid_rows(rows: Any, columns: int) -> bool:
@@ -126,22 +93,6 @@ def _calibration_cells(facts: dict[str, Any]) -> list[str]:
         for each in (before, after)
     ]
     return [f"{facts['temperature']:.3g}", *figures]
-
-
-def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
-    before, after = facts["before"], facts["after"]
-    label = (
-        f"Reliability diagram of {stage.name} on test: ECE {format_percent(before.get('ece'))} unscaled, "
-        f"{format_percent(after.get('ece'))} after temperature scaling."
-    )
-    return as_svg(
-        lambda figure: draw_reliability(
-            figure, before["bins"], after["bins"], f"Reliability: {stage.name}", ROLE_COLORS[stage.role]
-        ),
-        _RELIABILITY_SIZE,
-        name=f"reliability-{stage.name}",
-        label=label,
-    )
 
 
 _CASCADE_SIZE = (5.2, 3.2)  # inches
