@@ -195,7 +195,7 @@ def short_runs() -> Iterator[None]:
     """Runs without what their tests do not look at: half of a small one.
 
     Blank pictures, each network's latency from one measurement in place of thirty, estimates from steps that only wait,
-    no examples with heat maps, git is asked once about each folder, and FLOPs, memory and
+    no example images, git is asked once about each folder, and FLOPs, memory and
     table of layers are those of the last network with the same layers.
     """
     from potstill.experiment import estimate, reproduce, results

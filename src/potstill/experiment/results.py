@@ -95,7 +95,7 @@ def evaluate_stages(
     comparison = (
         compare_with_baseline(stages, correct, described, entries, recipe.seed, domain, known) if both else None
     )
-    examples = describe_examples(once, {name: found[name]["test"] for name in once}, data.test, data.class_names)
+    examples = describe_examples({name: found[name]["test"] for name in once}, data.test, data.class_names)
     if examples is not None:
         run.write_examples(examples)
     return {

@@ -1,11 +1,10 @@
 """Training curves, fidelity of each student to its teacher, calibration and cascade; and the errors of each network.
 
-Errors: confusion matrices, metrics by class, and example images with Grad-CAM heat maps.
+Errors: confusion matrices, metrics by class, and example images.
 """
 
 import base64
 import binascii
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -318,23 +317,6 @@ def _changes_per_class(run: Run) -> tuple[list[int], list[int], bool]:
     return newly_right, newly_wrong, True
 
 
-_HEAT_ALPHA = 0.84  # of the maximum
-
-
-def heatmap_uri(rows: Sequence[bytes]) -> str:
-    """Return a PNG of bytes as a ``data:`` URI, transparent over orange to light yellow; the browser enlarges it."""
-    from PIL import Image
-
-    pixels = b"".join(bytes(_heat_color(value / 255)) for row in rows for value in row)
-    file = io.BytesIO()
-    Image.frombytes("RGBA", (len(rows[0]), len(rows)), pixels).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _heat_color(value: float) -> tuple[int, int, int, int]:
-    return 255, round(80 + 160 * value), round(30 + 120 * value * value), round(255 * _HEAT_ALPHA * value)
-
-
 _GROUP_TITLES = {
     "mistakes": "The most confident mistakes of {student}",
     "disagreements": "Where {student} and {teacher} disagree",
@@ -351,12 +333,11 @@ _GROUP_KINDS = {  # what is counted, and the order
     "repaired": ("image", "images", " that baseline gets wrong and distilled right, the largest change first"),
     "broken": ("image", "images", " that baseline gets right and distilled wrong, the largest change first"),
 }
-_MAX_REGION = 4096.0  # of a heat map, in sides of the image: with padding, larger than the image
 _IMAGE_TYPES = ("png", "jpeg")
 
 
 def images_context(run: Run) -> dict[str, Any] | None:
-    """Return groups of images with heat maps; None if the run kept none."""
+    """Return groups of images; None if the run kept none."""
     examples = run.examples
     if examples is None or not isinstance(examples.get("groups"), dict):
         return None
@@ -370,8 +351,7 @@ def images_context(run: Run) -> dict[str, Any] | None:
         "split": str(examples.get("split")),
         "groups": groups,
         "pictures": pictures,
-        "looking": any(each["heat"] for card in shown for each in card["heat_maps"]),
-        "notes": list(_image_notes(run, examples, shown)),
+        "notes": list(_image_notes(run, shown)),
     }
 
 
@@ -401,18 +381,12 @@ def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[
         named = str(answer.get("class", MISSING))
         answers.append((stage, named, format_percent(answer.get("probability")), "right" if named == true else "wrong"))
     picture = _thumbnail(image.get("thumbnail"))
-    heat_maps = image.get("gradcam") or {}
     return {
         "key": key,
         "name": str(image.get("name")),
         "class": true,
         "answers": answers,
         "picture": picture,
-        "heat_maps": [
-            _heatmap(stage, named, heat_maps.get(stage)) for stage, named, _, _ in answers if stage in heat_maps
-        ]
-        if picture
-        else [],
     }
 
 
@@ -430,27 +404,7 @@ def _thumbnail(found: Any) -> dict[str, Any] | None:
     return {"uri": uri, "width": int(width), "height": int(height), "small": found["type"] == "png"}
 
 
-def _heatmap(stage: str, named: str, found: Any) -> dict[str, Any]:
-    """Return the heat map of ``stage`` for its predicted class, and the region of the image that it covers."""
-    try:
-        rows = [bytes.fromhex(row) for row in found["rows"]]
-        left, top, width, height = (
-            100 * min(_MAX_REGION, max(-_MAX_REGION, float(share))) for share in found["region"]
-        )
-    except (KeyError, TypeError, ValueError):
-        rows, left, top, width, height = [], 0.0, 0.0, 100.0, 100.0
-    valid = bool(rows and rows[0]) and len({len(row) for row in rows}) == 1
-    return {
-        "stage": stage,
-        "named": named,
-        "heat": heatmap_uri(rows) if valid and any(map(any, rows)) else None,
-        "place": [f"{each:g}%" for each in (left, top, width, height)],
-    }
-
-
-def _image_notes(run: Run, examples: dict[str, Any], shown: list[dict[str, Any]]) -> Iterator[str]:
-    for stage, reason in (examples.get("failed") or {}).items():
-        yield f"No heat maps of {stage}: {reason}."
+def _image_notes(run: Run, shown: list[dict[str, Any]]) -> Iterator[str]:
     missing = len({card["key"] for card in shown if not card["picture"]})
     if missing:
         yield (
