@@ -195,7 +195,7 @@ def short_runs() -> Iterator[None]:
     """Runs without what their tests do not look at: half of a small one.
 
     Blank pictures, each network's latency from one measurement in place of thirty, estimates from steps that only wait,
-    no examples with heat maps, no similarity of layers, git is asked once about each folder, and FLOPs, memory and
+    no example images, git is asked once about each folder, and FLOPs, memory and
     table of layers are those of the last network with the same layers.
     """
     from potstill.experiment import estimate, reproduce, results
@@ -210,7 +210,6 @@ def short_runs() -> Iterator[None]:
         for name in ("count_flops", "measure_memory", "model_summary"):
             instead(results, name, _once_for_the_same_layers(name, getattr(results, name)))
         instead(results, "describe_examples", lambda *_: None)
-        instead(results, "describe_similarity", lambda *_: None)
         instead(reproduce, "git_state", functools.cache(reproduce.git_state))
         instead(estimate, "create_timed_step", lambda *_: lambda: time.sleep(_SECONDS))
         yield

@@ -11,10 +11,9 @@ from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
-from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.experiment.run_folder import find_model
 from potstill.hub import model_path
 from potstill.input_spec import InputSpec
-from potstill.loggers.observer import log_files
 from potstill.models.factory import OWN_WEIGHTS
 from potstill.models.families.own_models import GIVEN, Network, given_networks
 from potstill.models.model_file import Classifier, load_model
@@ -24,7 +23,7 @@ from potstill.sweep.fit import fit as search
 from potstill.sweep.halving import FRESH_SEEDS
 from potstill.sweep.shrink import Finetuning
 from potstill.sweep.shrink import shrink as search_smallest
-from potstill.training.callbacks import Observer, SilentObserver
+from potstill.training.callbacks import Observer
 
 
 def run(
@@ -86,8 +85,6 @@ def run(
             observer=observer,
         )
     render(path)
-    for each in (*(fold.path for fold in RunFolder(path).folds), path):
-        log_files(each, observer or SilentObserver())
     return path
 
 

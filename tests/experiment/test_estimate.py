@@ -2,40 +2,13 @@ import pytest
 import torch
 
 from potstill.data.datasets import load_data
-from potstill.experiment.estimate import CacheEstimate, estimate_stages
+from potstill.experiment.estimate import estimate_stages
 from potstill.experiment.pipeline import run
 from potstill.experiment.plan import plan_stages
 from potstill.training.callbacks import SilentObserver
 from potstill.training.devices import create_compute
 
 WHOLE_RUNS = True
-
-
-def made(**changes):
-    facts = {"views": 8, "images": 1000, "size": 8_150, "recorded": 0.0, "teacher": 0.003, "student": 0.001}
-    return CacheEstimate(**{**facts, "epochs": 24, **changes})
-
-
-def test_speed_up_is_the_published_formula():
-    # S*E*(tT+tS) / (V*tT + S*E*tS) for one student
-    assert made().speed_up == pytest.approx(24 * 4 / (8 * 3 + 24 * 1))
-    assert made().later == pytest.approx(4)
-
-
-def test_what_is_recorded_already_is_not_asked_for():
-    assert made(recorded=0.5).speed_up == pytest.approx(24 * 4 / (4 * 3 + 24))
-    assert made(recorded=1.0).speed_up == made().later
-
-
-def test_as_many_views_as_epochs_save_nothing_now_and_all_later():
-    text = str(made(views=24))
-    assert "Expected: as fast as with the teacher running in every step, and 4.0 times in later runs" in text
-    assert ", empty. " in text
-
-
-def test_one_view_is_no_plural():
-    assert str(made(views=1)).startswith("teacher cache: 1 view of 1,000 images")
-    assert "50 % filled" in str(made(recorded=0.5))
 
 
 class Listening(SilentObserver):
@@ -53,9 +26,8 @@ def test_a_run_says_it_before_it_trains_on_the_store(recipe, tmp_path):
     run(recipe(**options, **{"teacher.weights": str(done)}), output_dir=tmp_path, name="second", observer=second)
     # 42 of 60 images train; three classes take six bytes
     (said,), (again,) = first.said, second.said
-    assert said.startswith("teacher cache: 2 views of 42 images, 504 B, empty. Expected: ")
-    assert said.endswith("times in later runs")
-    assert again.startswith("teacher cache: 2 views of 42 images, 504 B, complete. Expected: ")
+    assert said == "teacher cache: 2 views of 42 images, 504 B, empty"
+    assert again == "teacher cache: 2 views of 42 images, 504 B, complete"
 
 
 def test_nothing_is_said_where_nothing_is_stored(recipe, tmp_path):

@@ -42,9 +42,6 @@ class Keeps:
     def final(self, figures, verdict):
         self.calls.append(("final", figures, verdict))
 
-    def files(self, paths):
-        self.calls.append(("files", paths))
-
     def close(self, finished):
         self.calls.append(("close", finished))
 

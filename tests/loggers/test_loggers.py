@@ -10,7 +10,6 @@ import time
 import pytest
 
 from potstill.experiment import pipeline
-from potstill.loggers.observer import log_files
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
 REASON = "the tracker's package is an extra of its own"
@@ -18,14 +17,11 @@ REASON = "the tracker's package is an extra of its own"
 
 @pytest.fixture
 def carried_out(recipe, tmp_path, told, monkeypatch):
-    """A run of the baseline that a tracker was told of, and its report sent."""
+    """A run of the baseline that a tracker was told of."""
 
     def carry_out(tracker):
         monkeypatch.chdir(tmp_path)
-        path = pipeline.run(recipe(tracker=tracker), output_dir=tmp_path / "runs", stages=("baseline",), observer=told)
-        (path / "report.html").write_text("<p>a report</p>")
-        log_files(path, told)
-        return path
+        return pipeline.run(recipe(tracker=tracker), output_dir=tmp_path / "runs", stages=("baseline",), observer=told)
 
     return carry_out
 
@@ -57,9 +53,9 @@ def test_wandb_stays_offline_and_keeps_the_figures(carried_out, told, monkeypatc
     path = carried_out("wandb")
     identity = json.loads((path / "tracking.json").read_text())["identity"]
     runs = sorted((path / "wandb").glob("offline-run-*"))
-    assert [run.name.rpartition("-")[2] for run in runs] == [identity] * 2  # the second one brings the report
+    assert [run.name.rpartition("-")[2] for run in runs] == [identity]
     content = b"".join((run / f"run-{identity}.wandb").read_bytes() for run in runs)
-    for word in (b"baseline/val/top1", b"final/baseline/test/top1", b"method.temperature", b"report.html"):
+    for word in (b"baseline/val/top1", b"final/baseline/test/top1", b"method.temperature"):
         assert word in content, word
     assert told.warnings == []
 
@@ -123,7 +119,7 @@ def _kill(process):
     process.wait()
 
 
-def test_a_real_mlflow_server_gets_parameters_figures_and_the_report(carried_out, told, server):
+def test_a_real_mlflow_server_gets_parameters_and_figures(carried_out, told, server):
     mlflow = pytest.importorskip("mlflow", reason=REASON)
     address, _ = server
     path = carried_out(f"{{name: mlflow, uri: '{address}', project: cats}}")
@@ -135,11 +131,6 @@ def test_a_real_mlflow_server_gets_parameters_figures_and_the_report(carried_out
     history = client.get_metric_history(run.info.run_id, "baseline/val/top1")
     assert [(point.step, point.value) for point in history] == list(enumerate(top1(path), start=1))
     assert run.data.metrics["final/baseline/test/top1"] == on_test(path)
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
-        "report.html",
-        "results.json",
-        "recipe.yaml",
-    }
 
 
 def test_the_server_that_dies_in_the_midst_costs_one_warning(recipe, tmp_path, told, server):

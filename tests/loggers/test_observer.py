@@ -10,7 +10,7 @@ from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.loggers import LoggerSettings, check_loggers_installed
-from potstill.loggers.observer import LoggerThread, LoggingObserver, log_files, logging_observer
+from potstill.loggers.observer import LoggerThread, LoggingObserver, logging_observer
 from potstill.models.model_file import load_model
 
 from .conftest import Fails, Hangs, Keeps
@@ -176,27 +176,6 @@ def test_a_resumed_run_keeps_its_identity_and_may_change_its_trackers(recipe, tm
     assert (before[1], after[1]) == ("trackio", "wandb")
     assert before[2] == after[2]
     assert [call[0] for call in calls[count + 1 :]] == ["final", "close"]  # all was trained
-
-
-def test_the_report_goes_to_those_that_keep_files(tmp_path, stand_in, told):
-    calls, run = stand_in(Keeps), tmp_path / "run"
-    run.mkdir()
-    log_files(run, told)  # no tracker knows this run
-    with logging_observer([LoggerSettings(name="tensorboard"), *TRACKIO], run, {}, told):
-        pass
-    for name in ("report.html", "results.json", "recipe.yaml"):
-        (run / name).write_text("x")
-    count = len(calls)
-    log_files(run, told)
-    first, files, end = calls[count:]
-    assert first[1] == "trackio"
-    assert files == ("files", [run / name for name in ("report.html", "results.json", "recipe.yaml")])
-    assert end == ("close", True)
-    with logging_observer([], run, {}, told):  # resumed without a tracker
-        pass
-    count = len(calls)
-    log_files(run, told)
-    assert len(calls) == count
 
 
 def test_without_trackers_nothing_is_started(tmp_path, monkeypatch, told):

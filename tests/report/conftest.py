@@ -213,7 +213,7 @@ def metrics(class_names: Sequence[str], confusion: np.ndarray[Any, Any], *, dist
 GROUPS = ("mistakes", "disagreements", "repaired", "broken")
 
 
-def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fields: int = 14) -> dict[str, Any]:
+def examples(class_names: Sequence[str], images: int = 24, side: int = 120) -> dict[str, Any]:
     """examples.json at its heaviest: every image in one group only, its pixels noise."""
     random = np.random.default_rng(0)
 
@@ -222,8 +222,6 @@ def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fiel
         noise = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file, "JPEG", quality=25)
         said = class_names[(i + 1) % len(class_names)]
-        rows = [random.integers(0, 256, fields, dtype=np.uint8).tobytes().hex() for _ in range(fields)]
-        look = {"rows": rows, "region": [0.0, 0.0, 1.0, 1.0]}
         return {
             "name": f"test/{class_names[i % len(class_names)]}/{i:05d}.png",
             "class": class_names[i % len(class_names)],
@@ -234,7 +232,6 @@ def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fiel
                 "height": side,
                 "data": base64.b64encode(file.getvalue()).decode(),
             },
-            "gradcam": {"teacher": look, "distilled": look},
         }
 
     each = images // len(GROUPS)
@@ -247,20 +244,7 @@ def examples(class_names: Sequence[str], images: int = 24, side: int = 120, fiel
             for at, name in enumerate(GROUPS)
         },
         "images": {str(i): shot(i) for i in range(images)},
-        "failed": {},
     }
-
-
-CKA: dict[str, Any] = {
-    "split": "val",
-    "images": 108,
-    "layers": {"teacher": ["stage1", "stage2"], "baseline": ["a", "b", "c"], "distilled": ["a", "b", "c"]},
-    "values": {
-        "baseline": [[0.91, 0.5, -0.02], [0.4, 0.6, 0.35]],
-        "distilled": [[0.93, 0.55, 0.1], [0.5, 0.71, None]],
-    },
-    "left_out": {},
-}
 
 
 @pytest.fixture
@@ -306,7 +290,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
             bins = [[10, 0.45, 0.4], [30, 0.75, 0.7], [60, 0.97, 0.95]]
             figures = {"ece": 0.03, "nll": 0.4, "bins": bins}
             builder.calibration = {"temperature": 1.4, "before": figures, "after": figures}
-            builder.examples, builder.changes = examples(names), {"cka": CKA, "warnings": ["The teacher is weak."]}
+            builder.examples, builder.changes = examples(names), {"warnings": ["The teacher is weak."]}
             made[classes] = builder.write()
         return made[classes]
 

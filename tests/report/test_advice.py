@@ -40,7 +40,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 21
+    assert len(RULES) == len(set(RULES)) == 17
     assert all(rule.__doc__ for rule in RULES)
 
 
@@ -54,26 +54,6 @@ def test_leakage_and_contradictory_labels() -> None:
     assert advice.contradictory_labels(leak) is None
     assert advice.contradictory_labels(run(warnings=[say.format(FINDING_KINDS["two-labels"])])) is not None
     assert advice.leakage(run(warnings=["the teacher is worse than the baseline"])) is None
-
-
-@pytest.mark.parametrize(
-    ("counts", "f1", "recipe", "said"),
-    [
-        ({"a": 500, "b": 100}, 0.84, "", True),
-        ({"a": 499, "b": 100}, 0.84, "", False),  # less than five times
-        ({"a": 500, "b": 100}, 0.86, "", False),  # and it hardly shows
-        ({"a": 500, "b": 100}, 0.84, "data:\n  class_balance: weights\n", False),  # done already
-        ({"a": 500}, 0.84, "", False),
-    ],
-)
-def test_imbalance(counts: dict[str, int], f1: float, recipe: str, said: bool) -> None:
-    found = advice.imbalance(
-        run({"distilled": {"test": {"top1": 0.9, "f1_macro": f1}}}, recipe=recipe, data={"counts": {"train": counts}})
-    )
-    assert (found is not None) == said
-    if found is not None:
-        assert "5 times as many training images" in found.evidence
-        assert "6.0 points below top-1 (90.0 %)" in found.evidence
 
 
 def test_weak_teacher() -> None:
@@ -96,28 +76,6 @@ def test_still_improving() -> None:
         assert "95 of 100" in str(rule(stopped(95, 100)))
     assert advice.teacher_still_improving(stopped(100, 100, 0.995)) is None  # there is nothing to improve
     assert advice.teacher_still_improving(stopped(10, 10)).settings == ("teacher.training.epochs=20",)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("train", "val", "temperature", "said"),
-    [(0.05, 0.151, 4.0, True), (0.051, 0.5, 4.0, False), (0.05, 0.149, 4.0, False), (0.01, 0.5, 8.0, False)],
-)
-def test_overconfident_teacher(train: float, val: float, temperature: float, said: bool) -> None:
-    made = run(
-        {"teacher": {"train": {"nll": train}, "val": {"nll": val, "ece": 0.1}}},
-        method={"name": "kd", "temperature": temperature},
-    )
-    found = advice.overconfident_teacher(made)
-    assert (found is not None) == said
-    if found is not None:
-        assert found.settings == ("method.temperature=8",)
-        assert "0.0500 on train but 0.1510 on val" in found.evidence
-        assert "calibration error on val is 10.0 %" in found.evidence
-
-
-def test_a_method_without_temperature_is_given_none() -> None:
-    made = run({"teacher": {"train": {"nll": 0.001}, "val": {"nll": 0.5}}}, method={"name": "at"})
-    assert advice.overconfident_teacher(made) is None
 
 
 def test_no_room_and_as_good_as_teacher() -> None:
@@ -184,28 +142,7 @@ def test_a_metric_that_is_selected_by_already_is_not_advised() -> None:
     assert getattr(advice.val_too_small(same), "settings", None) == ()
 
 
-def test_cannot_follow() -> None:
-    assert advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.9}}})) is None
-    assert "89.0 %" in str(advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.89}}})))
-    for method, lower in (({"name": "kd", "alpha": 0.5}, True), ({"name": "kd", "alpha": 0.0}, False), ({}, False)):
-        found = advice.cannot_follow(run({"distilled": {"train": {"agreement": 0.5}}}, method=method))
-        assert found is not None
-        assert ("a lower alpha" in found.action) == lower
-
-
-def test_wide_gap_and_harm() -> None:
-    unclear = gain(0.0, -0.01, 0.01, gap=0.1, parameter_ratio=20.0)
-    assert advice.wide_gap(run(comparison=unclear)) is not None
-    assert advice.wide_gap(run(comparison=unclear)).settings == ("method.name=dist",)
-    two = advice.wide_gap(run(comparison=unclear, data={"class_names": ["cat", "dog"]}))
-    assert two.settings == ()  # which dist refuses
-    assert "dist" not in two.action
-    assert advice.wide_gap(run(comparison=unclear | {"gap": 0.09})) is None
-    assert advice.wide_gap(run(comparison=unclear | {"parameter_ratio": 19.0})) is None
-    assert advice.wide_gap(run({"assistant-1": {}}, comparison=unclear)) is None
-    helped = several(3, 0.001, 0.1) | {"gap": 0.1, "parameter_ratio": 20.0}
-    helped["seeds"] |= {"gap": 0.1}
-    assert advice.wide_gap(run(comparison=helped)) is None
+def test_harm() -> None:
     hurt = several(3, -0.03, -0.01) | {"gap": 0.1}
     hurt["seeds"] |= {"gap": 0.1}
     found = advice.harmed(run(comparison=hurt))
@@ -224,7 +161,7 @@ def test_wide_gap_and_harm() -> None:
         assert (found.settings == ("method.scaling=auto",)) is bound
     hurt["seeds"] |= {"gap": -0.1}
     assert advice.harmed(run(comparison=hurt)) is None  # the teacher is to blame, which another rule names
-    assert advice.harmed(run(comparison=unclear)) is None
+    assert advice.harmed(run(comparison=gain(0.0, -0.01, 0.01, gap=0.1))) is None
 
 
 def test_students_from_scratch_that_gained_nothing_by_kd_get_another_method() -> None:
@@ -322,7 +259,7 @@ def test_what_is_advised_can_be_typed() -> None:
     )
     found = collect_advice(made)
     settings = [each.settings for each in found if each.settings]
-    assert len(settings) >= 6
+    assert len(settings) >= 4
     for each in settings:
         load_recipe("quickstart", each)
     commands = [command for *_, command in (advice_context(made) or {})["advice"] if command]

@@ -123,8 +123,8 @@ def test_page_is_one_file_and_accessible(four: Path) -> None:
     assert not re.search(r"url\((?!#)", html)
     labels = [value for tag, key, value in found.attributes if (tag, key) == ("svg", "aria-label")]
     assert (
-        len(labels) == found.tags.count("svg") == 1 + 3 * 4 + 3 * 3 + 1
-    )  # one of all stages, four curves and three matrices of each, what changed
+        len(labels) == found.tags.count("svg") == 1 + 3 * 3 + 3 * 3
+    )  # one of all stages, three curves and three matrices of each
     assert all(labels)
     scopes = [value for tag, key, value in found.attributes if (tag, key) == ("th", "scope")]
     assert len(scopes) == found.tags.count("th")

@@ -3,13 +3,14 @@
 import json
 import os
 import socket
+import time
 
 import pytest
 
 from potstill.cli import main
 from potstill.io import write_checksummed_json
 from potstill.serve import server
-from potstill.serve.runs import list_runs, progress, report, summary
+from potstill.serve.runs import list_runs, report, summary
 from potstill.serve.server import _open_socket
 
 from ..conftest import few_digits, short_runs
@@ -22,12 +23,11 @@ def test_a_finished_run_has_its_figures(tmp_path):
     with short_runs(), few_digits():
         assert main(["run", "quickstart", "--output-dir", str(tmp_path), "--name", "done", *settings]) == 0
     results = json.loads((tmp_path / "done" / "results.json").read_text())
-    found = progress("done", list_runs(tmp_path)["done"])
+    found = summary("done", list_runs(tmp_path)["done"])
     assert found["state"] == "finished"
     assert {each["stage"]: each["test_top1"] for each in found["stages"]} == {
         name: results["stages"][name]["test"]["top1"] for name in ("teacher", "baseline", "distilled")
     }
-    assert found["verdict"] == results["comparison"]["verdict"]
 
 
 def _made(folder, results=None, epochs=()):
@@ -55,17 +55,6 @@ def test_a_run_with_odd_results_is_listed_beside_the_others(tmp_path, results):
     assert listed["good"].stages[0].test_top1 == 0.5
     assert listed["odd"].state == "finished"
     assert listed["odd"].stages[0].test_top1 is None
-    server.Progress.model_validate(progress("odd", tmp_path / "odd"))
-
-
-def test_figures_that_json_cannot_carry_are_left_out(tmp_path):
-    record = '{"epoch": %s, "seconds": %s, "train": {"loss": NaN, "top1": 0.5}, "val": {"loss": Infinity}}'
-    lines = [record % (1, 2.5), record % ("1e999", 2), record % (2, "NaN"), "[" * 100_000, record % ("null", 1)]
-    folder = _made(tmp_path / "run", epochs=lines)
-    found = server.Progress.model_validate(progress("run", folder))
-    json.dumps(found.model_dump(), allow_nan=False)
-    assert [each.epoch for each in found.stages[0].epochs] == [1]
-    assert (found.stages[0].epochs[0].train_loss, found.stages[0].epochs[0].train_top1) == (None, 0.5)
 
 
 def test_a_federated_run_is_finished_with_its_last_algorithm(tmp_path):
@@ -76,7 +65,7 @@ def test_a_federated_run_is_finished_with_its_last_algorithm(tmp_path):
         ({"fedavg": done, "feddf": {"test": None}, "../outside": done}, "finished"),
     ):
         write_checksummed_json(folder / "federated.json", {"schema": 1, "options": options, "trained": trained})
-        found = server.Progress.model_validate(progress("fed", folder))
+        found = server.Run.model_validate(summary("fed", folder))
         assert found.state == state
         assert [(each.stage, each.test_top1) for each in found.stages] == [("fedavg", 0.75), ("feddf", None)]
     (folder / "federated.json").write_text('{"trained": []}')
@@ -95,7 +84,7 @@ def test_a_search_is_listed_with_its_report(tmp_path, name):
         os.utime(each, (0, 0))
     assert server.Run.model_validate(summary("search", folder)).state == "stopped"
     (folder / "sweep.html").write_text("all trials")
-    found = server.Progress.model_validate(progress("search", folder))
+    found = server.Run.model_validate(summary("search", folder))
     assert (found.state, found.report, found.stages) == ("finished", True, [])
     assert report("search", folder) == b"all trials"
     (folder / "sweep.html").unlink()
@@ -103,16 +92,26 @@ def test_a_search_is_listed_with_its_report(tmp_path, name):
     assert report("search", folder) is None
 
 
+def test_a_run_whose_epochs_are_long_is_training_for_longer(tmp_path):
+    record = '{"epoch": 1, "seconds": %s}'
+    lines = [record % 1000, record % "NaN", "[" * 100_000, '{"epoch": 2, "sec']  # the last is just being written
+    for name, epochs, state in (("long", lines, "training"), ("short", [record % 1], "stopped")):
+        folder = _made(tmp_path / name, epochs=epochs)
+        half_an_hour_ago = time.time() - 1800
+        for path in (folder / "recipe.yaml", folder / "baseline" / "metrics.jsonl"):
+            os.utime(path, (half_an_hour_ago, half_an_hour_ago))
+        assert summary(name, folder)["state"] == state
+
+
 def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):
     assert summary("gone", tmp_path / "gone")["state"] == "damaged"
-    assert progress("gone", tmp_path / "gone")["state"] == "damaged"
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "report.html", "baseline/metrics.jsonl"])
 def test_links_inside_a_run_are_not_followed(tmp_path, name):
     outside = tmp_path / "outside"
     good = '{"epoch": 1, "seconds": 1, "train": {"loss": 1}, "val": {"loss": 1}}'
-    _made(outside, {"stages": {}, "comparison": {"verdict": "secret"}}, [good])
+    _made(outside, {"stages": {"baseline": {"test": {"top1": 0.5}}}}, [good])
     (outside / "report.html").write_text("secret")
     folder = _made(tmp_path / "runs" / "run", {"stages": {}}, [good])
     (folder / "report.html").write_text("own")
@@ -120,16 +119,15 @@ def test_links_inside_a_run_are_not_followed(tmp_path, name):
     (folder / name).symlink_to(outside / name)
     assert "run" in list_runs(tmp_path / "runs") or name == "recipe.yaml"
     assert report("made", folder) == (None if name == "report.html" else b"own")
-    found = progress("run", folder)
-    assert found["verdict"] is None
-    assert bool(found["stages"][0]["epochs"]) == (name != "baseline/metrics.jsonl")
+    assert summary("run", folder)["state"] == ("training" if name == "results.json" else "finished")
+    assert summary("run", folder)["stages"][0]["test_top1"] is None
 
 
 def test_a_stage_folder_that_is_a_link_is_no_stage(tmp_path):
     other = _made(tmp_path / "other")
     folder = _made(tmp_path / "runs" / "run")
     (folder / "distilled").symlink_to(other / "baseline", target_is_directory=True)
-    assert [each["stage"] for each in progress("run", folder)["stages"]] == ["baseline"]
+    assert [each["stage"] for each in summary("run", folder)["stages"]] == ["baseline"]
 
 
 def test_the_address_can_be_connected_to_before_it_is_printed():

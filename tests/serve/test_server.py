@@ -2,19 +2,15 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
 
-from potstill.errors import ArtifactError, UsageError
-from potstill.evaluation.cascade import Cascade, CascadeCalibration
+from potstill.errors import UsageError
 from potstill.export.predict import predict
-from potstill.serve.middleware import ServerLimits
-from potstill.serve.model_worker import WorkerClient, _load_models, _predict_all
-from potstill.serve.server import Prediction, _cascade_folders, _model_folders, create_app
+from potstill.serve.model_worker import _load_models
+from potstill.serve.server import _model_folders
 
 from .conftest import CLASSES, png
 
@@ -38,67 +34,6 @@ def test_the_same_as_predict(server, runs_folder, tmp_path):
     student, teacher = (each["predictions"][0]["class"] for each in answer["models"][:2])
     assert answer["agreement"] is (student == teacher)
     assert (answer["width"], answer["height"]) == (40, 30)
-
-
-@pytest.fixture
-def cascade_run(runs_folder, tmp_path):
-    """A copy of the run whose student is confident of one of two images; and that one first."""
-    run = Path(shutil.copytree(runs_folder / "made", tmp_path / "run"))
-    for seed in range(2):
-        (tmp_path / f"{seed}.png").write_bytes(png(seed=seed))
-    alone = predict(run / "distilled", [tmp_path / "0.png", tmp_path / "1.png"])
-    shares = {each.path: each.classes[0][1] for each in alone}
-    between = sum(shares.values()) / 2
-    calibration = CascadeCalibration(1000, 1, ((between, 0, 500), (0.0, 500, 1000)))
-    Cascade("distilled", ("teacher",), "logits", None, calibration).write(run)
-    return run, sorted(shares, key=shares.__getitem__, reverse=True)
-
-
-def test_a_cascade_says_who_answered_as_predict_does(cascade_run):
-    run, images = cascade_run
-    folders, rule = _cascade_folders(run, 0.05)
-    models = _load_models({stage: str(folder) for stage, folder in folders.items()})
-    expected = predict(run, images, risk=0.05)
-    assert [each.answered_by for each in expected] == ["student", "teacher"]
-    for image, each in zip(images, expected, strict=True):
-        found = Prediction.model_validate(
-            _predict_all(models, {"top": 3, "gradcam": True}, Path(image).read_bytes(), rule)
-        )
-        assert found.answered_by == each.answered_by
-        assert [model.stage for model in found.models] == ["distilled", "teacher"][: len(found.models)]
-        answer = found.models[-1]
-        assert (len(found.models) == 1) == (each.answered_by == "student")  # else the teacher is not run
-        assert [(one.class_, pytest.approx(one.probability, abs=1e-6)) for one in answer.predictions] == [*each.classes]
-        assert answer.gradcam.rows
-    refused = _predict_all(models, {"top": 3, "gradcam": False}, b"no image", rule)
-    assert refused["status"] == 415
-
-
-def test_teachers_of_a_cascade_answer_together(cascade_run):
-    run, (_, unsure) = cascade_run
-    calibration = Cascade.read(run / "distilled").calibration
-    Cascade("distilled", ("teacher", "baseline"), "probabilities", (3.0, 1.0), calibration).write(run)
-    folders, rule = _cascade_folders(run, 0.05)
-    models = _load_models({stage: str(folder) for stage, folder in folders.items()})
-    answer = _predict_all(models, {"top": 3, "gradcam": True}, Path(unsure).read_bytes(), rule)["models"][-1]
-    one, other = (dict(predict(run / stage, [unsure])[0].classes) for stage in ("teacher", "baseline"))
-    for each in answer["predictions"]:
-        mean = (3 * one[each["class"]] + other[each["class"]]) / 4
-        assert each["probability"] == pytest.approx(mean, abs=1e-6)
-    assert "no one place" in answer["gradcam"]["error"]
-
-
-def test_models_say_the_rule_of_a_cascade(cascade_run):
-    folders, rule = _cascade_folders(cascade_run[0], 0.05)
-    worker = WorkerClient(folders, ServerLimits(), rule)
-    client = TestClient(create_app(worker, "run", dict))
-    found = client.get("/models").json()["cascade"]
-    assert found == {"student": "distilled", "teachers": ["teacher"], "risk": 0.05, "threshold": rule.threshold}
-    with pytest.raises(UsageError, match=r"a risk of 0\.001 cannot be promised"):
-        _cascade_folders(cascade_run[0], 0.001)
-    (cascade_run[0] / "teacher" / "model.json").unlink()
-    with pytest.raises(ArtifactError, match="teacher is missing"):
-        _cascade_folders(cascade_run[0], 0.05)
 
 
 def test_names_as_timm_writes_them(runs_folder):
@@ -142,14 +77,6 @@ def test_models_and_runs(server):
     listed = {each["id"]: each for each in httpx.get(f"{server.url}/runs").json()["runs"]}
     assert set(listed) == {"made", "live"}
     assert listed["live"]["state"] == "training"
-
-
-def test_live_progress(server):
-    teacher, student = httpx.get(f"{server.url}/runs/live").json()["stages"]
-    assert (teacher["done"], teacher["planned"], teacher["eta_seconds"]) == (True, 4, None)
-    assert (student["done"], student["planned"], student["eta_seconds"]) == (False, 10, 14.0)  # 7 more of 2 s
-    assert [each["epoch"] for each in student["epochs"]] == [1, 2, 3]  # not the line that is just being written
-    assert student["epochs"][2]["val_top1"] == 0.75
 
 
 def test_reports_are_shown_without_rights(server):

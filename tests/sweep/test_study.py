@@ -15,17 +15,6 @@ def opened(folder, **options):
     return study.open_study(folder, **{"minimize": False, "seed": 0, "grid": False, "epochs": 4} | options)
 
 
-def test_a_planted_dominating_key_comes_first(tmp_path):
-    space = parse_space(["method.alpha=0..1", "method.temperature=1..8"], "quickstart", [], {})
-    found = opened(tmp_path)
-    for _ in range(25):
-        trial = found.ask()
-        chosen = study.suggest_settings(trial, space)
-        found.tell(trial, 10 * float(chosen["method.alpha"]) + 0.001 * float(chosen["method.temperature"]))
-    shares = study.parameter_importances(found)
-    assert shares["method.alpha"] > 0.8 > 0.2 > shares["method.temperature"]
-
-
 def test_a_hopeless_trial_is_pruned_by_its_student_alone(tmp_path):
     found = opened(tmp_path)
     for _ in range(study.STARTUP_TRIALS):

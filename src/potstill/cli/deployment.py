@@ -432,13 +432,9 @@ def serve(
     output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Folder of the runs to show.")] = Path(
         "runs"
     ),
-    cascade: WithCascade = False,
-    risk: Risk = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Serve a run's models on a local web page."""
-    promised = _promised_risk(cascade, risk)
-
     try:
         from potstill.serve.server import serve as serve_page
     except ImportError as error:
@@ -459,7 +455,6 @@ def serve(
                 port=port,
                 output_dir=output_dir,
                 on_start=print_address,
-                risk=promised,
             )
     except Stopped as stopped:  # the normal end: no message
         raise RemoteFailure(stopped.exit_code) from None

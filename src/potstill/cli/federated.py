@@ -33,7 +33,7 @@ def run(
         str, typer.Option(metavar="HOW", help="Partition of the images: iid, dirichlet:ALPHA or folders:DIR.")
     ] = "dirichlet:0.3",
     algorithms: Annotated[
-        str, typer.Option(metavar="A,B", help="Algorithms to compare: fedavg, feddf, fedmd, guided, selfguided.")
+        str, typer.Option(metavar="A,B", help="Algorithms to compare: fedavg, feddf, guided.")
     ] = "fedavg,feddf",
     baselines: Annotated[
         str,

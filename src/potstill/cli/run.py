@@ -517,7 +517,6 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         return
     from potstill.cli.results import print_results
     from potstill.experiment.run_folder import RunFolder
-    from potstill.loggers.observer import log_files
     from potstill.report.render import render
 
     page: Path | None = None
@@ -527,10 +526,8 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         # Print the results even if a figure of the report fails.
         results = RunFolder(folder).read_results()
         print_results(results, page)
-    with Progress() as progress:
-        for each in (*(fold.path for fold in RunFolder(folder).folds), folder):
-            log_files(each, progress)
-        if stopped := results.get("not_distilled"):
+    if stopped := results.get("not_distilled"):
+        with Progress() as progress:
             progress.warn(str(stopped))
     if results.get("folds") and results["stages"].get("distilled"):
         # A cross-validation measures the recipe; its models have not seen all images.

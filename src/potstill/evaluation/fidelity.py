@@ -1,23 +1,12 @@
-"""Fidelity of a student to its teacher: agreement and KL divergence of predictions, linear CKA of stages.
-
-CKA: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019 (arXiv:1905.00414); over
-batches with the unbiased estimator of HSIC: Nguyen et al., Do Wide and Deep Networks Learn the Same Things?, ICLR 2021
-(arXiv:2010.15327), section 3.
-"""
+"""Fidelity of a student to its teacher: agreement and KL divergence of predictions, cosine of embeddings."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from potstill.errors import UsageError
 from potstill.evaluation import Array
-from potstill.evaluation.predictions import Probabilities, as_probabilities, evaluation_mode, iterate_blocks
-from potstill.features.hooks import FeatureRequest, capture_features
-from potstill.features.stages import Stage, find_stages
+from potstill.evaluation.predictions import Probabilities, as_probabilities, iterate_blocks
 
 
 def agreement(student: Probabilities | Array, teacher: Probabilities | Array) -> dict[str, float | None]:
@@ -105,108 +94,3 @@ def _best_order(predicted: Array, labels: Array, classes: int) -> tuple[Array, i
     matrix = np.bincount(predicted * classes + labels, minlength=classes * classes).reshape(classes, classes)
     outputs, order = linear_sum_assignment(matrix, maximize=True)
     return np.asarray(order), int(matrix[outputs, order].sum())
-
-
-MAX_MAP_VALUES = 2**20  # per image; larger stages are left out: 64 images would take 256 MB
-MIN_BATCH_SIZE = 4  # for the unbiased estimator
-
-_StageKey = tuple[str, int]  # name of a network, index of its stage
-_HsicSums = dict[tuple[_StageKey, _StageKey], float]
-
-
-def hsic(first: Tensor, second: Tensor) -> Tensor:
-    r"""Return HSIC_1, the unbiased estimator of Song et al. (JMLR 2012), of two Gram matrices.
-
-    .. math:: \frac{1}{n(n-3)} \left( tr(K L) + \frac{1'K1 \; 1'L1}{(n-1)(n-2)} - \frac{2}{n-2} 1'K L 1 \right)
-
-    with the diagonals of K and L set to 0.
-
-    Each is [n, n], inner products of the same n >= 4 images.
-    """
-    n = len(first)
-    if n < MIN_BATCH_SIZE or first.shape != (n, n) or second.shape != (n, n):
-        raise UsageError(
-            f"hsic takes two [n, n] with n of {MIN_BATCH_SIZE} or more, got {first.shape} and {second.shape}"
-        )
-    k, m = (each - torch.diag(each.diagonal()) for each in (first.double(), second.double()))
-    rows, columns = k.sum(dim=0), m.sum(dim=0)
-    total = (k * m).sum() + rows.sum() * columns.sum() / ((n - 1) * (n - 2)) - 2 * (rows @ columns) / (n - 2)
-    return total / (n * (n - 3))
-
-
-@dataclass(frozen=True)
-class StageSimilarity:
-    """Linear CKA between the stages of a network and those of others."""
-
-    layers: dict[str, tuple[str, ...]]  # paths of the stages of each network, shallow to deep
-    values: dict[str, list[list[float | None]]]  # by other network: [first's stages][its own]; None: one is constant
-    left_out: dict[str, tuple[str, ...]]  # stages of each network whose maps are too large
-    images: int  # that were compared
-
-
-def stage_similarity(
-    networks: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]], *, max_values: int = MAX_MAP_VALUES
-) -> StageSimilarity:
-    """Compare the outputs of the stages of the first network with those of each other network.
-
-    HSIC is averaged over batches, so memory does not grow with the number of images.  Batches should be of about the
-    same size, each drawn from all classes; those of fewer than 4 images are skipped.  Stages of more than
-    ``max_values`` values per image are left out.
-    """
-    chosen: dict[str, tuple[Stage, ...]] = {}
-    left_out: dict[str, tuple[str, ...]] = {}
-    sums: _HsicSums = {}
-    first, count = next(iter(networks)), 0
-    for batch in batches:
-        if len(batch[first]) < MIN_BATCH_SIZE:
-            continue
-        grams: dict[str, list[Tensor]] = {}
-        for name, module in networks.items():
-            if name not in chosen:
-                found = find_stages(module, batch[name]).stages
-                chosen[name] = tuple(each for each in found if each.channels * each.height * each.width <= max_values)
-                left_out[name] = tuple(each.path for each in found if each not in chosen[name])
-            with evaluation_mode(module), capture_features(module, FeatureRequest(chosen[name])) as reading:
-                module(batch[name])
-            grams[name] = [_gram_matrix(each) for each in reading.maps]
-        count += len(batch[first])
-        _add_hsic(sums, first, grams)
-    if not count:
-        raise UsageError(f"CKA needs batches of {MIN_BATCH_SIZE} images or more")
-    return StageSimilarity(
-        layers={name: tuple(stage.path for stage in found) for name, found in chosen.items()},
-        values={name: _cka_matrix(sums, first, name, chosen) for name in networks if name != first},
-        left_out={name: paths for name, paths in left_out.items() if paths},
-        images=count,
-    )
-
-
-def _add_hsic(sums: _HsicSums, first: str, grams: dict[str, list[Tensor]]) -> None:
-    """Add the HSIC of each stage with itself, and of each stage of the first network with each of the others."""
-    stages = {(name, i): gram for name, matrices in grams.items() for i, gram in enumerate(matrices)}
-    for a in stages:
-        for b in stages:
-            if a == b or (a[0] == first and b[0] != first):
-                sums[a, b] = sums.get((a, b), 0.0) + float(hsic(stages[a], stages[b]))
-
-
-def _cka_matrix(
-    sums: _HsicSums, first: str, name: str, chosen: Mapping[str, Sequence[Stage]]
-) -> list[list[float | None]]:
-    rows, columns = ([(each, i) for i in range(len(chosen[each]))] for each in (first, name))
-    return [[_normalized_hsic(sums[a, b], sums[a, a], sums[b, b]) for b in columns] for a in rows]
-
-
-def _gram_matrix(features: Tensor) -> Tensor:
-    """Return inner products [n, n] of features [n, ...], centred so that large means do not cost precision."""
-    flat = features.detach().flatten(1).float()
-    flat = flat - flat.mean(dim=0)
-    return (flat @ flat.T).cpu().double()
-
-
-def _normalized_hsic(both: float, first: float, second: float) -> float | None:
-    # HSIC of a representation that does not vary with itself is 0, or noise around it.
-    if not first > 0 or not second > 0:
-        return None
-    value = both / math.sqrt(first * second)
-    return value if math.isfinite(value) else None

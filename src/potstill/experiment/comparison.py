@@ -1,18 +1,12 @@
-"""Distilled student against baseline, and the CKA of teacher and students, for results.json."""
+"""Distilled student against baseline, for results.json."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from potstill.config import sort_stages, stage_name, stage_role
-from potstill.config.recipe import Recipe
-from potstill.data.splits import DataSplits
-from potstill.errors import PotstillError, first_line
 from potstill.evaluation import Array
-from potstill.evaluation.fidelity import MIN_BATCH_SIZE, stage_similarity
 from potstill.evaluation.significance import (
     crossed_interval,
     gap_closed,
@@ -22,65 +16,8 @@ from potstill.evaluation.significance import (
     seeds_summary,
     wilson_interval,
 )
-from potstill.experiment.builders import split_loader
 from potstill.experiment.ensembles import group_members
 from potstill.experiment.verdict import MIN_SEEDS, finite_figure, verdict
-from potstill.models.families.opaque_models import find_opaque
-from potstill.models.model_file import Classifier
-from potstill.training.devices import Compute
-
-CKA_IMAGES = 512  # of val, at most
-_CKA_BATCH = 64
-_CKA_SPLIT = "val"
-
-
-def describe_similarity(
-    models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
-) -> dict[str, Any] | None:
-    """Return the linear CKA between the stages of the first teacher and those of the students, on images of val, as in
-    results.json; ``failed`` alone if it cannot be computed; None without teacher or student.
-    """
-    names = [name for name in ("teacher", "baseline", "distilled") if name in models]
-    if names[:1] != ["teacher"] or len(names) < 2:
-        return None
-    if (hidden := find_opaque(models["teacher"].module)) is not None:
-        return {"split": _CKA_SPLIT, "failed": f"the layers of the teacher are hidden: it is {hidden.label}"}
-    if len(data.val) < MIN_BATCH_SIZE:
-        return {"split": _CKA_SPLIT, "failed": f"val has fewer than {MIN_BATCH_SIZE} images"}
-    try:
-        found = stage_similarity(
-            {name: models[name].module for name in names},
-            _batches({name: models[name] for name in names}, recipe, data, compute),
-        )
-    except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
-        return {"split": _CKA_SPLIT, "failed": first_line(error)}
-    return {
-        "split": _CKA_SPLIT,
-        "images": found.images,
-        "layers": {name: list(paths) for name, paths in found.layers.items()},
-        "values": {
-            name: [[None if value is None else round(value, 4) for value in row] for row in rows]
-            for name, rows in found.values.items()
-        },
-        "left_out": {name: list(paths) for name, paths in found.left_out.items()},
-    }
-
-
-def _batches(
-    models: dict[str, Classifier], recipe: Recipe, data: DataSplits, compute: Compute
-) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of images evenly spaced over val, and so over its classes if it is sorted by class."""
-    count = min(CKA_IMAGES, len(data.val))
-    chosen = np.linspace(0, len(data.val) - 1, count).round().astype(np.int64)
-    loaders = {
-        name: split_loader(data, _CKA_SPLIT, model.input, recipe, recipe.stage_training(name), compute, shared=False)
-        for name, model in models.items()
-    }
-    batches = max(1, min(-(-count // _CKA_BATCH), count // MIN_BATCH_SIZE))
-    for start in range(batches):
-        ids = torch.from_numpy(chosen[start::batches])
-        yield {name: loader.view(ids, 0) for name, loader in loaders.items()}
-
 
 SEED_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll")  # averaged over the seeds
 _INTERMEDIATE_ROLES = ("assistant", "generation")

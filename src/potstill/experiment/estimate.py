@@ -1,10 +1,10 @@
-"""Estimates before training: the time of each stage, size and speed-up of the teacher cache, the time of more seeds."""
+"""What is told before training: the time of each stage, the size of the teacher cache, the seeds."""
 
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,9 +15,8 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.errors import PotstillError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import PlannedStage, stage_recipe, trains_network
-from potstill.formatting import format_count, format_duration, format_percent, format_scaled
+from potstill.formatting import format_count, format_percent, format_scaled
 from potstill.models.families.opaque_models import find_opaque, find_table
-from potstill.models.model_file import Classifier
 from potstill.models.registry import build_model
 from potstill.training.autotune import create_timed_step, has_depthwise, timed_batch_size
 from potstill.training.devices import Compute
@@ -26,84 +25,19 @@ from potstill.training.settings import TrainingSettings
 
 _ROUNDS = 3  # timed steps, after one for warm-up
 _ENOUGH_SECONDS = 0.2  # of timed steps, after which no further one is needed
-_NEGLIGIBLE_SPEED_UP = 1.05
 
 
-@dataclass(frozen=True)
-class CacheEstimate:
-    """The estimated effect of the teacher cache on one student's training."""
-
-    views: int
-    images: int
-    size: int  # bytes of all views on disk
-    recorded: float  # share of them that is cached already
-    teacher: float  # seconds per image
-    student: float  # seconds per image, forward and backward
-    epochs: int
-
-    @property
-    def speed_up(self) -> float:
-        """Times as fast as with a teacher that runs in every step."""
-        passes = self.views * (1 - self.recorded)
-        return self.epochs * (self.teacher + self.student) / (passes * self.teacher + self.epochs * self.student)
-
-    @property
-    def later(self) -> float:
-        """Speed-up with a full cache, as in a run with another temperature, alpha, method or student."""
-        return (self.teacher + self.student) / self.student
-
-    def __str__(self) -> str:
-        """Return the estimate as a sentence.
-
-        Example:
-            >>> print(CacheEstimate(8, 10_000, 640_000, 0.0, 3e-3, 1e-3, 24))
-            teacher cache: 8 views of 10,000 images, 640 kB, empty. Expected: 2.0 times as fast as with the teacher \
-running in every step, and 4.0 times in later runs
-            >>> print(CacheEstimate(8, 10_000, 640_000, 1.0, 3e-3, 1e-3, 24))
-            teacher cache: 8 views of 10,000 images, 640 kB, complete. Expected: 4.0 times as fast as with the teacher \
-running in every step
-        """
-        views = f"{self.views} view{'' if self.views == 1 else 's'} of {format_count(self.images)} images"
-        filled = "complete" if self.recorded == 1 else f"{format_percent(self.recorded, 0)} filled"
-        if self.recorded == 0:
-            filled = "empty"
-        first = f"{self.speed_up:.1f} times as fast as with the teacher running in every step"
-        if self.speed_up < _NEGLIGIBLE_SPEED_UP:
-            first = "as fast as with the teacher running in every step"
-        later = "" if self.recorded == 1 else f", and {self.later:.1f} times in later runs"
-        return f"teacher cache: {views}, {format_scaled(self.size, 'B')}, {filled}. Expected: {first}{later}"
-
-
-def estimate_cache(
-    recorded: CachedTeacherOutputs,
-    loader: Loader,
-    student: Classifier,
-    *,
-    teacher: float,
-    batch: int,
-    epochs: int,
-    compute: Compute,
-) -> CacheEstimate:
-    """Estimate the effect of the teacher cache by timing a training step of a copy of the student."""
+def describe_cache(recorded: CachedTeacherOutputs, loader: Loader, epochs: int) -> str:
+    """Return a sentence on the training images in the teacher cache: views, bytes, and what share is there."""
     caches = [*recorded.caches, *recorded.second]
     views = 1 if not loader.distinct_views else min(loader.views_in_turn or epochs, epochs)
-    there = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
-    return CacheEstimate(
-        views=views,
-        images=loader.samples,
-        size=views * loader.samples * sum(cache.record.nbytes for cache in caches),
-        recorded=there,
-        teacher=teacher,
-        student=seconds_per_image(student, batch, compute),
-        epochs=epochs,
+    share = sum(sum(cache.coverage(views)) for cache in caches) / (views * loader.samples * len(caches))
+    size = views * loader.samples * sum(cache.record.nbytes for cache in caches)
+    filled = {0.0: "empty", 1.0: "complete"}.get(share, f"{format_percent(share, 0)} filled")
+    return (
+        f"teacher cache: {views} view{'' if views == 1 else 's'} of {format_count(loader.samples)} images, "
+        f"{format_scaled(size, 'B')}, {filled}"
     )
-
-
-def seconds_per_image(student: Classifier, batch: int, compute: Compute) -> float:
-    """Return the seconds per image of a training step of a copy of the student, forward and backward."""
-    size = student.input.size
-    step, images = create_timed_step(student.module, size, batch, compute), timed_batch_size(batch, size)
-    return _seconds_of(step) / images
 
 
 def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
@@ -118,25 +52,6 @@ def describe_seeds(recipe: Recipe, planned: Sequence[PlannedStage]) -> str:
     fixed = recipe.data.augmentation_seed
     views = "" if fixed is None else f"; data.augmentation_seed={fixed}: all seeds see the same views"
     return f"seeds {shown}: {subject} trained with each of them, {format_count(len(trained))} trainings{teacher}{views}"
-
-
-def estimate_further_seeds(
-    recipe: Recipe, planned: Sequence[PlannedStage], student: Classifier, images: int, compute: Compute
-) -> str:
-    """Estimate the time of further seeds from one training step of a copy of the student; "" if there are none."""
-    further = [stage for stage in planned if stage.repeat]
-    if not further:
-        return ""
-    settings = recipe.stage_training("student")
-    each = settings.epochs * images * seconds_per_image(student, settings.batch_size, compute)
-    total = each * len(further) / max(1, compute.processes.count)
-    seeds = len({stage.repeat for stage in further})
-    more = "the further seed takes" if seeds == 1 else f"the {format_count(seeds)} further seeds take"
-    return (
-        f"{more} about {format_duration(total)} ({format_count(len(further))} trainings of "
-        f"{format_count(settings.epochs)} "
-        f"epoch{'' if settings.epochs == 1 else 's'}; more if the teacher runs in every step)"
-    )
 
 
 class StageTime(float):

@@ -1,4 +1,4 @@
-"""examples.json: test images for the report, with the predictions and Grad-CAM maps of the networks.
+"""examples.json: test images for the report, with the predictions of the networks.
 
 Written after the evaluation, so that the report needs neither torch nor the data set. The images are illustrations;
 nothing is selected by them.
@@ -12,21 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from potstill.data.image_io import Pixels
 from potstill.data.image_sets import ImageSet, read_pixels
-from potstill.data.preprocessing import decoded_side
-from potstill.data.transforms import preprocess
-from potstill.errors import PotstillError, first_line
+from potstill.errors import PotstillError
 from potstill.evaluation import Array
-from potstill.evaluation.gradcam import grad_cam, visible_region
 from potstill.evaluation.predictions import Predictions
-from potstill.models.families.opaque_models import find_opaque
-from potstill.models.model_file import Classifier
 
 MAX_PER_GROUP = 6  # images
 
@@ -111,34 +103,25 @@ def _jpeg(image: Image.Image) -> bytes:
 
 SCHEMA = 1
 SPLIT = "test"
-_CAM_BATCH = 8  # batch size of Grad-CAM
-_MAX_CAM_SIDE = 14  # rows and columns of a heat map, at most
 
 
 def describe_examples(
-    models: Mapping[str, Classifier | None],
     predictions: Mapping[str, Predictions],
     images: ImageSet,
     class_names: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Return the content of examples.json; None without student or images.  Errors of an image are recorded in it."""
-    student = next((name for name in ("distilled", "baseline") if name in models), None)
+    """Return the content of examples.json; None without student or images.  Unreadable images have no thumbnail."""
+    student = next((name for name in ("distilled", "baseline") if name in predictions), None)
     if student is None or not len(images):
         return None
     parts = {"student": student, "teacher": "teacher"}
     if student == "distilled":
         parts["baseline"] = "baseline"
-    parts = {part: stage for part, stage in parts.items() if stage in models}
+    parts = {part: stage for part, stage in parts.items() if stage in predictions}
     labels = images.labels
     groups = select_examples({part: predictions[stage] for part, stage in parts.items()})
     chosen = list(dict.fromkeys(position for group in groups.values() for position in group.images))
-    thumbnails = {at: encode_thumbnail(pixels) for at, pixels in _read(images, chosen, THUMBNAIL_SIDE).items()}
-    heat_maps, failed = _heat_maps(
-        {stage: model for stage in (student, parts.get("teacher", "")) if (model := models.get(stage))},
-        predictions,
-        images,
-        list(thumbnails),
-    )
+    thumbnails = {at: encode_thumbnail(pixels) for at, pixels in _read(images, chosen).items()}
     return {
         "schema": SCHEMA,
         "split": SPLIT,
@@ -155,11 +138,9 @@ def describe_examples(
                     stage: _describe_prediction(predictions[stage], position, class_names) for stage in parts.values()
                 },
                 "thumbnail": thumbnails.get(position),
-                "gradcam": heat_maps.get(position, {}),
             }
             for position in chosen
         },
-        "failed": failed,
     }
 
 
@@ -168,58 +149,10 @@ def _describe_prediction(found: Predictions, position: int, class_names: Sequenc
     return {"class": class_names[int(found.predicted[position])], "probability": probability}
 
 
-def _read(images: ImageSet, positions: Sequence[int], side: int) -> dict[int, Pixels]:
-    """Return the pixels of the images that can be read, by position, as the evaluation decodes them for a square."""
+def _read(images: ImageSet, positions: Sequence[int]) -> dict[int, Pixels]:
+    """Return the pixels of the images that can be read, by position."""
     pixels: dict[int, Pixels] = {}
     for position in positions:
         with contextlib.suppress(PotstillError):
-            pixels[position] = read_pixels(images, position, side)
+            pixels[position] = read_pixels(images, position, THUMBNAIL_SIDE)
     return pixels
-
-
-def _heat_maps(
-    models: Mapping[str, Classifier],
-    predictions: Mapping[str, Predictions],
-    images: ImageSet,
-    positions: Sequence[int],
-) -> tuple[dict[int, dict[str, Any]], dict[str, str]]:
-    heat_maps: dict[int, dict[str, Any]] = {position: {} for position in positions}
-    failed: dict[str, str] = {}
-    by_side: dict[int, dict[int, Pixels]] = {}
-    for stage, model in models.items():
-        predicted = predictions[stage].predicted
-        if (hidden := find_opaque(model.module)) is not None:
-            failed[stage] = f"its layers are hidden: it is {hidden.label}"
-            continue
-        side = decoded_side(model.input)
-        if side not in by_side:
-            by_side[side] = _read(images, positions, side)
-        pixels = by_side[side]
-        try:
-            for start in range(0, len(pixels), _CAM_BATCH):
-                part = list(pixels)[start : start + _CAM_BATCH]
-                maps = _grad_cam(
-                    model, [pixels[position] for position in part], [int(predicted[position]) for position in part]
-                )
-                for position, rows in zip(part, maps.tolist(), strict=True):
-                    height, width = pixels[position].shape[:2]
-                    heat_maps[position][stage] = {
-                        "rows": [bytes(row).hex() for row in rows],
-                        "region": visible_region(height, width, model.input),
-                    }
-        except (PotstillError, RuntimeError) as error:  # RuntimeError: of torch, such as out of memory
-            failed[stage] = first_line(error)
-            for each in heat_maps.values():
-                each.pop(stage, None)
-    return heat_maps, failed
-
-
-def _grad_cam(model: Classifier, pixels: Sequence[Pixels], classes: Sequence[int]) -> Tensor:
-    device = next(model.module.parameters()).device
-    images = torch.stack([preprocess(each, model.input) for each in pixels]).to(device)
-    maps = grad_cam(model.module, images, classes)
-    if max(maps.shape[1:]) > _MAX_CAM_SIDE:
-        maps = F.adaptive_avg_pool2d(
-            maps[None], (min(_MAX_CAM_SIDE, maps.shape[1]), min(_MAX_CAM_SIDE, maps.shape[2]))
-        )[0]
-    return (255 * maps).nan_to_num().round().to(torch.uint8).cpu()

@@ -111,8 +111,7 @@ def pool_folds(
             probabilities[index], fold_of[index] = np.stack(list(rows.values())), fold
         predictions[stage] = Predictions.of(probabilities, np.asarray(pool.labels))
     evaluated = _describe_stages(folder, recipe, facts, predictions, fold_of, classes, pool.names, looks)
-    first = dict.fromkeys(evaluated["stages"])
-    examples = describe_examples(first, {name: predictions[name] for name in first}, pool, classes)
+    examples = describe_examples({name: predictions[name] for name in evaluated["stages"]}, pool, classes)
     if examples is not None:
         folder.write_examples(examples)
     if stopped := [
@@ -171,7 +170,7 @@ def _describe_stages(
     comparison = None
     if {"baseline", "distilled"} <= stages.keys():
         comparison = compare_with_baseline(stages, correct, together, entries, recipe.seed, None, known, fold_of)
-    return {"stages": stages, "repeats": entries, "together": together, "comparison": comparison, "cka": None, **known}
+    return {"stages": stages, "repeats": entries, "together": together, "comparison": comparison, **known}
 
 
 def _test_over_seeds(stages: Mapping[str, Any], name: str) -> dict[str, float | None]:

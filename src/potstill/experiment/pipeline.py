@@ -36,7 +36,7 @@ from potstill.experiment.builders import (
 from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import predict_images, predict_together
-from potstill.experiment.estimate import describe_seeds, estimate_further_seeds, estimate_stages
+from potstill.experiment.estimate import describe_seeds, estimate_stages
 from potstill.experiment.folds import (
     check_poolable,
     describe_outside_weights,
@@ -553,7 +553,6 @@ class _Experiment:
                 restore_metrics_file(self.folder.stage(stage.name))
                 self.folder.check_epochs(stage.name, model.facts.get("lines"))
             self.compute.place(model.module, stage.name)
-            self._estimate_seeds(stage, model, self.compute)
         elif self.reused is not None and stage.role == "baseline" and self.reused.trained(stage.name):
             model = self._reuse(stage, self.reused)
         else:
@@ -623,7 +622,6 @@ class _Experiment:
             self.folder.check_epochs(stage.name, model.facts.get("lines"))
             save_model(model, folder)
         self.compute.place(model.module, stage.name)
-        self._estimate_seeds(stage, model, self.compute)
         return model
 
     def _train(self, stage: PlannedStage) -> Classifier:
@@ -688,7 +686,6 @@ class _Experiment:
                     "start: its last checkpoint was deleted when it was finished (training.keep_checkpoint=true keeps "
                     "it)"
                 )
-        self._estimate_seeds(stage, model, compute)
         train_stage(
             stage,
             model,
@@ -786,11 +783,6 @@ class _Experiment:
                 f"GPU; here are {images:,} images, and the device is {device}. For photographs, `potstill run photos` "
                 "starts from pretrained weights"
             )
-
-    def _estimate_seeds(self, stage: PlannedStage, student: Classifier, compute: Compute) -> None:
-        remaining = [each for each in self.planned if not self._done(each)]
-        if stage.name == "baseline" and any(each.repeat for each in remaining):
-            self.observer.note(estimate_further_seeds(self.recipe, remaining, student, len(self.data.train), compute))
 
     def _check_teacher(self, name: str) -> None:
         if _has_no_classes(self.recipe, name):

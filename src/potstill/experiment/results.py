@@ -26,7 +26,7 @@ from potstill.evaluation.final_metrics import calibration_report, split_interval
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions, evaluation_mode, predict_split
 from potstill.evaluation.significance import mean_interval, paired_interval, wilson_interval
 from potstill.experiment.builders import build_network, split_loader
-from potstill.experiment.comparison import compare_with_baseline, count_flips, describe_similarity
+from potstill.experiment.comparison import compare_with_baseline, count_flips
 from potstill.experiment.domain_adaptation import describe_domains, evaluate_adapted_baselines, evaluate_on_source
 from potstill.experiment.ensembles import SplitPredictions, ensemble_predictions, group_members, predict_images
 from potstill.experiment.examples import describe_examples
@@ -41,7 +41,6 @@ from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
-LATENCY_BATCH = 16  # batch size of latency_batch_ms
 _PER_CLASS_KEYS = ("per_class",)  # kept in metrics.json, left out of results.json
 
 
@@ -54,8 +53,8 @@ def evaluate_stages(
     observer: Observer,
     known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to ``cka`` of
-    results.json.
+    """Write predictions, metrics and summaries of every stage, and examples.json; return ``stages`` to
+    ``cascade`` of results.json.
 
     With a target, all of these are on its images.  The test split is not read before, unless the recipe requests test
     metrics of every epoch.  The networks run in float32, as in ``predict``.  Call in all processes; the first one
@@ -96,7 +95,7 @@ def evaluate_stages(
     comparison = (
         compare_with_baseline(stages, correct, described, entries, recipe.seed, domain, known) if both else None
     )
-    examples = describe_examples(once, {name: found[name]["test"] for name in once}, data.test, data.class_names)
+    examples = describe_examples({name: found[name]["test"] for name in once}, data.test, data.class_names)
     if examples is not None:
         run.write_examples(examples)
     return {
@@ -111,7 +110,6 @@ def evaluate_stages(
         ),
         **({"flips": count_flips(correct)} if "previous" in correct else {}),
         "cascade": _calibrate_cascade(run, once, found, groups.get("teachers", {}), recipe),
-        "cka": describe_similarity(once, recipe, data, compute),
         **(known or {}),
     }
 
@@ -166,7 +164,6 @@ def evaluate_embeddings(
         "comparison": None,
         "without_labels": _describe_embeddings(run, stages, entries, data),
         "cascade": None,
-        "cka": describe_similarity(models, recipe, data, compute),
         **(known or {}),
     }
 
@@ -410,14 +407,10 @@ def describe_unlabeled(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
 
 def _costs(models: dict[str, Classifier]) -> dict[str, dict[str, Any]]:
     networks = {name: (model.module, model.input) for name, model in models.items() if not find_table(model.module)}
-    one, several = (
-        measure_latency(networks, batch=1),
-        measure_latency(networks, batch=LATENCY_BATCH, warmup=1, seconds=10.0),
-    )
+    latency = measure_latency(networks, batch=1)
     return {
         name: {
-            "latency_ms": one.get(name),
-            "latency_batch_ms": several.get(name),
+            "latency_ms": latency.get(name),
             "memory": None if find_opaque(model.module) else measure_memory(model.module, model.input),
         }
         for name, model in models.items()

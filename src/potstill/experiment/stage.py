@@ -32,7 +32,7 @@ from potstill.experiment.builders import (
     take_deployed_network,
     train_loader,
 )
-from potstill.experiment.estimate import estimate_cache
+from potstill.experiment.estimate import describe_cache
 from potstill.experiment.plan import PlannedStage, derive_seed
 from potstill.experiment.probe import ProbedTeacher
 from potstill.experiment.teacher_cache import StageCaches, StageTeacher, open_caches
@@ -166,19 +166,7 @@ def train_stage(
         )
     if caches.kept and cost is not None:
         with contextlib.suppress(StorageError):  # training raises it again
-            observer.note(
-                str(
-                    estimate_cache(
-                        caches.by_split["train"],
-                        train,
-                        student,
-                        teacher=cost["ms_per_step"] / 1000 / cost["batch_size"],
-                        batch=settings.batch_size,
-                        epochs=settings.epochs,
-                        compute=compute,
-                    )
-                )
-            )
+            observer.note(describe_cache(caches.by_split["train"], train, settings.epochs))
     try:
         history = Trainer(
             distiller,

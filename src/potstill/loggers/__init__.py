@@ -77,9 +77,6 @@ class Logger(Protocol):
     def final(self, metrics: Scalars, verdict: str) -> None:
         """Log the metrics on test, by names such as ``distilled/test/top1``, and the verdict as text."""
 
-    def files(self, paths: list[Path]) -> None:
-        """Upload files, if the tracker can."""
-
     def close(self, finished: bool) -> None:
         """End the run; ``finished`` is False if it was interrupted or failed."""
 
@@ -137,8 +134,6 @@ class TensorBoard:
             self.writer.add_scalar(f"final/{name}", value, 0)
         self.writer.add_text("verdict", verdict)
 
-    def files(self, paths: list[Path]) -> None: ...
-
     def close(self, finished: bool) -> None:
         self.writer.close()
 
@@ -173,14 +168,6 @@ class Wandb:
 
     def final(self, metrics: Scalars, verdict: str) -> None:
         self.run.summary.update({f"final/{name}": value for name, value in metrics.items()} | {"verdict": verdict})
-
-    def files(self, paths: list[Path]) -> None:
-        import wandb
-
-        artifact = wandb.Artifact(f"potstill-{self.run.id}", type="potstill-run")
-        for path in paths:
-            artifact.add_file(str(path))
-        self.run.log_artifact(artifact)
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)
@@ -236,10 +223,6 @@ class MLflow:
         self._log_metrics({f"final/{name}": value for name, value in metrics.items()}, 0)
         self.client.set_tag(self.id, "potstill.verdict", verdict)
 
-    def files(self, paths: list[Path]) -> None:
-        for path in paths:
-            self.client.log_artifact(self.id, str(path))
-
     def close(self, finished: bool) -> None:
         self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
 
@@ -278,14 +261,6 @@ class Trackio:
 
     def final(self, metrics: Scalars, verdict: str) -> None:
         self.run.log({f"final/{name}": value for name, value in metrics.items()} | {"verdict": verdict})
-
-    def files(self, paths: list[Path]) -> None:
-        import trackio
-
-        artifact = trackio.Artifact(f"potstill-{self.run.id}", type="potstill-run")
-        for path in paths:
-            artifact.add_file(str(path))
-        self.run.log_artifact(artifact)
 
     def close(self, finished: bool) -> None:
         self.run.finish()

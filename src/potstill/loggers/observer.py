@@ -21,7 +21,6 @@ from potstill.loggers import Logger, LoggerSettings, collect_scalars, create_log
 from potstill.training.callbacks import ForwardingObserver, Observer
 
 LOGGERS_FILE = "tracking.json"  # in the run folder: the identity of the run at its trackers
-_LOGGED_FILES = ("report.html", "results.json", "recipe.yaml")
 
 
 CLOSE_SECONDS = 60.0  # at the end of a run, after which an unfinished logger is abandoned
@@ -132,8 +131,7 @@ def logging_observer(
         identity = secrets.token_hex(4)
         with contextlib.suppress(PotstillError, KeyError):  # none yet, or damaged: a new run at the trackers
             identity = str(read_checksummed_json(run / LOGGERS_FILE)["identity"])
-        content = {"identity": identity, "trackers": [each.model_dump(mode="json") for each in trackers]}
-        write_checksummed_json(run / LOGGERS_FILE, content)
+        write_checksummed_json(run / LOGGERS_FILE, {"identity": identity})
         threads = _start_threads(trackers, run, identity, flatten(dict(parameters)), observer)
     logging = LoggingObserver(observer, threads)
     finished = False
@@ -142,23 +140,6 @@ def logging_observer(
         finished = True
     finally:
         logging.close(finished)
-
-
-def log_files(run: Path, observer: Observer) -> None:
-    """Send a finished run's report, results and recipe to its trackers, if any."""
-    if not (run / LOGGERS_FILE).is_file():
-        return
-    try:
-        stored = read_checksummed_json(run / LOGGERS_FILE)
-        trackers = [LoggerSettings.model_validate(each) for each in stored["trackers"]]
-    except (PotstillError, KeyError, TypeError, ValueError) as error:
-        observer.warn(f"the report is not sent to the trackers: {error}")
-        return
-    paths = [(run / name).resolve() for name in _LOGGED_FILES if (run / name).is_file()]
-    with_files = [each for each in trackers if each.name != "tensorboard"]  # which has no files
-    logging = LoggingObserver(observer, _start_threads(with_files, run, stored["identity"], {}, observer))
-    logging.send(lambda logger: logger.files(paths))
-    logging.close(True)
 
 
 def _start_threads(

@@ -21,7 +21,6 @@ from potstill.errors import UsageError
 from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
     format_count,
-    format_decimal,
     format_duration,
     format_number,
     format_percent,
@@ -85,10 +84,6 @@ def _parse_recipe(text: str) -> Any:
         return None
 
 
-IMBALANCE_RATIO = 5.0  # images of the largest class to those of the smallest
-MACRO_F1_GAP = 0.05  # below top-1
-
-
 def leakage(run: Run) -> Advice | None:
     """Images are in more than one split."""
     found = _count_findings(run, "across-splits")
@@ -111,31 +106,6 @@ def contradictory_labels(run: Run) -> Advice | None:
         f"{format_count(found)} images have two labels; no model can be right on both.",
         f"Keep the right label of each; `{_check_command(run)}` names them.",
     )
-
-
-def imbalance(run: Run) -> Advice | None:
-    """Class sizes differ much, and macro F1 is well below top-1."""
-    counts = (run.data.get("counts") or {}).get("train")
-    sizes = (
-        [size for each in (counts or {}).values() if (size := format_number(each))] if isinstance(counts, dict) else []
-    )
-    top1, f1 = (final_metric(run, "distilled", "test", key) for key in ("top1", "f1_macro"))
-    if len(sizes) < 2 or top1 is None or f1 is None or _recipe_balances(run):
-        return None
-    if max(sizes) < IMBALANCE_RATIO * min(sizes) or top1 - f1 < MACRO_F1_GAP:
-        return None
-    return Advice(
-        "Small classes are learned worse",
-        f"The largest class has {max(sizes) / min(sizes):.0f} times as many training images as the smallest, and macro "
-        f"F1 ({format_percent(f1)}) is {format_points(top1 - f1, signed=False)} points below top-1 "
-        f"({format_percent(top1)}).",
-        "Weight the loss by class, or sample classes equally often.",
-        settings=("data.class_balance=weights",),
-    )
-
-
-def _recipe_balances(run: Run) -> bool:
-    return re.search(r"^\s*class_balance:\s*[\"']?(weights|sampling)\b", run.recipe or "", re.MULTILINE) is not None
 
 
 def _count_findings(run: Run, kind: str) -> int:
@@ -294,9 +264,6 @@ def _round_up(value: float) -> str:
     return format_count(math.ceil(value / 10**digits) * 10**digits)
 
 
-MEMORIZED_NLL = 0.05  # on train: the label gets more than 95 %, leaving little for the other classes
-OVERCONFIDENCE_RATIO = 3.0  # of NLL on val to NLL on train
-HIGH_TEMPERATURE = 8.0  # above, raising it changes little, as T is large compared with the logits
 LATE_BEST_EPOCH = 0.95  # of the epochs; a later best epoch indicates that training was too short
 MIN_EPOCHS = 5  # with fewer, the last is often the best by chance
 
@@ -339,31 +306,9 @@ def teacher_still_improving(run: Run) -> Advice | None:
     )
 
 
-def overconfident_teacher(run: Run) -> Advice | None:
-    """Soft targets that almost equal the labels carry no information on the other classes."""
-    temperature = format_number((run.results.get("method") or {}).get("temperature"))
-    on_train, on_val = (final_metric(run, "teacher", split, "nll") for split in ("train", "val"))
-    if temperature is None or on_train is None or on_val is None:
-        return None
-    if temperature >= HIGH_TEMPERATURE or on_train > MEMORIZED_NLL or on_val < OVERCONFIDENCE_RATIO * on_train:
-        return None
-    ece = final_metric(run, "teacher", "val", "ece")
-    calibration = "" if ece is None else f" Its calibration error on val is {format_percent(ece)}."
-    return Advice(
-        "The teacher is overconfident",
-        f"Its NLL is {format_decimal(on_train)} on train but {format_decimal(on_val)} on val: on the training "
-        f"images, its soft targets at T = {temperature:g} are close to the labels.{calibration}",
-        "Raise the temperature, so that the other classes get more probability.",
-        settings=(f"method.temperature={2 * temperature:g}",),
-    )
-
-
 OVERFITTING_GAP = 0.10  # of top-1 between train and val: far beyond sampling noise of a usual val split
 EARLY_BEST_EPOCH = 0.5  # of the epochs
 SATURATED_TOP1 = 0.99  # of the baseline
-MIN_TRAIN_AGREEMENT = 0.90  # with the teacher on the training images
-WIDE_PARAMETER_RATIO = 20.0  # teacher to student; from here, assistants were found to help
-WIDE_TOP1_GAP = 0.10  # between teacher and baseline
 CURVE_IMAGES = 800  # with fewer, a learning curve is too noisy: at 400 it was off by 5 points on CIFAR-10
 WORTHWHILE_GAIN = 0.01  # of top-1 by twice as many images
 
@@ -511,47 +456,6 @@ def still_improving(run: Run) -> Advice | None:
     )
 
 
-def cannot_follow(run: Run) -> Advice | None:
-    """The student disagrees with the teacher even on the training images."""
-    agreement = final_metric(run, "distilled", "train", "agreement")
-    if agreement is None or agreement >= MIN_TRAIN_AGREEMENT:
-        return None
-    epochs = format_number(run.stages["distilled"].training.get("epochs"))
-    method = run.results.get("method") or {}
-    labels_count = method.get("name") == "kd" and method.get("alpha") != 0
-    return Advice(
-        "The student does not follow its teacher",
-        f"It predicts the teacher's class on only {format_percent(agreement)} of the training images.",
-        "Train it longer or with a higher learning rate, "
-        + ("give the teacher's term more weight (a lower alpha), " if labels_count else "")
-        + "or use a larger student.",
-        settings=(f"training.epochs={2 * epochs:.0f}",) if epochs else (),
-    )
-
-
-def wide_gap(run: Run) -> Advice | None:
-    """Distillation from a much larger and better teacher did not help."""
-    comparison = run.comparison or {}
-    gap, larger = (
-        format_number(average_over_seeds(comparison).get("gap")),
-        format_number(comparison.get("parameter_ratio")),
-    )
-    between = any(stage.role == "assistant" for stage in run.stages.values())
-    if gap is None or larger is None or between or effect_of(run.comparison) == "helped":
-        return None
-    if gap < WIDE_TOP1_GAP or larger < WIDE_PARAMETER_RATIO:
-        return None
-    several = len(run.class_names) != 2  # else dist and dkd have nothing to compare
-    return Advice(
-        "The teacher is far ahead",
-        f"It has {larger:.0f} times the student's parameters and leads the baseline by "
-        f"{format_points(gap, signed=False)} points, and distillation did not clearly help.",
-        "Add an assistant of a size between them (`assistants` in the recipe)"
-        + (", or use a method made for wide gaps, such as dist or dkd." if several else "."),
-        settings=("method.name=dist",) if several else (),
-    )
-
-
 def other_method(run: Run) -> Advice | None:
     """A student from scratch did not gain by kd, and the method ``auto`` would be another."""
     method = (run.results.get("method") or {}).get("name")
@@ -612,18 +516,14 @@ RULES: tuple[AdviceRule, ...] = (
     weak_teacher,
     test_is_other,
     teacher_still_improving,
-    overconfident_teacher,
     no_room,
     as_good_as_teacher,
     overfitting,
     unlabeled_images,
     more_labels,
     still_improving,
-    cannot_follow,
-    wide_gap,
     other_method,
     harmed,
-    imbalance,
     one_seed,
     few_seeds,
     val_too_small,

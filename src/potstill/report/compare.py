@@ -1,12 +1,8 @@
-"""The page that compares several runs, and paired comparisons on the same test images, image by image, seed by seed.
-
-Runs that differ only in their seed form a group.
-"""
+"""The page that compares several runs, and paired comparisons on the same test images, image by image, seed by seed."""
 
 import csv
 import io
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,66 +17,34 @@ from potstill.config.settings_errors import format_value
 from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation import Array
-from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval, seeds_summary
+from potstill.evaluation.significance import Interval, crossed_interval, mcnemar, paired_interval
 from potstill.experiment.resume import describe_view_difference, flatten_settings, is_result_neutral
 from potstill.experiment.run_folder import RunFolder
-from potstill.experiment.verdict import MIN_FOLDS, MIN_SEEDS, average_over_seeds, headline, seeds_count
+from potstill.experiment.verdict import MIN_FOLDS, MIN_SEEDS, average_over_seeds, seeds_count
 from potstill.formatting import (
     MISSING,
     format_count,
     format_decimal,
-    format_difference,
-    format_interval,
     format_number,
     format_percent,
     format_points,
     format_scaled,
 )
-from potstill.io import read_bytes, read_checksummed_json, unescape_cell, write_text
+from potstill.io import read_bytes, unescape_cell, write_text
 from potstill.report.advice import final_metric
 from potstill.report.render import render_template
 from potstill.report.run_reader import Run, StageResult, read_predictions, read_run
-from potstill.report.text_reports import ValueFormatter, gain_with_interval
-
-# key, name, how to print a value, and whether differences are percentage points
-_METRICS: tuple[tuple[str, str, ValueFormatter, bool], ...] = (
-    ("top1", "Top-1", format_percent, True),
-    ("top3", "Top-3", format_percent, True),
-    ("f1_macro", "F1, macro", format_percent, True),
-    ("auc_macro", "AUC, macro", format_decimal, False),
-    ("ece", "ECE (lower is better)", format_percent, True),
-)
-
+from potstill.report.text_reports import gain_with_interval
 
 _ABSENT = object()  # a setting that a recipe does not have
 
 
 @dataclass(frozen=True)
-class RunGroup:
-    """Runs of one recipe on the same data, one for each seed."""
-
-    runs: list[Run]
-    repeated: list[str]  # runs left out because a newer one has their seed
-
-    def stages_by_seed(self, role: str) -> dict[int, tuple[Run, StageResult]]:
-        """Return the stage of a role by seed, including a run's further seeds; a run's first seed has precedence."""
-        found: dict[int, tuple[Run, StageResult]] = {}
-        for run in self.runs:
-            first = int(format_number(run.results.get("seed")) or 0)
-            for name, stage in (run.stages | run.repeats).items():
-                if stage.role == role:
-                    seed = first + repeat_index(name)
-                    if seed not in found or name == role:
-                        found[seed] = (run, stage)
-        return dict(sorted(found.items()))
-
-
-@dataclass(frozen=True)
 class Contender:
-    """One recipe with its distilled students, by seed; the baselines where there is no distilled student."""
+    """A run with its distilled students, by seed; the baselines where there is no distilled student."""
 
     name: str
-    students: Mapping[int, tuple[Run, StageResult]]
+    students: Mapping[int, StageResult]
     images: tuple[tuple[str, str], ...] = ()  # (name, class) of each test image, as the predictions list them
     correct: Mapping[int, Array] = field(default_factory=dict)  # seed -> [N] bool
     fingerprint: str = ""
@@ -111,15 +75,8 @@ def compare(runs: Sequence[Path | str], output: Path | str) -> Path:
 
 
 def _write_page(found: list[Run], target: Path) -> Path:
-    groups = group_runs(found)
     title = f"{format_count(len(found))} run{'s' if len(found) > 1 else ''} compared"
-    summaries = [
-        _group_summary(each) for each in groups if len(each.runs) > 1 or _paired_values(each, "top1")
-    ]  # a run of several seeds counts too
-    contenders = [
-        read_contender(_group_name(each), each.stages_by_seed("distilled") or each.stages_by_seed("baseline"))
-        for each in groups
-    ]
+    contenders = [read_contender(_run_label(run), run) for run in found]
     pairings, notes = pair_contenders(contenders)
     notes += _view_notes(contenders)
     if unlabeled := [run.name for run in found if run.without_labels.get("test_labeled") is False]:
@@ -130,16 +87,15 @@ def _write_page(found: list[Run], target: Path) -> Path:
         "stages": STAGES,
         "runs": [_run_row(run) for run in found],
     }
-    values |= {"groups": summaries, "pairings": [pairing_row(each) for each in pairings], "notes": notes}
-    values |= {"seeds": _seed_table(contenders), "differing": _different_settings(groups)}
+    values |= {"pairings": [pairing_row(each) for each in pairings], "notes": notes}
+    values |= {"seeds": _seed_table(contenders), "differing": _different_settings(found)}
     write_text(target, render_template("compare.html.j2", values))
     return target
 
 
-def _group_name(group: RunGroup) -> str:
-    first = group.runs[0]
-    label = _method_or_stage(first)
-    return f"{first.name} ({label})" if label else first.name
+def _run_label(run: Run) -> str:
+    label = _method_or_stage(run)
+    return f"{run.name} ({label})" if label else run.name
 
 
 def _method_or_stage(run: Run) -> str:
@@ -147,10 +103,10 @@ def _method_or_stage(run: Run) -> str:
     return run.method if "distilled" in run.stages else next((name for name in STAGES[::-1] if name in run.stages), "")
 
 
-def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
-    if len(groups) < 2:
+def _different_settings(runs: Sequence[Run]) -> dict[str, Any] | None:
+    if len(runs) < 2:
         return None
-    recipes = [flatten_settings(_read_recipe(each.runs[0])) for each in groups]
+    recipes = [flatten_settings(_read_recipe(run)) for run in runs]
     keys = [
         key for key in dict.fromkeys(key for recipe in recipes for key in recipe) if key and not is_result_neutral(key)
     ]
@@ -159,7 +115,7 @@ def _different_settings(groups: Sequence[RunGroup]) -> dict[str, Any] | None:
         values = [recipe.get(key, _ABSENT) for recipe in recipes]
         if any(value != values[0] for value in values) and any(value not in (_ABSENT, None, []) for value in values):
             rows.append((key, ["" if value is _ABSENT else format_value(value) for value in values]))
-    return {"names": [_group_name(each) for each in groups], "rows": rows}
+    return {"names": [_run_label(run) for run in runs], "rows": rows}
 
 
 def _read_recipe(run: Run) -> Any:
@@ -177,7 +133,7 @@ def _view_notes(contenders: Sequence[Contender]) -> list[str]:
     first, notes = contenders[0], []
     for other in contenders[1:]:
         for seed in sorted(first.students.keys() & other.students.keys()):
-            views, others = (each.students[seed][1].facts.get("views") for each in (first, other))
+            views, others = (each.students[seed].facts.get("views") for each in (first, other))
             if sentence := describe_view_difference(first.name, views, other.name, others):
                 notes.append(sentence)
                 break
@@ -190,53 +146,12 @@ def _seed_table(contenders: Sequence[Contender]) -> dict[str, Any] | None:
         return None
     rows = []
     for each in contenders:
-        top1 = {seed: _test_metric(stage, "top1") for seed, (_, stage) in each.students.items()}
+        top1 = {seed: _test_metric(stage, "top1") for seed, stage in each.students.items()}
         known = [value for value in top1.values() if value is not None]
         deviation = f" ± {format_points(statistics.stdev(known), signed=False)}" if len(known) > 1 else ""
         mean = format_percent(statistics.fmean(known)) + deviation if known else MISSING
         rows.append((each.name, [format_percent(top1.get(seed)) for seed in seeds], mean))
     return {"seeds": [str(seed) for seed in seeds], "rows": rows}
-
-
-def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Group runs with equal recipe, data, method and networks, in order of the first run; newest of each seed."""
-    teachers = [_teacher_digest(run) for run in runs]
-    groups: dict[str, list[Run]] = {}
-    for run, teacher in zip(runs, teachers, strict=True):
-        shared = teacher is not None and teachers.count(teacher) > 1
-        groups.setdefault(_group_key(run, teacher if shared else None), []).append(run)
-    return [_newest_per_seed(group) for group in groups.values()]
-
-
-def _newest_per_seed(runs: list[Run]) -> RunGroup:
-    newest: dict[Any, Run] = {}
-    repeated = []
-    for run in sorted(runs, key=lambda run: str(run.results.get("created"))):
-        older = newest.get(run.results.get("seed"))
-        if older is not None:
-            repeated.append(older.name)
-        newest[run.results.get("seed")] = run
-    return RunGroup(sorted(newest.values(), key=lambda run: format_number(run.results.get("seed")) or 0), repeated)
-
-
-def _teacher_digest(run: Run) -> str | None:
-    """Return the SHA-256 of the weights of all teachers; None if unknown."""
-    paths = [run.folder / name / "model.json" for name, stage in run.stages.items() if stage.role == "teacher"]
-    digests: list[Any] = [read_checksummed_json(path).get("sha256") for path in paths if path.exists()]
-    known = bool(digests) and len(digests) == len(paths) and all(isinstance(digest, str) for digest in digests)
-    return " ".join(digests) if known else None
-
-
-def _group_key(run: Run, teacher: str | None) -> str:
-    """Return as text what runs of a group have in common; ``teacher``: digest of one that they share."""
-    recipe = _read_recipe(run)
-    if isinstance(recipe, dict):
-        ignored = {"seed", "seeds", "name", "description"} | ({"teacher"} if teacher is not None else set())
-        recipe = {key: value for key, value in recipe.items() if key not in ignored}
-    networks = {name: stage.model.get("architecture") for name, stage in run.stages.items()}
-    data = [run.data.get(key) for key in ("fingerprint", "class_names", "counts", "size")]
-    parts = [run.results.get("recipe"), data, run.results.get("method"), networks, teacher, recipe]
-    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _run_row(run: Run) -> dict[str, Any]:
@@ -263,97 +178,6 @@ def _seed_range(first: float | None, comparison: dict[str, Any]) -> str:
     return f"{first:.0f}" if several == 1 else f"{first:.0f} to {first + several - 1:.0f}"
 
 
-def _group_summary(group: RunGroup) -> dict[str, Any]:
-    first = group.runs[0]
-    differences = [b - a for a, b in _paired_values(group, "top1")]
-    networks = [str(stage.model.get("architecture") or MISSING) for stage in first.stages.values()]
-    seeds = next((found for role in ("distilled", "baseline", "teacher") if (found := group.stages_by_seed(role))), {})
-    return {
-        "recipe": str(first.results.get("recipe") or MISSING),
-        "networks": ", ".join(dict.fromkeys(networks)),
-        "data": str(first.data.get("source") or MISSING),
-        "fingerprint": str(first.data.get("fingerprint") or MISSING)[:12],
-        "method": _method_or_stage(first) or MISSING,
-        "seeds": ", ".join(str(seed) for seed in seeds),
-        "repeated": group.repeated,
-        "verdict": _group_verdict(group, differences) if differences else None,
-        "rows": [row for metric in _METRICS if (row := _metric_row(group, *metric))],
-    }
-
-
-def _group_verdict(group: RunGroup, differences: Sequence[float]) -> str:
-    """Return the verdict of a run with these seeds; it needs the test predictions of every seed."""
-    baseline, distilled = (read_contender("", group.stages_by_seed(role)) for role in ("baseline", "distilled"))
-    before, after = baseline.correct, distilled.correct
-    if not before or before.keys() != after.keys() or len(before) != len(differences):
-        return (
-            "No verdict: test predictions of baseline or distilled student are missing for a seed, or are of other "
-            "images."
-        )
-    own = group.runs[0].comparison
-    if len(group.runs) == 1 and seeds_count(own) == len(before):  # it knows how often test was evaluated
-        return headline(own)
-    if not _have_same_folds(baseline, distilled):
-        return "No verdict: the cross-validations have different folds."
-    return headline(compare_predictions(before, after, baseline.folds))
-
-
-def compare_predictions(
-    before: Mapping[int, Array], after: Mapping[int, Array], folds: Array | None = None
-) -> dict[str, Any]:
-    """Return the part of ``comparison`` for the headline, from the correct images of each student: seed -> [N] bool.
-
-    ``folds``: [N] fold of each image, of a cross-validation.
-    """
-    shared = sorted(before.keys() & after.keys())
-    a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
-    if folds is not None:
-        count = int(folds.max()) + 1
-        facts = {"folds": count, "seeds": len(shared), "figures": {"top1": {"n": count}}}
-        crossed = crossed_interval(a, b, folds=folds)._asdict()
-        return {"test_images": a.shape[1], "folds": facts | {"top1_gain": crossed}}
-    if len(shared) == 1:
-        gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
-        ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
-        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
-    crossed = crossed_interval(a, b)._asdict()
-    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": crossed}}
-
-
-def _metric_row(group: RunGroup, key: str, name: str, form: ValueFormatter, in_points: bool) -> dict[str, Any] | None:
-    """Return mean and standard deviation of each stage, and of the differences within each seed."""
-    columns = [[value for value in _test_values(group, stage, key).values() if value is not None] for stage in STAGES]
-    if not any(columns):
-        return None
-    change = format_points if in_points else format_difference
-    cells = []
-    for values in columns:
-        text = form(statistics.fmean(values)) if values else MISSING
-        cells.append(f"{text} ± {change(statistics.stdev(values), signed=False)}" if len(values) > 1 else text)
-    pairs = _paired_values(group, key)
-    paired, interval = MISSING, MISSING
-    if pairs:
-        summary = seeds_summary([a for a, _ in pairs], [b for _, b in pairs])
-        mean, deviation, low, high = (summary[f"difference{end}"] for end in ("", "_sd", "_low", "_high"))
-        assert mean is not None
-        paired = change(mean) if deviation is None else f"{change(mean)} ± {change(deviation, signed=False)}"
-        interval = format_interval(low, high, change, MISSING)
-    return {"name": name, "cells": cells, "paired": paired, "interval": interval, "count": len(pairs)}
-
-
-def _paired_values(group: RunGroup, key: str) -> list[tuple[float, float]]:
-    baseline, distilled = (_test_values(group, stage, key) for stage in ("baseline", "distilled"))
-    both = [(baseline[seed], distilled[seed]) for seed in baseline if seed in distilled]
-    return [(a, b) for a, b in both if a is not None and b is not None]
-
-
-def _test_values(group: RunGroup, stage: str, key: str) -> dict[int, float | None]:
-    """Return a metric on test by seed; for "teacher", by run."""
-    if stage == "teacher":
-        return {i: final_metric(run, "teacher", "test", key) for i, run in enumerate(group.runs)}
-    return {seed: _test_metric(each, key) for seed, (_, each) in group.stages_by_seed(stage).items()}
-
-
 def _test_metric(stage: StageResult, key: str) -> float | None:
     return format_number(stage.metrics.get("test", {}).get(key))
 
@@ -361,11 +185,21 @@ def _test_metric(stage: StageResult, key: str) -> float | None:
 MAX_ALL_PAIRS = 6  # contenders up to which all pairs are compared; of more, each with the first
 
 
-def read_contender(name: str, students: Mapping[int, tuple[Run, StageResult]]) -> Contender:
-    """Read the test predictions of a contender's students; seeds with other images than the first are left out."""
+def stages_by_seed(run: Run, role: str) -> dict[int, StageResult]:
+    """Return the stages of a role by seed, including the run's further seeds."""
+    first = int(format_number(run.results.get("seed")) or 0)
+    named = {name: stage for name, stage in (run.repeats | run.stages).items() if stage.role == role}
+    return dict(
+        sorted(((first + repeat_index(name), stage) for name, stage in named.items()), key=lambda each: each[0])
+    )
+
+
+def read_contender(name: str, run: Run) -> Contender:
+    """Read the test predictions of a run's students; seeds with other images than the first are left out."""
+    students = stages_by_seed(run, "distilled") or stages_by_seed(run, "baseline")
     images: tuple[tuple[str, str], ...] = ()
     correct: dict[int, Array] = {}
-    for seed, (_, stage) in students.items():
+    for seed, stage in students.items():
         found = read_predictions(stage, "test")
         if found is None:
             continue
@@ -374,13 +208,8 @@ def read_contender(name: str, students: Mapping[int, tuple[Run, StageResult]]) -
         images = images or seed_images
         if seed_images == images:
             correct[seed] = np.asarray(found.predicted) == np.asarray(found.labels)
-    first = next((run for run, _ in students.values()), None)
-    if first is None:
-        return Contender(name, students)
-    fingerprint, folds = str(first.data.get("fingerprint") or ""), None
-    if first.folds and images:
-        folds = _read_folds(first, [path for path, _ in images])
-    return Contender(name, students, images, correct, fingerprint, folds)
+    folds = _read_folds(run, [path for path, _ in images]) if run.folds and images else None
+    return Contender(name, students, images, correct, str(run.data.get("fingerprint") or ""), folds)
 
 
 def _read_folds(run: Run, names: Sequence[str]) -> Array:

@@ -1,24 +1,20 @@
 """Training curves, fidelity of each student to its teacher, calibration and cascade; and the errors of each network.
 
-Errors: confusion matrices, metrics by class, and example images with Grad-CAM heat maps.
+Errors: confusion matrices, metrics by class, and example images.
 """
 
 import base64
 import binascii
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from potstill.formatting import MISSING, format_count, format_decimal, format_number, format_percent, format_points
-from potstill.report.canvas import FAINT, GRID, RIGHT, ROLE_COLORS, add_legend_below, as_svg, text_color_on
-from potstill.report.display_names import shorten
+from potstill.report.canvas import FAINT, ROLE_COLORS, add_legend_below, as_svg
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_predictions
 from potstill.report.stage_figures import (
     Matrix,
-    difference_svg,
-    draw_rate,
     draw_stages,
     endpoints,
     matrix_svg,
@@ -30,78 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ReliabilityBins = Sequence[Sequence[float]]  # images, mean confidence, accuracy
-
-
-def draw_reliability(
-    figure: "Figure", before: ReliabilityBins, after: ReliabilityBins, title: str, colour: str
-) -> None:
-    """Draw a reliability diagram before (solid) and after (dashed) scaling; a dot's area shows its number of images."""
-    from matplotlib.ticker import PercentFormatter
-
-    axes: Axes = figure.subplots()
-    axes.set_title(title)
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-    _plot_bins(axes, before, "unscaled", colour, "-")
-    _plot_bins(axes, after, "scaled", FAINT, "--")
-    axes.set_xlim(0, 1.03)
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("accuracy")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-    axes.legend(loc="upper left", fontsize=8.5)
-
-
-def _plot_bins(axes: "Axes", bins: ReliabilityBins, label: str, colour: str, dashes: Any) -> None:
-    images = sum(each[0] for each in bins) or 1
-    x, y = [each[1] for each in bins], [each[2] for each in bins]
-    axes.plot(x, y, color=colour, linestyle=dashes, linewidth=1.5, label=label)
-    axes.scatter(x, y, s=[8 + 90 * each[0] / images for each in bins], color=colour, zorder=3, linewidths=0)
-
-
-_MIN_SIZE = 3.0  # inches
-
-
-def similarity_size(rows: int, columns: int) -> tuple[float, float]:
-    """Return the figure size in inches for ``draw_similarity``."""
-    return max(_MIN_SIZE, 0.62 * columns) + 1.0, max(2.2, 0.42 * rows) + 0.9
-
-
-def draw_similarity(
-    figure: "Figure",
-    values: Sequence[Sequence[float | None]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-) -> None:
-    """Draw a heat map of the similarity of each pair of stages, with its numbers."""
-    from matplotlib.patches import Rectangle
-
-    axes: Axes = figure.subplots()
-    axes.set_title(title)
-    axes.grid(visible=False)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            strength = min(1.0, max(0.0, value or 0.0))
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=RIGHT, alpha=strength, linewidth=0))
-            text = "–" if value is None else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-            axes.text(j, i, text, color=text_color_on(RIGHT, strength), ha="center", va="center")
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color(GRID)
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [shorten(name, 14) for name in rows])
-    across = [shorten(name, 14) for name in columns]
-    axes.set_xticks(range(len(columns)), across)
-    if max(map(len, across), default=0) > 7:
-        axes.tick_params(axis="x", labelrotation=30)
-        for label in axes.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
-
-
-_WIDE_SIZE, _SMALL_SIZE = (4.9, 3.0), (4.4, 3.3)  # inches
+_WIDE_SIZE = (4.9, 3.0)  # inches
 
 
 def stages_figure(run: Run) -> str | None:
@@ -114,35 +39,21 @@ def stages_figure(run: Run) -> str | None:
 
 
 def curves_context(run: Run) -> dict[str, Any] | None:
-    """Return four figures of each stage."""
+    """Return three figures of each stage."""
     trained = [stage for stage in run.stages.values() if stage.epochs]
-    return {"stages": [(stage.name, _curve_svgs(run, stage)) for stage in trained]} if trained else None
+    stages = [(stage.name, [svg for _, svg in stage_curves(run, stage).values()]) for stage in trained]
+    return {"stages": stages} if stages else None
 
 
-def _curve_svgs(run: Run, stage: StageResult) -> list[str]:
-    pictures = [svg for _, svg in stage_curves(run, stage).values()]
-    rates = [rate for record in stage.epochs if (rate := format_number(record.get("lr"))) is not None]
-    if rates:
-        label = (
-            f"Line chart: learning rate of {stage.name}, {rates[0]:g} in the first epoch, {rates[-1]:g} in the last."
-        )
-        pictures.append(
-            as_svg(lambda figure: draw_rate(figure, stage), _SMALL_SIZE, name=f"rate-{stage.name}", label=label)
-        )
-    return pictures
-
-
-_RELIABILITY_SIZE = (4.0, 3.6)  # inches
 _HIGHEST = 20.0  # temperature that is fitted
 
 
 def calibration_context(run: Run) -> dict[str, Any] | None:
-    """Return a reliability diagram and a row for each stage; None if calibration was not measured."""
+    """Return a row for each stage; None if calibration was not measured."""
     found = [(stage, facts) for stage in run.stages.values() if (facts := _calibration_facts(stage))]
     if not found:
         return None
     return {
-        "pictures": [_reliability_svg(stage, facts) for stage, facts in found],
         "rows": [(stage.name, _calibration_cells(facts)) for stage, facts in found],
         "notes": [note for stage, facts in found if (note := _temperature_note(stage.name, facts))],
     }
@@ -162,8 +73,7 @@ def _calibration_facts(stage: StageResult) -> dict[str, Any] | None:
     facts = stage.facts.get("calibration")
     if not isinstance(facts, dict) or format_number(facts.get("temperature")) is None:
         return None
-    both = [facts.get(key) for key in ("before", "after")]
-    return facts if all(isinstance(each, dict) and _valid_rows(each.get("bins"), 3) for each in both) else None
+    return facts if all(isinstance(facts.get(key), dict) for key in ("before", "after")) else None
 
 
 def _valid_rows(rows: Any, columns: int) -> bool:
@@ -182,22 +92,6 @@ def _calibration_cells(facts: dict[str, Any]) -> list[str]:
         for each in (before, after)
     ]
     return [f"{facts['temperature']:.3g}", *figures]
-
-
-def _reliability_svg(stage: StageResult, facts: dict[str, Any]) -> str:
-    before, after = facts["before"], facts["after"]
-    label = (
-        f"Reliability diagram of {stage.name} on test: ECE {format_percent(before.get('ece'))} unscaled, "
-        f"{format_percent(after.get('ece'))} after temperature scaling."
-    )
-    return as_svg(
-        lambda figure: draw_reliability(
-            figure, before["bins"], after["bins"], f"Reliability: {stage.name}", ROLE_COLORS[stage.role]
-        ),
-        _RELIABILITY_SIZE,
-        name=f"reliability-{stage.name}",
-        label=label,
-    )
 
 
 _CASCADE_SIZE = (5.2, 3.2)  # inches
@@ -281,11 +175,8 @@ def _cascade_latency(run: Run, student: str, teachers: Sequence[str], deferred: 
     return known[0] + deferred * sum(known[1:]) if len(known) == 1 + len(teachers) else None
 
 
-_STUDENTS = ("baseline", "distilled")
-
-
 def fidelity_context(run: Run) -> dict[str, Any] | None:
-    """Return agreement and KL divergence of each student on each split, and CKA; None if nothing was measured."""
+    """Return agreement and KL divergence of each student on each split; None if nothing was measured."""
     rows = []
     for stage in run.stages.values():
         known = {split: stage.metrics.get(split, {}) for split in SPLITS}
@@ -295,48 +186,7 @@ def fidelity_context(run: Run) -> dict[str, Any] | None:
                 for split in SPLITS
             ]
             rows.append((stage.name, cells))
-    cka = run.results.get("cka")
-    cka = cka if isinstance(cka, dict) else {}
-    pictures = [svg for name in _STUDENTS if (svg := _cka_svg(cka, name))]
-    notes = _cka_notes(cka)
-    if not rows and not pictures and not notes:
-        return None
-    images = format_number(cka.get("images"))
-    return {
-        "splits": SPLITS,
-        "rows": rows,
-        "pictures": pictures,
-        "notes": notes,
-        "images": "" if images is None else format_count(images),
-        "split": str(cka.get("split") or ""),
-    }
-
-
-def _cka_svg(cka: dict[str, Any], name: str) -> str | None:
-    layers, values = cka.get("layers") or {}, (cka.get("values") or {}).get(name)
-    down, across = layers.get("teacher"), layers.get(name)
-    if not values or not down or not across or [len(row) for row in values] != [len(across)] * len(down):
-        return None
-    fields = [[format_number(value) for value in row] for row in values]
-    best = [max((value for value in row if value is not None), default=None) for row in fields]
-    highest = ", ".join(
-        f"{format_decimal(value, 2)} for the teacher's {path}" for path, value in zip(down, best, strict=True)
-    )
-    return as_svg(
-        lambda figure: draw_similarity(figure, fields, down, across, f"Teacher (down) and {name} (across)"),
-        similarity_size(len(down), len(across)),
-        name=f"cka-{name}",
-        label=f"CKA between the stages of teacher and {name}; the highest with any stage of {name}: {highest}.",
-    )
-
-
-def _cka_notes(cka: dict[str, Any]) -> list[str]:
-    found = []
-    if cka.get("failed"):
-        found.append(f"The similarity of teacher and student stages could not be measured: {cka['failed']}.")
-    for name, paths in (cka.get("left_out") or {}).items():
-        found.append(f"Left out, as its feature maps are too large to compare: {name}, {', '.join(map(str, paths))}.")
-    return found
+    return {"splits": SPLITS, "rows": rows} if rows else None
 
 
 _MAX_MISTAKES = 8  # rows of the table of mistakes
@@ -351,7 +201,6 @@ def confusion_context(run: Run) -> dict[str, Any] | None:
     on_test = _test_matrices(run)
     return {
         "test": pictures["test"],
-        "difference": _students_difference_svg(run),
         "folded": [(split, pictures[split]) for split in ("val", "train") if pictures[split]],
         "mistakes": _frequent_mistakes(run, on_test),
         "stages": [name for name, _ in on_test],
@@ -379,17 +228,6 @@ def _stage_matrix_svg(run: Run, stage: StageResult, split: str, matrix: Matrix) 
         "images on the diagonal."
     )
     return matrix_svg(matrix, run.class_names, f"{stage.name}, {split}", label)
-
-
-def _students_difference_svg(run: Run) -> str | None:
-    """Return the difference of both students on test; None if one is missing."""
-    stages = [run.stages.get(name) for name in ("baseline", "distilled")]
-    before, after = (stage.confusion("test", len(run.class_names)) if stage else None for stage in stages)
-    if before is None or after is None:
-        return None
-    gained = int(after.trace() - before.trace())
-    label = f"Change of the confusion matrix on test from baseline to distilled: {gained:+d} images on the diagonal."
-    return difference_svg(before, after, run.class_names, "distilled − baseline, test", label)
 
 
 def _test_matrices(run: Run) -> list[tuple[str, Matrix]]:
@@ -479,23 +317,6 @@ def _changes_per_class(run: Run) -> tuple[list[int], list[int], bool]:
     return newly_right, newly_wrong, True
 
 
-_HEAT_ALPHA = 0.84  # of the maximum
-
-
-def heatmap_uri(rows: Sequence[bytes]) -> str:
-    """Return a PNG of bytes as a ``data:`` URI, transparent over orange to light yellow; the browser enlarges it."""
-    from PIL import Image
-
-    pixels = b"".join(bytes(_heat_color(value / 255)) for row in rows for value in row)
-    file = io.BytesIO()
-    Image.frombytes("RGBA", (len(rows[0]), len(rows)), pixels).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _heat_color(value: float) -> tuple[int, int, int, int]:
-    return 255, round(80 + 160 * value), round(30 + 120 * value * value), round(255 * _HEAT_ALPHA * value)
-
-
 _GROUP_TITLES = {
     "mistakes": "The most confident mistakes of {student}",
     "disagreements": "Where {student} and {teacher} disagree",
@@ -512,12 +333,11 @@ _GROUP_KINDS = {  # what is counted, and the order
     "repaired": ("image", "images", " that baseline gets wrong and distilled right, the largest change first"),
     "broken": ("image", "images", " that baseline gets right and distilled wrong, the largest change first"),
 }
-_MAX_REGION = 4096.0  # of a heat map, in sides of the image: with padding, larger than the image
 _IMAGE_TYPES = ("png", "jpeg")
 
 
 def images_context(run: Run) -> dict[str, Any] | None:
-    """Return groups of images with heat maps; None if the run kept none."""
+    """Return groups of images; None if the run kept none."""
     examples = run.examples
     if examples is None or not isinstance(examples.get("groups"), dict):
         return None
@@ -531,8 +351,7 @@ def images_context(run: Run) -> dict[str, Any] | None:
         "split": str(examples.get("split")),
         "groups": groups,
         "pictures": pictures,
-        "looking": any(each["heat"] for card in shown for each in card["heat_maps"]),
-        "notes": list(_image_notes(run, examples, shown)),
+        "notes": list(_image_notes(run, shown)),
     }
 
 
@@ -562,18 +381,12 @@ def _image_card(key: str, image: dict[str, Any], parts: dict[str, str]) -> dict[
         named = str(answer.get("class", MISSING))
         answers.append((stage, named, format_percent(answer.get("probability")), "right" if named == true else "wrong"))
     picture = _thumbnail(image.get("thumbnail"))
-    heat_maps = image.get("gradcam") or {}
     return {
         "key": key,
         "name": str(image.get("name")),
         "class": true,
         "answers": answers,
         "picture": picture,
-        "heat_maps": [
-            _heatmap(stage, named, heat_maps.get(stage)) for stage, named, _, _ in answers if stage in heat_maps
-        ]
-        if picture
-        else [],
     }
 
 
@@ -591,27 +404,7 @@ def _thumbnail(found: Any) -> dict[str, Any] | None:
     return {"uri": uri, "width": int(width), "height": int(height), "small": found["type"] == "png"}
 
 
-def _heatmap(stage: str, named: str, found: Any) -> dict[str, Any]:
-    """Return the heat map of ``stage`` for its predicted class, and the region of the image that it covers."""
-    try:
-        rows = [bytes.fromhex(row) for row in found["rows"]]
-        left, top, width, height = (
-            100 * min(_MAX_REGION, max(-_MAX_REGION, float(share))) for share in found["region"]
-        )
-    except (KeyError, TypeError, ValueError):
-        rows, left, top, width, height = [], 0.0, 0.0, 100.0, 100.0
-    valid = bool(rows and rows[0]) and len({len(row) for row in rows}) == 1
-    return {
-        "stage": stage,
-        "named": named,
-        "heat": heatmap_uri(rows) if valid and any(map(any, rows)) else None,
-        "place": [f"{each:g}%" for each in (left, top, width, height)],
-    }
-
-
-def _image_notes(run: Run, examples: dict[str, Any], shown: list[dict[str, Any]]) -> Iterator[str]:
-    for stage, reason in (examples.get("failed") or {}).items():
-        yield f"No heat maps of {stage}: {reason}."
+def _image_notes(run: Run, shown: list[dict[str, Any]]) -> Iterator[str]:
     missing = len({card["key"] for card in shown if not card["picture"]})
     if missing:
         yield (

@@ -424,23 +424,12 @@ def _test_difference(run: Run, key: str, change: DifferenceFormatter) -> tuple[s
 
 
 def _cost_rows(stages: list[StageResult]) -> list[tuple[str, list[str]]]:
-    several: dict[str, Any] = next((stage.latency_of_batch for stage in stages if stage.latency_of_batch), {})
-    batch = format_count(several.get("batch"))
     rows: list[tuple[str, list[str]]] = [
         ("Parameters", [format_scaled(stage.model.get("parameters")) for stage in stages]),
         ("FLOPs, one image", [format_scaled(stage.model.get("flops")) for stage in stages]),
         ("File size", [format_scaled(stage.model.get("file_bytes"), "B") for stage in stages]),
         ("Latency of one image, p50", [format_milliseconds(stage.latency.get("p50")) for stage in stages]),
         ("Latency of one image, p95", [format_milliseconds(stage.latency.get("p95")) for stage in stages]),
-        (
-            f"Latency of {batch} images, p50",
-            [format_milliseconds(stage.latency_of_batch.get("p50")) for stage in stages],
-        ),
-        (
-            f"Latency of {batch} images, p95",
-            [format_milliseconds(stage.latency_of_batch.get("p95")) for stage in stages],
-        ),
-        (f"Images a second, {batch} at once", [_images_per_second(stage.latency_of_batch) for stage in stages]),
         ("Memory: weights", [format_scaled(stage.memory.get("weights"), "B") for stage in stages]),
         ("Peak activation memory (batch 1)", [format_scaled(stage.memory.get("activations"), "B") for stage in stages]),
         ("Training time", [format_duration(stage.training.get("seconds")) for stage in stages]),
@@ -448,11 +437,6 @@ def _cost_rows(stages: list[StageResult]) -> list[tuple[str, list[str]]]:
         ("Teacher time per step", [format_milliseconds(stage.teaching.get("ms_per_step")) for stage in stages]),
     ]
     return [(name, cells) for name, cells in rows if any(cell != MISSING for cell in cells)]
-
-
-def _images_per_second(latency: dict[str, Any]) -> str:
-    images, p50 = format_number(latency.get("batch")), format_number(latency.get("p50"))
-    return MISSING if images is None or not p50 else format_count(1000 * images / p50)
 
 
 def _epochs_text(stage: StageResult) -> str:

@@ -74,11 +74,6 @@ class StageResult:
         return self.facts.get("latency_ms") or {}
 
     @property
-    def latency_of_batch(self) -> dict[str, Any]:
-        """Latency of a larger batch; empty if not measured."""
-        return self.facts.get("latency_batch_ms") or {}
-
-    @property
     def memory(self) -> dict[str, Any]:
         """Bytes of ``weights`` and ``activations``; empty if not measured."""
         return self.facts.get("memory") or {}

@@ -64,23 +64,6 @@ def matrix_svg(matrix: Matrix, class_names: Sequence[str], title: str, label: st
     return _svg(_cell_colors(strength), _cell_texts(counts, shares, strength, "both"), class_names, title, label)
 
 
-def difference_svg(before: Matrix, after: Matrix, class_names: Sequence[str], title: str, label: str) -> str:
-    """Return the difference ``after - before``: blue if good (more on the diagonal, less off it), orange if bad."""
-    change = after.astype(np.int64) - before
-    strength = np.sqrt(np.abs(change) / max(np.abs(change).max(initial=0), 1))
-    good = np.where(np.eye(len(change), dtype=bool), change > 0, change < 0)
-    texts = (
-        (
-            row,
-            column,
-            f"{change[row, column]:+,d}".replace("-", "\N{MINUS SIGN}"),
-            text_color_on(RIGHT if good[row, column] else WRONG, float(strength[row, column]), raster=True),
-        )
-        for row, column in np.argwhere(change).tolist()
-    )
-    return _svg(_paint_cells(strength, good), texts, class_names, title, label)
-
-
 def _svg(fields: Any, texts: Iterator[CellText], class_names: Sequence[str], title: str, label: str) -> str:
     """Return the SVG; cells are an image of one pixel each that the browser scales, lengths are in points."""
     from PIL import Image
@@ -185,17 +168,13 @@ def _frame(axes: "Axes", class_names: Sequence[str], title: str) -> None:
         _grid(axes, classes)
 
 
-def _cell_colors(strength: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-    return _paint_cells(strength, np.eye(len(strength), dtype=bool))
-
-
-def _paint_cells(strength: Any, right: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _cell_colors(strength: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """Return RGBA [K, K, 4], transparent for empty cells, so that it fits the light and the dark page."""
     from matplotlib.colors import to_rgb
 
     image = np.empty((*strength.shape, 4))
     image[..., :3] = to_rgb(WRONG)
-    image[right, :3] = to_rgb(RIGHT)
+    image[np.eye(len(strength), dtype=bool), :3] = to_rgb(RIGHT)
     image[..., 3] = strength
     return image
 
@@ -309,19 +288,6 @@ def draw_top(figure: "Figure", stage: StageResult, k: int = 3) -> None:
         _plot_metric(axes, stage, split, "top3", label=f"{split}: top-{k}", dashes=_DASHES[1])
     _percent_axis(axes)
     _finish_axes(figure, axes, stage)
-
-
-def draw_rate(figure: "Figure", stage: StageResult) -> None:
-    """Draw the learning rate of each epoch; logarithmic if it falls by more than a factor of 50."""
-    axes = _make_axes(figure, stage, "Learning rate", "learning rate")
-    values = _values(stage, "lr")
-    _plot_line(axes, stage, values, "learning rate", FAINT, "-", 1.8)
-    known = [value for value in values if value > 0]
-    if known and max(known) > 50 * min(known):
-        _log_axis(axes)
-    else:
-        axes.set_ylim(bottom=0)
-    _epoch_axis(axes, _epochs(stage))
 
 
 def draw_stages(figure: "Figure", run: Run) -> None:

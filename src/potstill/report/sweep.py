@@ -1,4 +1,4 @@
-"""The pages, tables and figures of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
+"""The pages and tables of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from potstill.errors import ArtifactError
+from potstill.evaluation import Array
+from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval
 from potstill.experiment.run_folder import RunFolder
 from potstill.experiment.verdict import headline
 from potstill.formatting import (
@@ -15,64 +19,18 @@ from potstill.formatting import (
     format_duration,
     format_loss,
     format_milliseconds,
-    format_number,
     format_percent,
     format_points,
     format_scaled,
 )
 from potstill.io import read_checksummed_json, write_text
 from potstill.report.canvas import BASELINE, DISTILLED, FAINT, VAL, add_legend_below, as_svg
-from potstill.report.compare import compare_predictions, group_runs, read_contender
-from potstill.report.display_names import escape_invisible
+from potstill.report.compare import read_contender
 from potstill.report.render import render, render_template
 from potstill.report.run_reader import read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_MAX_TICK_LABELS = 12  # choices up to which a slice has tick labels
-
-
-def draw_importance(figure: "Figure", shares: Mapping[str, float]) -> None:
-    """Draw a bar for each key, the largest on top."""
-    axes = figure.add_subplot()
-    ranked = sorted(shares.items(), key=lambda item: item[1])
-    axes.barh([escape_invisible(key) for key, _ in ranked], [share for _, share in ranked], color=DISTILLED, height=0.6)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the variance over trials")
-    axes.grid(axis="y", visible=False)
-
-
-def draw_slice(figure: "Figure", trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any) -> None:
-    """Draw the metric of each finished trial against its value of one key; the best trial is marked."""
-    axes = figure.add_subplot()
-    key = dimension["key"]
-    shown = [trial for trial in trials if trial["value"] is not None and key in trial["chosen"]]
-    values = [trial["chosen"][key] for trial in shown]
-    if dimension["choices"]:
-        x = [float(dimension["choices"].index(value)) for value in values]
-        if len(dimension["choices"]) <= _MAX_TICK_LABELS:
-            axes.set_xticks(range(len(dimension["choices"])), [escape_invisible(text) for text in dimension["choices"]])
-        axes.set_xlim(-0.5, len(dimension["choices"]) - 0.5)
-    else:
-        x = [format_number(float(value)) or 0.0 for value in values]
-        if dimension["log"]:
-            axes.set_xscale("log")
-        axes.set_xlim(dimension["low"], dimension["high"])
-    axes.scatter(x, [trial["value"] for trial in shown], s=26, color=DISTILLED, alpha=0.7, clip_on=False)
-    marked = [i for i, trial in enumerate(shown) if trial["number"] == best]
-    axes.scatter(
-        [x[i] for i in marked],
-        [shown[i]["value"] for i in marked],
-        s=90,
-        facecolors="none",
-        edgecolors=VAL,
-        clip_on=False,
-        zorder=4,
-    )
-    axes.set_xlabel(escape_invisible(key))
-    axes.set_ylabel("val", color=FAINT)
 
 
 _STATE_LABELS = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
@@ -98,10 +56,6 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
         "over": [each["text"] for each in sweep["space"]],
         "keys": [each["key"] for each in sweep["space"]],
         "rows": [_trial_row(trial, sweep) | {"best": trial["number"] == best} for trial in trials],
-        "importance": _importance_svg(found.get("importance", {})),
-        "slices": [_slice_svg(trials, each, best, at) for at, each in enumerate(sweep["space"])]
-        if best is not None
-        else [],
         "final": final,
         "fit": fit,
     }
@@ -152,21 +106,6 @@ def _trial_row(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _importance_svg(shares: Mapping[str, float]) -> str | None:
-    if not shares:
-        return None
-    label = "Importance: " + ", ".join(f"{key} {format_percent(share)}" for key, share in shares.items())
-    return as_svg(
-        partial(draw_importance, shares=shares), (6.4, 0.8 + 0.4 * len(shares)), name="importance", label=label
-    )
-
-
-def _slice_svg(trials: Sequence[Mapping[str, Any]], dimension: Mapping[str, Any], best: Any, at: int) -> dict[str, str]:
-    draw = partial(draw_slice, trials=trials, dimension=dimension, best=best)
-    label = f"{dimension['key']} against the metric on val, a dot for each trial"
-    return {"key": dimension["key"], "svg": as_svg(draw, (4.2, 3.0), name=f"slice{at}", label=label)}
-
-
 def _read_final(folder: Path) -> dict[str, Any] | None:
     """Return the best trial and, if it was confirmed, the results of fresh seeds; None while trials run."""
     if not (folder / "final.json").exists():
@@ -179,17 +118,29 @@ def _read_final(folder: Path) -> dict[str, Any] | None:
     correct = {}
     for student in ("baseline", "distilled"):
         run = read_run(folder / "confirmation" / student)
-        students = group_runs([run])[0].stages_by_seed(student)
-        correct[student] = read_contender(student, students).correct
-        top1 = [stage.metrics["test"]["top1"] for _, stage in students.values()]
+        contender = read_contender(student, run)
+        correct[student] = contender.correct
+        top1 = [stage.metrics["test"]["top1"] for stage in contender.students.values()]
         spread = f" ± {format_points(statistics.stdev(top1), signed=False)}" if len(top1) > 1 else ""
         found["rows"].append((student, f"{format_percent(statistics.fmean(top1))}{spread}"))
     seeds = range(facts["first_seed"], facts["first_seed"] + facts["seeds"])
     word = "seed" if len(seeds) == 1 else "seeds"
     found |= {"seeds": f"{word} {', '.join(map(str, seeds))}", "trials": facts["trials"]}
     more_seeds = "--seeds 5 and another --name" if (folder / "fit.json").exists() else "--confirm-seeds 5"
-    compared = compare_predictions(correct["baseline"], correct["distilled"])
+    compared = _compare_predictions(correct["baseline"], correct["distilled"])
     return found | {"verdict": headline(compared, more_seeds=more_seeds)}
+
+
+def _compare_predictions(before: Mapping[int, Array], after: Mapping[int, Array]) -> dict[str, Any]:
+    """Return the part of ``comparison`` for the headline, from the correct images of each student: seed -> [N] bool."""
+    shared = sorted(before.keys() & after.keys())
+    a, b = (np.stack([correct[seed] for seed in shared]) for correct in (before, after))
+    if len(shared) == 1:
+        gain, test = paired_interval(a[0], b[0]), mcnemar(a[0], b[0])
+        ends = {"top1_gain": gain.value, "top1_gain_low": gain.low, "top1_gain_high": gain.high}
+        return {"test_images": a.shape[1], **ends, "fixed": test["fixed"], "broken": test["broken"]}
+    crossed = crossed_interval(a, b)._asdict()
+    return {"test_images": a.shape[1], "seeds": {"figures": {"top1": {"n": len(shared)}}, "top1_gain": crossed}}
 
 
 def _read_fit(folder: Path) -> dict[str, Any] | None:

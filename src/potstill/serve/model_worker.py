@@ -11,19 +11,15 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from potstill.errors import ArtifactError, DataError, PotstillError, WorkerError
-from potstill.evaluation.cascade import Cascade
 from potstill.serve.middleware import ServerLimits
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from potstill.data.image_io import Pixels
     from potstill.models.model_file import Classifier
 
@@ -31,15 +27,7 @@ if TYPE_CHECKING:
 _PREVIEW_PIXELS = 480  # longer side
 
 
-class CascadeRule(NamedTuple):
-    """The student answers where its largest probability is above ``threshold``, else its teachers together."""
-
-    cascade: Cascade  # its stages are among the worker's models
-    risk: float  # the promised one
-    threshold: float
-
-
-def run_worker(pipe: Connection, folders: dict[str, str], cascade: CascadeRule | None = None) -> None:
+def run_worker(pipe: Connection, folders: dict[str, str]) -> None:
     """Serve requests, JSON options and then an image's bytes, until the other end is closed; respond in JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     from potstill.console import silence_native_stderr
@@ -47,15 +35,13 @@ def run_worker(pipe: Connection, folders: dict[str, str], cascade: CascadeRule |
     with silence_native_stderr(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             models = _load_models(folders)
-            if cascade is not None:
-                _check_same_classes(models, cascade.cascade)
         except PotstillError as error:
             _send(pipe, {"fatal": str(error), "exit_code": error.exit_code})
             return
         _send(pipe, {"models": {stage: _summarize_model(model) for stage, model in models.items()}})
         while True:
             head, image = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
-            _send(pipe, _predict_all(models, head, image, cascade))
+            _send(pipe, _predict_all(models, head, image))
 
 
 def _send(pipe: Connection, answer: dict[str, Any]) -> None:
@@ -73,12 +59,6 @@ def _load_models(folders: dict[str, str]) -> dict[str, "Classifier"]:
     return models
 
 
-def _check_same_classes(models: dict[str, "Classifier"], cascade: Cascade) -> None:
-    for teacher in cascade.teachers:
-        if models[teacher].class_names != models[cascade.student].class_names:
-            raise ArtifactError(f"a cascade needs the same classes, and {teacher} has others than {cascade.student}")
-
-
 def _summarize_model(model: "Classifier") -> dict[str, Any]:
     return {
         "architecture": model.architecture,
@@ -88,9 +68,7 @@ def _summarize_model(model: "Classifier") -> dict[str, Any]:
     }
 
 
-def _predict_all(
-    models: dict[str, "Classifier"], head: dict[str, Any], image: bytes, cascade: CascadeRule | None = None
-) -> dict[str, Any]:
+def _predict_all(models: dict[str, "Classifier"], head: dict[str, Any], image: bytes) -> dict[str, Any]:
     from potstill.data.image_io import JPEG_START, decode_bytes
     from potstill.data.preprocessing import decoded_side
 
@@ -106,73 +84,34 @@ def _predict_all(
     except DataError as error:
         large = any(word in str(error) for word in ("megapixels", "beyond the limits"))
         return {"error": str(error), "status": 413 if large else 415}
-    seen = {stage: decoded[model.input.range, decoded_side(model.input)] for stage, model in models.items()}
-    answered: dict[str, Any] = {}
-    if cascade is None:
-        answers = [_predict_one(stage, models, seen, head) for stage in models]
-    else:
-        answers = [_predict_one(cascade.cascade.student, models, seen, head)]
-        sure = answers[0]["predictions"][0]["probability"] > cascade.threshold
-        if not sure:
-            answers.append(_predict_together(cascade.cascade, models, seen, head))
-        answered = {"answered_by": "student" if sure else "teacher"}
+    answers = [
+        _answer(stage, model, decoded[model.input.range, decoded_side(model.input)], head)
+        for stage, model in models.items()
+    ]
     return {
         "width": pixels.shape[1],
         "height": pixels.shape[0],
         "preview": _preview(pixels),
         "models": answers,
         "agreement": _agreement(answers),
-        **answered,
     }
 
 
-def _predict_one(
-    stage: str, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
-) -> dict[str, Any]:
-    return _answer(stage, [stage], models, seen, head, lambda shares: shares[0])
-
-
-def _predict_together(
-    cascade: Cascade, models: dict[str, "Classifier"], seen: dict[str, "Pixels"], head: dict[str, Any]
-) -> dict[str, Any]:
-    import torch
-
-    from potstill.experiment.ensembles import cascade_average
-
-    average = cascade_average(cascade)
-
-    def combine(shares: list["Tensor"]) -> "Tensor":
-        return torch.from_numpy(average([each[None].numpy() for each in shares]))[0]
-
-    return _answer("teacher", cascade.teachers, models, seen, head, combine)
-
-
-def _answer(
-    name: str,
-    stages: Sequence[str],
-    models: dict[str, "Classifier"],
-    seen: dict[str, "Pixels"],
-    head: dict[str, Any],
-    combine: Callable[[list["Tensor"]], "Tensor"],
-) -> dict[str, Any]:
-    """Return the classes that the models of some stages predict together, under a name."""
+def _answer(stage: str, model: "Classifier", pixels: "Pixels", head: dict[str, Any]) -> dict[str, Any]:
     from potstill.data.transforms import preprocess
 
-    images = [preprocess(seen[stage], models[stage].input)[None] for stage in stages]
+    images = preprocess(pixels, model.input)[None]
     began = time.perf_counter()
-    shares = combine([models[stage].predict(each)[0] for stage, each in zip(stages, images, strict=True)])
+    shares = model.predict(images)[0]
     seconds = time.perf_counter() - began
     best = shares.sort(descending=True, stable=True).indices[: head["top"]].tolist()
-    names = models[stages[0]].class_names
     answer: dict[str, Any] = {
-        "stage": name,
+        "stage": stage,
         "milliseconds": round(seconds * 1000, 3),
-        "predictions": [{"class": names[i], "probability": float(shares[i])} for i in best],
+        "predictions": [{"class": model.class_names[i], "probability": float(shares[i])} for i in best],
     }
-    if head["gradcam"] and len(stages) > 1:
-        answer["gradcam"] = {"error": "several teachers together look at no one place"}
-    elif head["gradcam"]:
-        answer["gradcam"] = _gradcam(models[stages[0]], images[0], best[0], seen[stages[0]])
+    if head["gradcam"]:
+        answer["gradcam"] = _gradcam(model, images, best[0], pixels)
     return answer
 
 
@@ -217,9 +156,9 @@ class WorkerUnavailable(Exception):
 class WorkerClient:
     """A worker process with the models, for one image at a time."""
 
-    def __init__(self, folders: dict[str, Path], limits: ServerLimits, cascade: CascadeRule | None = None) -> None:
+    def __init__(self, folders: dict[str, Path], limits: ServerLimits) -> None:
         self.folders = {stage: str(folder) for stage, folder in folders.items()}
-        self.limits, self.cascade = limits, cascade
+        self.limits = limits
         self.models: dict[str, Any] = {}  # summaries by stage, from the worker
         self._lock = threading.Lock()  # held while talking to the worker
         self._worker: BaseProcess | None = None
@@ -285,7 +224,7 @@ class WorkerClient:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._worker = context.Process(
-            target=run_worker, args=(other, self.folders, self.cascade), daemon=True, name="potstill-worker"
+            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker"
         )
         self._worker.start()
         other.close()

@@ -1,4 +1,4 @@
-"""Figures of the runs below one folder, also of those that are still training.
+"""State and figures of the runs below one folder, also of those that are still training.
 
 A run folder may come from anywhere: links inside it are not followed, and whatever its files hold, the figures here
 are finite numbers and text.
@@ -7,14 +7,12 @@ are finite numbers and text.
 import json
 import math
 import re
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from potstill.config import repeat_index, sort_stages, stage_role
-from potstill.config.yaml import parse_yaml
-from potstill.errors import ArtifactError, UsageError
+from potstill.config import repeat_index, sort_stages
+from potstill.errors import ArtifactError
 from potstill.experiment.run_folder import RunFolder
 from potstill.io import read_checksummed_json
 
@@ -24,7 +22,6 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FOLD_LINK = re.compile(rb'href="(fold-\d+)/report\.html"')
 _MAX_RUNS = 500
 _MAX_BYTES = 32_000_000  # of a file that is read
-_MAX_POINTS = 400  # of a curve
 _IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as stopped, if its epochs are short
 
 
@@ -62,19 +59,11 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def summary(run: str, folder: Path) -> dict[str, Any]:
-    """Return state and figures of a run, without its curves; a run that cannot be read has the state "damaged"."""
+    """Return state and figures of a run; a run that cannot be read has the state "damaged"."""
     try:
         return _summary(run, folder)
     except Exception:  # any content, or a folder that vanishes meanwhile: one run never breaks the list of all
-        return _damaged_summary(run)
-
-
-def progress(run: str, folder: Path) -> dict[str, Any]:
-    """Return ``summary``, the verdict, the curves of each stage, and how long the present one still takes."""
-    try:
-        return _progress(run, folder)
-    except Exception:  # likewise
-        return _damaged_summary(run)
+        return {"id": run, "state": "damaged", "report": False, "stages": []}
 
 
 def _damaged_summary(run: str) -> dict[str, Any]:
@@ -128,22 +117,6 @@ def _search_summary(run: str, folder: Path) -> dict[str, Any]:
     is_training = not finished and any(_start_time(each) and _state(each, _stages(each)) == "training" for each in runs)
     state = "finished" if finished else "training" if is_training else "stopped"
     return {"id": run, "state": state, "created": None, "method": None, "report": finished, "stages": []}
-
-
-def _progress(run: str, folder: Path) -> dict[str, Any]:
-    about, results = _summary(run, folder), _results(folder)
-    planned = _planned(folder)
-    stages: list[dict[str, Any]] = []
-    for each in about["stages"]:
-        epochs = _epochs(folder / each["stage"] / "metrics.jsonl")
-        total = planned.get("teacher" if stage_role(each["stage"]) == "teacher" else "student")
-        done = _regular(folder / each["stage"] / "model.json")
-        stages.append({**each, "done": done, "planned": total, "epochs": _downsample(epochs), "eta_seconds": None})
-        if about["state"] == "training" and not done and total and epochs:
-            pace = statistics.median(point["seconds"] for point in epochs)
-            stages[-1]["eta_seconds"] = round(max(0, total - epochs[-1]["epoch"]) * pace, 1)
-    verdict = _mapping(results.get("comparison")).get("verdict")
-    return {**about, "stages": stages, "verdict": str(verdict) if verdict else None}
 
 
 def report(run: str, folder: Path) -> bytes | None:
@@ -208,56 +181,19 @@ def _state(folder: Path, stages: list[str]) -> str:
     files = [folder / "recipe.yaml", folder / "environment.json"]
     files += [folder / stage / name for stage in stages for name in ("metrics.jsonl", "checkpoints")]
     newest = max(path.lstat().st_mtime for path in files if path.exists())
-    last = [_epochs(folder / stage / "metrics.jsonl")[-1:] for stage in stages]
-    longest = max([each[0]["seconds"] for each in last if each], default=0.0)
+    longest = max((_last_epoch_seconds(folder / stage / "metrics.jsonl") for stage in stages), default=0.0)
     return "training" if time.time() - newest < max(_IDLE_SECONDS, 5 * longest) else "stopped"
 
 
-def _planned(folder: Path) -> dict[str, int]:
-    if not _regular(folder / "recipe.yaml"):
-        return {}
-    try:
-        recipe = parse_yaml(RunFolder(folder).read_recipe(), "recipe.yaml").value
-        common = recipe["training"]["epochs"]
-        own = {each: ((recipe.get(each) or {}).get("training") or {}).get("epochs") for each in ("teacher", "student")}
-        return {each: int(value or common) for each, value in own.items()}
-    except (
-        ArtifactError,
-        UsageError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RecursionError,
-    ):
-        return {}
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    """The points of a metrics.jsonl; a line that is just being written, or damaged, is left out."""
+def _last_epoch_seconds(path: Path) -> float:
+    """Return the length of the last epoch in metrics.jsonl; 0 if there is none.  A damaged line is passed over."""
     if not _regular(path) or path.stat().st_size > _MAX_BYTES:
-        return []
-    points = []
-    for line in path.read_bytes().splitlines():
+        return 0.0
+    for line in reversed(path.read_bytes().splitlines()):
         try:
-            points.append(_point(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            seconds = _finite(json.loads(line)["seconds"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return points
-
-
-def _point(record: dict[str, Any]) -> dict[str, Any]:
-    seconds = float(record["seconds"])
-    if not math.isfinite(seconds):
-        raise ValueError("seconds must be finite")
-    point: dict[str, Any] = {"epoch": int(record["epoch"]), "seconds": seconds}
-    for split in ("train", "val"):
-        for figure in ("loss", "top1"):
-            point[f"{split}_{figure}"] = _finite(record[split].get(figure))
-    return point
-
-
-def _downsample(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    step = -(-len(points) // _MAX_POINTS) or 1
-    return points[::-step][::-1]
+        if seconds is not None:
+            return seconds
+    return 0.0

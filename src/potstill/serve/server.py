@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Query, Request
@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 
 from potstill import __version__
 from potstill.errors import UsageError
-from potstill.evaluation.cascade import Cascade
 from potstill.experiment.run_folder import find_model
 from potstill.export.loading import find_model_folder
 from potstill.hub import is_hub_model
@@ -26,7 +25,7 @@ from potstill.io import read_checksummed_json
 from potstill.report.canvas import css_variables
 from potstill.serve import runs
 from potstill.serve.middleware import RequestGuardMiddleware, ServerLimits, limited_protocol
-from potstill.serve.model_worker import CascadeRule, WorkerClient, WorkerUnavailable
+from potstill.serve.model_worker import WorkerClient, WorkerUnavailable
 from potstill.serve.runs import list_runs
 
 # The shapes of the API's answers, from which /openapi.json is made.
@@ -71,18 +70,13 @@ class Answer(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Predictions for an image of all models; of a cascade, those of the student and, where it is not confident, of the
-    teacher, and ``answered_by``, whose predictions are the answer.
-
-    ``agreement``: whether student and teacher predict the same class, where both answered.
-    """
+    """Predictions of all models for an image; ``agreement``: whether student and teacher predict the same class."""
 
     width: int
     height: int
     preview: str
     models: list[Answer]
     agreement: bool | None = None
-    answered_by: Literal["student", "teacher"] | None = None
 
 
 class Model(BaseModel):
@@ -95,32 +89,11 @@ class Model(BaseModel):
     size: int
 
 
-class CascadeFacts(BaseModel):
-    """Of a cascade: the student answers where its largest probability is above ``threshold``; ``risk`` is promised."""
-
-    student: str
-    teachers: list[str]
-    risk: float
-    threshold: float
-
-
 class Models(BaseModel):
-    """Of /models; ``cascade`` is null where all models answer."""
+    """Of /models."""
 
     run: str
     models: list[Model]
-    cascade: CascadeFacts | None = None
-
-
-class Epoch(BaseModel):
-    """A point of the curves."""
-
-    epoch: int
-    seconds: float
-    train_loss: float | None = None
-    train_top1: float | None = None
-    val_loss: float | None = None
-    val_top1: float | None = None
 
 
 class Stage(BaseModel):
@@ -128,15 +101,6 @@ class Stage(BaseModel):
 
     stage: str
     test_top1: float | None = None
-
-
-class Training(Stage):
-    """A stage with its curves; ``eta_seconds``: until the last planned epoch."""
-
-    done: bool
-    planned: int | None = None
-    epochs: list[Epoch]
-    eta_seconds: float | None = None
 
 
 class Run(BaseModel):
@@ -154,13 +118,6 @@ class Runs(BaseModel):
     """Of /runs, the newest first."""
 
     runs: list[Run]
-
-
-class Progress(Run):
-    """Of /runs/{id}."""
-
-    stages: list[Training]  # type: ignore[assignment]
-    verdict: str | None = None
 
 
 _CONTENT_TYPES = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
@@ -230,11 +187,7 @@ def _add_model_routes(app: FastAPI, worker: WorkerClient, name: str) -> None:
     @app.get("/models", responses=_ERROR_RESPONSES)
     async def models() -> Models:
         """The networks that predict."""
-        known = [Model(stage=stage, **about) for stage, about in worker.models.items()]
-        if (rule := worker.cascade) is None:
-            return Models(run=name, models=known)
-        who = {"student": rule.cascade.student, "teachers": rule.cascade.teachers}
-        return Models(run=name, models=known, cascade=CascadeFacts(**who, risk=rule.risk, threshold=rule.threshold))
+        return Models(run=name, models=[Model(stage=stage, **about) for stage, about in worker.models.items()])
 
     @app.post("/predict", responses=_ERROR_RESPONSES, openapi_extra=_IMAGE_BODY, response_model_exclude_none=True)
     async def predict(
@@ -270,11 +223,6 @@ def _add_run_routes(app: FastAPI, known: Callable[[], dict[str, Path]]) -> None:
         """All runs."""
         return Runs.model_validate({"runs": [runs.summary(run, path) for run, path in known().items()]})
 
-    @app.get("/runs/{run}", responses=_NOT_FOUND_RESPONSES)
-    def one(run: str) -> Progress:
-        """One run with its curves, up to the last epoch of a running training."""
-        return Progress.model_validate(runs.progress(run, folder(run)))
-
     @app.get(
         "/runs/{run}/report",
         responses={**_NOT_FOUND_RESPONSES, 200: {"content": {"text/html": {}}}},
@@ -300,19 +248,15 @@ def serve(
     output_dir: Path,
     on_start: Callable[[str], None],
     limits: ServerLimits | None = None,
-    risk: float | None = None,
 ) -> None:
-    """Serve the page until SIGINT or SIGTERM; ``port`` 0: any free one; ``on_start`` gets its address.
-
-    ``risk``: the student answers where it is confident, the teacher elsewhere, with this promised risk, in (0, 1).
-    """
+    """Serve the page until SIGINT or SIGTERM; ``port`` 0: any free one; ``on_start`` gets its address."""
     limits = limits or ServerLimits()
-    folders, cascade = (_model_folders(run), None) if risk is None else _cascade_folders(run, risk)
+    folders = _model_folders(run)
     listening = _open_socket(host, port)
     with listening:
         port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        worker = WorkerClient(folders, limits, cascade)
+        worker = WorkerClient(folders, limits)
         try:
             worker.start()
             title = os.fspath(run) if is_hub_model(os.fspath(run)) else run.resolve().name
@@ -353,16 +297,6 @@ def _model_folders(run: Path) -> dict[str, Path]:
         return found
     folder = find_model(run)
     return {folder.name if folder.name in _STAGES else "model": folder}
-
-
-def _cascade_folders(run: Path, risk: float) -> tuple[dict[str, Path], CascadeRule]:
-    """Return the folders of a cascade's student and teachers, and who of them answers."""
-    folder = find_model_folder(os.fspath(run))
-    if folder is None:
-        raise UsageError(f"a cascade needs a run folder, and {run} is bare weights")
-    cascade = Cascade.read(folder)
-    rule = CascadeRule(cascade, risk, cascade.calibration.threshold(risk))
-    return {cascade.student: folder} | {name: folder.parent / name for name in cascade.teachers}, rule
 
 
 def _has_classes(card: Path) -> bool:

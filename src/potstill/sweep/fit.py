@@ -449,7 +449,7 @@ def _write_report_files(folder: Path, trainings: RecipeTrainings, found: Mapping
     recipe = {"recipe": dump_recipe(trainings.recipe), "data": trainings.data.fingerprint}
     sweep = {"schema": 1, **recipe, "space": space, "grid": True, "trials": len(rows), "measure": trainings.measure}
     write_checksummed_json(folder / study.SWEEP_FILE, sweep)
-    write_checksummed_json(folder / study.TRIALS_FILE, {"schema": 1, "trials": rows, "importance": {}})
+    write_checksummed_json(folder / study.TRIALS_FILE, {"schema": 1, "trials": rows})
     final = {"trial": None, "folder": "", "value": None} if best is None else {
         "trial": best["number"], "folder": best["folder"], "value": best["value"],
     }  # fmt: skip

@@ -140,21 +140,3 @@ def suggest_settings(trial: "optuna.Trial", space: Space) -> dict[str, str]:
         else:
             chosen[key] = repr(trial.suggest_float(key, dimension.low, dimension.high, log=dimension.log))
     return chosen
-
-
-def parameter_importances(study: "optuna.Study") -> dict[str, float]:
-    """Return the importance of each key for the metric over finished trials (fANOVA); empty if undefined."""
-    import optuna
-
-    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(done) < 4 or len({trial.value for trial in done}) < 2:
-        return {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found: Mapping[str, Any] = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
-    except (ValueError, RuntimeError, ImportError):  # all values are equal, or no two trials share a key
-        return {}
-    return {key: float(share) for key, share in found.items()}

@@ -381,7 +381,7 @@ class Sweep:
 
     def _write_trials(self) -> None:
         rows = self.rows()
-        found = {"schema": 1, "trials": rows, "importance": study.parameter_importances(self.study)}
+        found = {"schema": 1, "trials": rows}
         write_checksummed_json(self.folder / study.TRIALS_FILE, found)
         if self.on_trial is not None:
             self.on_trial({**found, "measure": self.measure, "wanted": self.trials})

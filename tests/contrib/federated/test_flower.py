@@ -11,6 +11,9 @@ from potstill.contrib.federated.messages import Message
 from potstill.contrib.federated.server import InProcessClients
 from potstill.data.image_sets import Subset
 from potstill.errors import DataError, UsageError, WorkerError
+from potstill.input_spec import InputSpec
+from potstill.models.factory import create_model
+from potstill.models.model_file import Classifier
 from potstill.training.callbacks import SilentObserver
 
 pytest.importorskip("flwr", reason="needs the extra federated")
@@ -65,31 +68,33 @@ def node(client, contexts=None):
 
 
 @pytest.fixture
-def clients(data, public):
+def clients(data):
     def create():
         cut = np.array_split(np.arange(len(data.train)), 2)
-        return [Client(lambda classes, part=part: Subset(data.train, part), lambda: public) for part in cut]
+        return [Client(lambda classes, part=part: Subset(data.train, part)) for part in cut]
 
     return create
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedmd", "selfguided"])
+@pytest.mark.parametrize("name", ["fedavg", "feddf", "guided"])
 def test_the_weights_are_those_of_one_process_bit_for_bit(recipe, data, public, parts, clients, name):
-    here = parts.server(name, recipe(), data, InProcessClients(dict(enumerate(clients()))), public=public, rounds=2)
+    torch.manual_seed(1)
+    teacher = Classifier(create_model("cifar/resnet8", 3, size=16), "cifar/resnet8", data.class_names, InputSpec(16))
+    given = {"public": public, "rounds": 2, "teacher": teacher}
+    here = parts.server(name, recipe(), data, InProcessClients(dict(enumerate(clients()))), **given)
     contexts = []
     grid = Grid({at + 5: node(client, contexts) for at, client in enumerate(clients())})
-    there = parts.server(name, recipe(), data, flower.GridClients(grid, 60), public=public, rounds=2)
+    there = parts.server(name, recipe(), data, flower.GridClients(grid, 60), **given)
     assert there.describe_clients() == ({0: 30, 1: 30}, {})
     records, found = here.train(SilentObserver()).records, there.train(SilentObserver()).records
     for key in ("val", "clients", "failed", "bytes_up", "bytes_down", "local_loss"):
         assert [each[key] for each in found] == [each[key] for each in records], key
     for key, value in here.student.module.state_dict().items():
         assert torch.equal(value, there.student.module.state_dict()[key]), (name, key)
-    assert ["potstill" in each.state for each in contexts] == [name == "fedmd"] * 2  # the networks that clients keep
+    assert ["potstill" in each.state for each in contexts] == [name == "guided"] * 2  # the teacher that clients keep
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedmd"])
-def test_a_reply_holds_no_image_and_no_name(recipe, data, public, parts, clients, name):
+def test_a_reply_holds_no_image_and_no_name(recipe, data, parts, clients):
     replies = []
 
     def listen(message):
@@ -97,14 +102,14 @@ def test_a_reply_holds_no_image_and_no_name(recipe, data, public, parts, clients
         return replies[-1]
 
     node_of = node(clients()[0])
-    server = parts.server(name, recipe(), data, flower.GridClients(Grid({3: listen}), 60), public=public)
+    server = parts.server("fedavg", recipe(), data, flower.GridClients(Grid({3: listen}), 60))
     server.train(SilentObserver())
     (reply,) = replies
     assert set(reply.content) == {"arrays", "numbers", "texts"}
-    assert dict(reply.content["texts"]) == {"task": "logits" if name == "fedmd" else "weights"}
-    assert set(reply.content["numbers"]) <= {"images", "loss", "public"}
+    assert dict(reply.content["texts"]) == {"task": "weights"}
+    assert set(reply.content["numbers"]) == {"images", "loss"}
     state = server.student.module.state_dict()
-    assert set(reply.content["arrays"]) == ({"logits"} if name == "fedmd" else {f"state/{key}" for key in state})
+    assert set(reply.content["arrays"]) == {f"state/{key}" for key in state}
     whole = b"".join(each.data for each in reply.content["arrays"].values())
     assert not any(data.train.pixels(at).tobytes()[:64] in whole for at in range(30))
 

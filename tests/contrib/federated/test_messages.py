@@ -7,7 +7,6 @@ from potstill.contrib.federated.messages import (
     array_specs,
     arrays_to_state_dict,
     find_reply_problem,
-    logits_specs,
     state_dict_to_arrays,
 )
 
@@ -32,10 +31,8 @@ def test_the_size_is_that_of_the_arrays_and_the_text():
     assert message.size == 24 + len('["weights", ["w"], {"images": 5.0}, {"a": "b"}]')
 
 
-def test_a_client_may_send_weights_logits_and_counts():
+def test_a_client_may_send_weights_and_counts():
     assert find_reply_problem(Message("weights", ARRAYS, COUNTS), SPECS) is None
-    logits = {"logits": np.full((4, 3), -7, np.float32)}
-    assert find_reply_problem(Message("logits", logits, COUNTS | {"public": 4.0}), logits_specs(4, 3)) is None
     assert find_reply_problem(Message("describe", {}, {"images": 3.0}), {}, need_loss=False) is None
 
 
@@ -73,7 +70,6 @@ HUGE = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2**40, 3), (0, 
         (ARRAYS, COUNTS | {"images": 1e300}, {}, "wrong numbers"),
         (ARRAYS, COUNTS | {"images": "3"}, {}, "wrong numbers"),
         (ARRAYS, COUNTS | {"loss": -1e300}, {}, "wrong numbers"),
-        (ARRAYS, COUNTS | {"public": -1.0}, {}, "wrong numbers"),
         (ARRAYS, COUNTS | {"label of 7": 1.0}, {}, "texts or numbers that a client must not send"),
         (ARRAYS, COUNTS, {"names": "cat/1.png"}, "texts or numbers that a client must not send"),
     ],

@@ -61,7 +61,7 @@ class Places:
         self.until(lambda: "running on" in self.log("superlink"))
 
     def supernode(self, name: str) -> None:
-        config = f'folder="{self.root / name}" public="{self.root / "public"}"'
+        config = f'folder="{self.root / name}"'
         self.start(
             name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
             "--port", str(free_port()), "--node-config", config,
@@ -134,14 +134,13 @@ def test_two_clients_and_then_one_that_is_killed(flower) -> None:
         "settings": f"data.size=8 data.unlabeled={flower.root / 'public'} training.threads=1 training.batch_size=8",
     }  # fmt: skip
 
-    flower.run(**asked, name="both", algorithms="fedmd")
-    flower.until(lambda: "fedmd" in record(flower.root, "both").get("trained", {}))
+    flower.run(**asked, name="both", algorithms="feddf")
+    flower.until(lambda: "feddf" in record(flower.root, "both").get("trained", {}))
     found = record(flower.root, "both")
     assert [each["images"] for each in found["clients"]] == [36, 36]
-    rounds = found["trained"]["fedmd"]["rounds"]
+    rounds = found["trained"]["feddf"]["rounds"]
     assert [each["failed"] for each in rounds] == [{}, {}]
     assert [each["clients"] for each in rounds] == [[0, 1], [0, 1]]
-    assert all(each["bytes_up"] < 2 * (12 * 3 * 4 + 400) for each in rounds)  # logits of 12 public images
 
     many = asked | {"rounds": 2, "timeout": 90.0}
     flower.run(**many, name="one-dies", algorithms="fedavg")

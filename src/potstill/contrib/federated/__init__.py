@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from potstill.config.recipe import Recipe
 from potstill.errors import UsageError, did_you_mean
@@ -10,25 +10,17 @@ from potstill.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A federated algorithm: what the clients compute and send, and how the server uses it."""
+    """A federated algorithm: clients train and send their weights, the server averages them."""
 
     summary: str
-    sends: Literal["weights", "logits"] = "weights"
     distils: bool = False  # the server trains on the clients' averaged logits of public images
-    guide: Literal["none", "teacher", "student"] = "none"  # of local training: the server's teacher or its student
-
-    @property
-    def public(self) -> bool:
-        """Whether public images are needed."""
-        return self.distils or self.sends == "logits"
+    guided: bool = False  # local training, by the server's teacher
 
 
 ALGORITHMS: dict[str, Algorithm] = {
     "fedavg": Algorithm("clients train on labels, the server averages their weights"),
     "feddf": Algorithm("fedavg, then distil the clients' averaged logits on public images", distils=True),
-    "fedmd": Algorithm("clients keep their networks and send logits of public images", sends="logits", distils=True),
-    "guided": Algorithm("fedavg, with local training guided by the server's teacher", guide="teacher"),
-    "selfguided": Algorithm("fedavg, with local training guided by the student that the server sent", guide="student"),
+    "guided": Algorithm("fedavg, with local training guided by the server's teacher", guided=True),
 }
 BASELINES = {
     "alone": "each client trains by itself for as many rounds; the mean over clients",
@@ -75,7 +67,7 @@ def check_recipe(recipe: Recipe, names: Sequence[str]) -> None:
         "seeds: set it to 1, and repeat the command with another --seed": recipe.seeds > 1,
     }
     problems = [text for text, found in unsupported.items() if found]
-    if any(ALGORITHMS[name].guide == "teacher" for name in names):
+    if any(ALGORITHMS[name].guided for name in names):
         teachers = recipe.teacher_list
         if len(teachers) != 1 or teachers[0].weights is None:
             given = ", ".join(f"{each.model}{' without weights' * (each.weights is None)}" for each in teachers)

@@ -1,15 +1,13 @@
-"""A client: it keeps its images, and replies to the server's requests with weights or logits, and counts.
+"""A client: it keeps its images, and replies to the server's requests with weights and counts.
 
 A round's few epochs take the same steps as the trainer, without checkpoints and without a choice of the best epoch: a
 client has no val split, and returns its weights after the last epoch.  A test compares both bit for bit.
 
-Public images: the clients' averaged logits of them train a student.
-Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020 (FedDF: the server runs
-the clients' networks).  https://arxiv.org/abs/2006.07242
-Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019 (clients run their own networks and
-send logits).  https://arxiv.org/abs/1910.03581
+Public images: the averaged logits of them by the clients' networks train a student, on the server.
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020 (FedDF).
+https://arxiv.org/abs/2006.07242
 FedDF's code distils for up to ten thousand steps with early stopping; this makes a few passes over the public images,
-each in one fixed view, so that the same logits serve both algorithms.
+each in one fixed view.
 """
 
 import copy
@@ -25,8 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from potstill.config.recipe import Recipe
 from potstill.contrib.federated.messages import (
-    LOGITS,
-    STATE_PREFIX,
     TEACHER_PREFIX,
     Arrays,
     ArraySpecs,
@@ -37,7 +33,6 @@ from potstill.contrib.federated.messages import (
     decode_network,
     decode_recipe,
     find_reply_problem,
-    logits_specs,
     state_dict_to_arrays,
 )
 from potstill.data.image_sets import ImageSet
@@ -62,7 +57,7 @@ ImageSource = Callable[[tuple[str, ...]], ImageSet]  # the server's classes -> a
 
 
 class PublicDataset:
-    """P unlabeled images that server and clients share; ``seed``: of the order in which a student sees them."""
+    """P unlabeled images of the server; ``seed``: of the order in which a student sees them."""
 
     def __init__(
         self, images: ImageSet, spec: InputSpec, settings: TrainingSettings, compute: Compute, seed: int
@@ -201,9 +196,6 @@ def _unsupported_method(recipe: Recipe) -> UsageError:
     )
 
 
-_OWN_PREFIX = "own/"  # in a client's memory: the network that it keeps
-
-
 @dataclass
 class _Work:
     recipe: Recipe
@@ -211,19 +203,17 @@ class _Work:
     compute: Compute
     loader: Loader
     teacher_loader: Callable[..., Loader]  # of the same views at a teacher's size
-    public: PublicDataset | None
 
     @property
-    def counts(self) -> dict[str, float]:
-        public = {} if self.public is None else {"public": float(len(self.public))}
-        return {"images": float(len(self.loader.labels)), **public}
+    def images(self) -> float:
+        return float(len(self.loader.labels))
 
 
 class Client:
     """Replies to requests; between two of them only ``memory`` must be kept, so each may run in its own process."""
 
-    def __init__(self, images: ImageSource, public: Callable[[], ImageSet] | None = None) -> None:
-        self.images, self.public = images, public
+    def __init__(self, images: ImageSource) -> None:
+        self.images = images
         self._work: tuple[dict[str, str], float, _Work] | None = None
 
     def reply(self, request: Message, memory: Arrays) -> Message:
@@ -231,7 +221,7 @@ class Client:
         if request.task == "teacher":
             memory |= {name: each for name, each in request.arrays.items() if name.startswith(TEACHER_PREFIX)}
             return Message("teacher")
-        tasks = {"describe": self._describe, "weights": self._train, "logits": self._train_and_predict}
+        tasks = {"describe": self._describe, "weights": self._train}
         if request.task not in tasks:
             raise UsageError(f"the server requests {request.task!r}, which this version of potstill does not know")
         work = self._prepare(request)
@@ -243,39 +233,23 @@ class Client:
     # tasks
 
     def _describe(self, request: Message, memory: Arrays, work: _Work) -> Message:
-        return Message(request.task, numbers=work.counts)
+        return Message(request.task, numbers={"images": work.images})
 
     def _train(self, request: Message, memory: Arrays, work: _Work) -> Message:
         student = decode_network(request, "student")
         student.module.load_state_dict(arrays_to_state_dict(request.arrays))
         loss = self._train_student(student, request, memory, work)
         arrays = state_dict_to_arrays(student.module.state_dict())
-        reply = Message(request.task, arrays, {**work.counts, "loss": loss})
+        reply = Message(request.task, arrays, {"images": work.images, "loss": loss})
         return _checked(reply, array_specs({name: request.arrays[name] for name in arrays}))
 
-    def _train_and_predict(self, request: Message, memory: Arrays, work: _Work) -> Message:
-        """Train the client's own network on the averaged logits, then on labels, and return its logits."""
-        if work.public is None:
-            raise UsageError("the server requests logits of public images, and this client has none: name their folder")
-        student = decode_network(request, "student")
-        own = arrays_to_state_dict(memory, _OWN_PREFIX)
-        student.module.load_state_dict(own or arrays_to_state_dict(request.arrays))  # first round: the server's weights
-        if LOGITS in request.arrays:
-            work.public.train_student(
-                student,
-                request.arrays[LOGITS],
-                temperature=request.numbers["temperature"],
-                epochs=int(request.numbers["public_epochs"]),
-                first=int(request.numbers["first"]),
-            )
-        loss = self._train_student(student, request, memory, work)
-        memory |= state_dict_to_arrays(student.module.state_dict(), _OWN_PREFIX)
-        logits = work.public.predict_logits(student)
-        reply = Message(request.task, {LOGITS: logits}, {**work.counts, "loss": loss})
-        return _checked(reply, logits_specs(len(work.public), len(student.class_names)))
-
     def _train_student(self, student: Classifier, request: Message, memory: Arrays, work: _Work) -> float:
-        guide = _load_guide(request, memory)
+        guide = None
+        if "teacher" in request.texts:
+            guide = decode_network(request, "teacher")
+            if not (state := arrays_to_state_dict(memory, TEACHER_PREFIX)):
+                raise ArtifactError("this client has no teacher: it joined after the teacher was sent")
+            guide.module.load_state_dict(state)
         distiller = create_local_distiller(student, guide, work.recipe, work.compute, work.settings.label_smoothing)
         first, epochs = int(request.numbers["first"]), int(request.numbers["epochs"])
         teachers, layout = [] if guide is None else [guide], work.compute.memory_format
@@ -290,14 +264,11 @@ class Client:
         if self._work is None or self._work[:2] != (request.texts, number):
             recipe, student = decode_recipe(request), decode_network(request, "student")
             settings = recipe.stage_training("student")
-            compute, public = create_compute(settings), None
+            compute = create_compute(settings)
             images = self.images(decode_classes(request))
             make = partial(client_loader, images, student, recipe, settings, compute, int(number))
             loader = make()
-            if self.public is not None:
-                seed = derive_seed(recipe.seed, "public/order")
-                public = PublicDataset(self.public(), student.input, settings, compute, seed)
-            self._work = (request.texts, number, _Work(recipe, settings, compute, loader, make, public))
+            self._work = (request.texts, number, _Work(recipe, settings, compute, loader, make))
         return self._work[2]
 
 
@@ -305,7 +276,7 @@ def _checked(reply: Message, specs: ArraySpecs) -> Message:
     """Return the reply if it holds nothing but what a client may send, all of it finite."""
     problem = find_reply_problem(reply, specs)
     if problem == NonFiniteError.__name__:
-        raise NonFiniteError("weights or logits became NaN or infinite; lower training.lr")
+        raise NonFiniteError("weights became NaN or infinite; lower training.lr")
     if problem is not None:
         raise UsageError(f"this client does not send its reply: {problem}")
     return reply
@@ -338,17 +309,3 @@ def client_loader(
         view_seed=derive_seed(recipe.augmentation_seed, f"client {number}/views"),
         drawn_for=drawn_for,
     )
-
-
-def _load_guide(request: Message, memory: Arrays) -> Classifier | None:
-    guide = request.texts.get("guide", "none")
-    if guide == "none":
-        return None
-    if guide == "teacher":
-        network, state = decode_network(request, "teacher"), arrays_to_state_dict(memory, TEACHER_PREFIX)
-    else:
-        network, state = decode_network(request, "student"), arrays_to_state_dict(request.arrays, STATE_PREFIX)
-    if not state:
-        raise ArtifactError("this client has no teacher: it joined after the teacher was sent")
-    network.module.load_state_dict(state)
-    return network

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from potstill.contrib.federated.server import (
     ServerState,
 )
 from potstill.data.datasets import load_data
-from potstill.data.image_sets import ImageSet
 from potstill.data.splits import DataSplits
 from potstill.errors import UsageError
 from potstill.experiment.builders import build_network, split_loader
@@ -209,23 +207,21 @@ class _FederatedRun:
     ) -> None:
         self.recipe, self.options, self.compute, self.observer = recipe, options, compute, observer
         self.settings, self.remote = recipe.stage_training("student"), remote
-        needed = any(ALGORITHMS[each].public for each in options.algorithms)
+        needed = any(ALGORITHMS[each].distils for each in options.algorithms)
         if options.partition.folders is not None and _CENTRAL in options.baselines:
             raise UsageError("--baselines central: the images of --partition folders:DIR are in different places")
         self.data, self.public_images = split_public_images(data, options.public if needed else 0.0, recipe.seed)
         self.local: dict[int, Client] = {}
         self.declared: dict[int, int] = {}
         if remote is None:
-            public = None if self.public_images is None else partial(_return_images, self.public_images)
             sources = client_image_sources(self.data.train, options.partition, options.clients, recipe.seed)
-            self.local = {each: Client(own, public) for each, own in enumerate(sources)}
+            self.local = {each: Client(own) for each, own in enumerate(sources)}
 
     def describe(self) -> dict[str, Any]:
         clients = self.remote or InProcessClients(self.local)
         # All servers are built first, so that a missing requirement of the last algorithm is an error before training.
         servers = {name: self._server(ALGORITHMS[name], clients) for name in self.options.algorithms}
-        with_public = [name for name in servers if ALGORITHMS[name].sends == "logits"]
-        self.declared, failed = servers[(with_public or self.options.algorithms)[0]].describe_clients()
+        self.declared, failed = servers[self.options.algorithms[0]].describe_clients()
         for number, reason in failed.items():
             self.observer.warn(f"client {number} cannot take part ({reason}); see its own log")
         classes, found = self.data.class_names, []
@@ -263,8 +259,7 @@ class _FederatedRun:
         baseline = name not in ALGORITHMS
         self.observer.stage(name, BASELINES[name.partition("-")[0]] if baseline else algorithm.summary)
         server = self._server(algorithm, clients, None if baseline else self.declared)
-        memories = clients.memories if isinstance(clients, InProcessClients) else {}
-        checkpoint = RoundCheckpoint(folder / "rounds.checkpoint", memories)
+        checkpoint = RoundCheckpoint(folder / "rounds.checkpoint")
         progress = server.train(self.observer, checkpoint.read(), checkpoint.write)
         student, val = server.student, progress.records[progress.best - 1]["val"]
         facts = {"stage": name, "federated": self.options.as_dict(), "seed": self.recipe.seed, "val": val}
@@ -281,11 +276,10 @@ class _FederatedRun:
         start = build_network(recipe, recipe.student, classes, self.data.range)
         student = Classifier(start.module, start.architecture, classes, start.input)
         teacher = public = None
-        if algorithm.guide == "teacher":
+        if algorithm.guided:
             teacher = load_teacher(recipe, classes)
-        if algorithm.guide != "none":
-            check_method(recipe, student, teacher or student, self.compute)
-        if algorithm.public and self.public_images is not None:
+            check_method(recipe, student, teacher, self.compute)
+        if algorithm.distils and self.public_images is not None:
             seed = derive_seed(recipe.seed, "public/order")
             public = PublicDataset(self.public_images, student.input, self.settings, self.compute, seed)
         return Server(
@@ -308,7 +302,3 @@ def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
     if not start.ready:
         raise UsageError("guided: the server's teacher must be trained for these classes: --teacher RUN")
     return Classifier(start.module, start.architecture, classes, start.input)
-
-
-def _return_images(images: ImageSet) -> ImageSet:
-    return images

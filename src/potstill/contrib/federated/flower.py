@@ -26,9 +26,6 @@ from potstill.contrib.federated.federation import RESULTS_FILE, FederationOption
 from potstill.contrib.federated.messages import Arrays, Message
 from potstill.contrib.federated.partition import client_folders, load_client_images
 from potstill.contrib.federated.server import Clients, Replies, Schedule
-from potstill.data.file_datasets import list_images
-from potstill.data.image_sets import UnlabeledFileSet
-from potstill.data.settings import DataSettings
 from potstill.errors import PotstillError, UsageError, WorkerError
 from potstill.formatting import format_many
 from potstill.io import read_checksummed_json, write_text
@@ -211,7 +208,6 @@ DEFAULT_CONFIG: dict[str, str | int | float | bool] = {
     "wait": 300.0,  # seconds for the clients to connect
     "timeout": 600.0,  # seconds for the replies to a request
     "simulated-clients": "",  # for Flower's simulation: a folder with one folder for each client
-    "simulated-public": "",
 }
 
 
@@ -244,23 +240,19 @@ def create_client_app() -> "ClientApp":
 
 def _create_client(node: Mapping[str, Any], run: Mapping[str, Any]) -> Client:
     """Return a client with the images of the node's configuration, or in a simulation of the run's."""
-    folder, public = node.get("folder"), node.get("public")
+    folder = node.get("folder")
     if not folder and "partition-id" in node and run.get("simulated-clients"):
         folders = client_folders(Path(str(run["simulated-clients"])).expanduser())
-        folder, public = folders[int(node["partition-id"]) % len(folders)], run.get("simulated-public")
+        folder = folders[int(node["partition-id"]) % len(folders)]
     if not folder:
         raise UsageError(
             "this SuperNode has no images: start it with --node-config 'folder=\"DIR\"'; in Flower's simulation, give "
             'simulated-clients="DIR" in flwr run\'s --run-config'
         )
 
-    def load_public() -> UnlabeledFileSet:
-        root = Path(str(public)).expanduser()
-        return UnlabeledFileSet(root, list_images(root, DataSettings())[0])
-
     flags = {key: bool(node.get(key, False)) for key in ("follow_links", "skip_bad")}
     root = Path(str(folder)).expanduser()
-    return Client(lambda classes: load_client_images(root, classes, **flags), load_public if public else None)
+    return Client(lambda classes: load_client_images(root, classes, **flags))
 
 
 def run_server(clients: Clients, config: Mapping[str, Any]) -> Path:

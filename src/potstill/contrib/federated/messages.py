@@ -25,8 +25,8 @@ from potstill.models.model_file import Classifier
 Arrays = dict[str, NDArray[Any]]
 ArraySpecs = Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]  # name -> shape and dtype
 
-STATE_PREFIX, TEACHER_PREFIX, LOGITS = "state/", "teacher/", "logits"  # names of arrays begin with these
-COUNTS = ("images", "loss", "public")  # numbers that a client may send
+STATE_PREFIX, TEACHER_PREFIX = "state/", "teacher/"  # names of arrays begin with these
+COUNTS = ("images", "loss")  # numbers that a client may send
 NOT_FINITE = "NonFiniteError"  # also the error that a client itself reports when its loss is NaN
 MAX_LOSS = 1e9
 _MAX_IMAGES = 2**40
@@ -36,7 +36,7 @@ _MAX_IMAGES = 2**40
 class Message:
     """A request of the server, or a client's reply to it."""
 
-    task: str  # describe, teacher, weights or logits; a reply has that of its request
+    task: str  # describe, teacher or weights; a reply has that of its request
     arrays: Arrays = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -64,11 +64,6 @@ def array_specs(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], "np.dtype[An
     return {name: (each.shape, each.dtype) for name, each in arrays.items()}
 
 
-def logits_specs(images: int, classes: int) -> ArraySpecs:
-    """Return what a reply with logits of the public images holds: float32 ``[images, classes]``."""
-    return {LOGITS: ((images, classes), np.dtype(np.float32))}
-
-
 def find_reply_problem(reply: Message, specs: ArraySpecs, *, need_loss: bool = True) -> str | None:
     """Return what is wrong with a reply, of which nothing is trusted, not even types, in a few words; None: nothing.
 
@@ -88,7 +83,7 @@ def find_reply_problem(reply: Message, specs: ArraySpecs, *, need_loss: bool = T
     if not all(map(math.isfinite, reply.numbers.values())) or not all(np.isfinite(each).all() for each in floats):
         return NOT_FINITE
     images = reply.numbers.get("images", 0)
-    if not 1 <= images <= _MAX_IMAGES or images != int(images) or reply.numbers.get("public", 0) < 0:
+    if not 1 <= images <= _MAX_IMAGES or images != int(images):
         return "wrong numbers"
     if abs(reply.numbers.get("loss", math.inf if need_loss else 0.0)) > MAX_LOSS:
         return "wrong numbers"

@@ -31,10 +31,9 @@ import torch
 from numpy.typing import NDArray
 
 from potstill.config.recipe import Recipe
-from potstill.contrib.federated import ALGORITHMS, Algorithm
+from potstill.contrib.federated import Algorithm
 from potstill.contrib.federated.client import Client, PublicDataset
 from potstill.contrib.federated.messages import (
-    LOGITS,
     NOT_FINITE,
     TEACHER_PREFIX,
     Arrays,
@@ -44,7 +43,6 @@ from potstill.contrib.federated.messages import (
     arrays_to_state_dict,
     encode_texts,
     find_reply_problem,
-    logits_specs,
     state_dict_to_arrays,
 )
 from potstill.data.loader import Loader
@@ -57,6 +55,7 @@ from potstill.training.checkpointing import load_checkpoint, save_checkpoint
 from potstill.training.devices import Compute
 
 _RUNNING_MEAN, _RUNNING_VARIANCE = "running_mean", "running_var"
+_LOGITS = "logits"  # of the public images, averaged like weights
 MAX_UPDATE_RATIO = 10.0  # norm of a client's update, in units of the clients' median
 
 
@@ -206,7 +205,6 @@ class ServerState:
     best: int = 0  # the round, from 1, whose student is the best on val
     state: Arrays = field(default_factory=dict)  # the student's
     best_state: Arrays = field(default_factory=dict)
-    logits: Arrays = field(default_factory=dict)  # averaged, for the next round of clients that send logits
 
 
 class Server:
@@ -228,36 +226,24 @@ class Server:
     ) -> None:
         self.algorithm, self.student, self.schedule, self.clients = algorithm, student, schedule, clients
         self.recipe, self.val, self.compute, self.public = recipe, val, compute, public
-        self.teacher = teacher if algorithm.guide == "teacher" else None
+        self.teacher = teacher if algorithm.guided else None
         self.declared = dict(declared or {})
-        if algorithm.public and public is None:
-            names = " and ".join(name for name, each in ALGORITHMS.items() if each.public)
-            raise UsageError(
-                f"each of {names} needs public images: data.unlabeled, or --public SHARE of the training images"
-            )
-        if algorithm.guide == "teacher" and teacher is None:
+        if algorithm.distils and public is None:
+            raise UsageError("feddf needs public images: data.unlabeled, or --public SHARE of the training images")
+        if algorithm.guided and teacher is None:
             raise UsageError("the algorithm guided needs a trained teacher: --teacher RUN")
         if schedule.min_replies < 1:
             raise UsageError(f"at least 1 reply is needed in a round, got min-replies {schedule.min_replies}")
         if not 0.5 <= schedule.max_share <= 1:
             raise UsageError(f"--max-share of one client in an average is from 0.5 to 1, got {schedule.max_share:g}")
         epochs = schedule.rounds * schedule.local_epochs
-        self.texts = encode_texts(recipe, student, self.teacher, epochs) | {"guide": algorithm.guide}
-        self.numbers: dict[str, float] = {
-            "epochs": schedule.local_epochs,
-            "public_epochs": schedule.public_epochs,
-            "temperature": schedule.temperature,
-        }
+        self.texts = encode_texts(recipe, student, self.teacher, epochs)
+        self.numbers: dict[str, float] = {"epochs": schedule.local_epochs}
 
     def describe_clients(self) -> tuple[dict[int, int], dict[int, str]]:
         """Request the clients' numbers of images; return these, and the errors of clients that cannot take part."""
         result = self._send("describe", {}, 0)
         self._drop_invalid(result, {}, need_loss=False)
-        if self.algorithm.sends == "logits":
-            for number, reply in list(result.replies.items()):
-                if (count := reply.numbers.get("public", 0)) != self._public_count():
-                    result.failed[number] = f"{count:g} public images, the server has {self._public_count()}"
-                    del result.replies[number]
         self._check_enough(result, "the first request")
         return {number: self.declared[number] for number in result.replies}, result.failed
 
@@ -312,41 +298,31 @@ class Server:
 
     def _round(self, number: int, progress: ServerState) -> tuple[Replies, list[int]]:
         """Return the valid replies, and the clients whose update was scaled down."""
-        weights, when = self.algorithm.sends == "weights", f"round {number}"
-        start = state_dict_to_arrays(self.student.module.state_dict())
-        first = (number - 1) * self.schedule.local_epochs
-        sent = start if weights or number == 1 else progress.logits
-        result = self._send(self.algorithm.sends, sent, first)
-        specs = array_specs(start) if weights else logits_specs(self._public_count(), len(self.student.class_names))
-        self._drop_invalid(result, specs, start)
+        when, start = f"round {number}", state_dict_to_arrays(self.student.module.state_dict())
+        result = self._send("weights", start, (number - 1) * self.schedule.local_epochs)
+        self._drop_invalid(result, array_specs(start), start)
         self._check_enough(result, when)
         senders = sorted(result.replies)
-        reference = start if weights else {name: np.zeros(*spec) for name, spec in specs.items()}
-        states, limited = limit_updates([result.replies[each].arrays for each in senders], reference)
-        received = dict(zip(senders, states, strict=True))
-        if weights and self.algorithm.distils:
-            logits = {each: {LOGITS: self._public_logits(state)} for each, state in received.items()}
+        states, limited = limit_updates([result.replies[each].arrays for each in senders], start)
+        received, logits = dict(zip(senders, states, strict=True)), dict[int, Arrays]()
+        if self.algorithm.distils:
+            logits = {each: {_LOGITS: self._public_logits(state)} for each, state in received.items()}
             for each, arrays in logits.items():
-                if not np.isfinite(arrays[LOGITS]).all():
+                if not np.isfinite(arrays[_LOGITS]).all():
                     result.failed[each] = NOT_FINITE
                     del result.replies[each], received[each]
             self._check_enough(result, when)
-        else:
-            logits = received
         images = limit_counts([result.replies[each].numbers["images"] for each in received], self.schedule.max_share)
-        if weights:
-            average = average_states(list(received.values()), images)
-            self.student.module.load_state_dict(arrays_to_state_dict(average))
+        average = average_states(list(received.values()), images)
+        self.student.module.load_state_dict(arrays_to_state_dict(average))
         if self.algorithm.distils and self.public is not None:
-            averaged = average_states([logits[each] for each in received], images)
             self.public.train_student(
                 self.student,
-                averaged[LOGITS],
+                average_states([logits[each] for each in received], images)[_LOGITS],
                 temperature=self.schedule.temperature,
                 epochs=self.schedule.public_epochs,
                 first=(number - 1) * self.schedule.public_epochs,
             )
-            progress.logits = {} if weights else averaged
         return result, [senders[at] for at in limited]
 
     def _drop_invalid(
@@ -373,10 +349,6 @@ class Server:
         steps = self.schedule.local_epochs * images  # at least one image each
         counts = [name for name, each in reply.arrays.items() if each.dtype.kind != "f"]
         return "wrong counts" if any((reply.arrays[name] > start[name] + steps).any() for name in counts) else None
-
-    def _public_count(self) -> int:
-        assert self.public is not None
-        return len(self.public)
 
     def _public_logits(self, state: Arrays) -> NDArray[np.float32]:
         """Return the logits ``[P, K]`` of a client's network, which is loaded into the student's module."""
@@ -437,36 +409,30 @@ def _format_record(record: RoundRecord, rounds: int) -> str:
     )
 
 
-_ARRAY_FIELDS = ("state", "best_state", "logits")
+_ARRAY_FIELDS = ("state", "best_state")
 
 
 class RoundCheckpoint:
-    """A checkpoint of the server's progress and of each client's memory, without the teacher, which is sent again."""
+    """A checkpoint of the server's progress, without the teacher, which is sent again."""
 
-    def __init__(self, path: Path, memories: dict[int, Arrays]) -> None:
-        self.path, self.memories = path, memories
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def write(self, progress: ServerState) -> None:
         """Replace the checkpoint of the round before."""
         arrays = {f"{part}|{key}": each for part in _ARRAY_FIELDS for key, each in getattr(progress, part).items()}
-        for number, memory in self.memories.items():
-            own = {key: each for key, each in memory.items() if not key.startswith(TEACHER_PREFIX)}
-            arrays |= {f"client {number}|{key}": each for key, each in own.items()}
         tensors = {key: torch.from_numpy(each) for key, each in arrays.items()}
         save_checkpoint(self.path, tensors, {"records": progress.records, "best": progress.best})
 
     def read(self) -> ServerState | None:
-        """Return the progress and restore the clients' memories; None without a checkpoint."""
-        for memory in self.memories.values():
-            memory.clear()  # of another algorithm
+        """Return the progress; None without a checkpoint."""
         if not self.path.exists():
             return None
         tensors, facts = load_checkpoint(self.path)
         progress = ServerState(list(facts["records"]), int(facts["best"]))
         for name, tensor in tensors.items():
             part, _, key = name.partition("|")
-            target = self.memories[int(part.split()[1])] if part not in _ARRAY_FIELDS else getattr(progress, part)
-            target[key] = tensor.numpy()
+            getattr(progress, part)[key] = tensor.numpy()
         return progress
 
     def remove(self) -> None:

@@ -2,7 +2,7 @@
 const NAMES = { distilled: "Student", teacher: "Teacher", baseline: "Baseline", model: "Model" };
 const MOST = 10_000_000; // bytes, as the server allows
 const at = (id) => document.getElementById(id);
-const state = { entries: [], queue: Promise.resolve(), open: null, timer: null };
+const state = { entries: [], queue: Promise.resolve() };
 
 function make(tag, about = {}, ...children) {
   const { text, ...rest } = about;
@@ -66,9 +66,8 @@ function show(entry) {
   if (entry.error) entry.card.replaceChildren(head, make("p", { class: "problem", text: entry.error.replace(/^image: /, "") }));
   else if (!entry.answer) entry.card.replaceChildren(head, make("p", { class: "waiting", text: "Looking …" }));
   else {
-    const { agreement, models, width, height, answered_by: answerer } = entry.answer;
-    if (answerer) head.append(make("span", { class: `tag by-${answerer}`, text: `Answered by the ${answerer}` }));
-    else if (agreement !== undefined) head.append(make("span", { class: agreement ? "tag" : "tag differ", text: agreement ? "✓ Student and teacher agree" : "≠ Student and teacher differ" }));
+    const { agreement, models, width, height } = entry.answer;
+    if (agreement !== undefined) head.append(make("span", { class: agreement ? "tag" : "tag differ", text: agreement ? "✓ Student and teacher agree" : "≠ Student and teacher differ" }));
     const canvas = make("canvas", { role: "img", "aria-label": visible(entry.name) });
     const side = make("figure", { class: "picture" }, canvas, make("figcaption", { class: "faint", text: `${width} × ${height} pixels` }));
     const boxes = models.map((model) => box(model, entry.answer));
@@ -86,9 +85,7 @@ function box(model, answer) {
     return make("li", {}, make("div", { class: "row" }, name, make("span", { class: "number", text: percent(each.probability) })), make("div", { class: "track", "aria-hidden": "true" }, fill));
   });
   const title = make("h3", {}, make("span", {}, make("span", { class: "dot" }), named(model.stage)), make("span", { class: "faint number", text: `${model.milliseconds.toFixed(1)} ms` }));
-  const passed = answer.answered_by && model !== answer.models.at(-1); // of a cascade, the last one answers
-  const found = make("div", { class: `model ${model.stage}${passed ? " passed" : ""}` }, title, make("ol", {}, ...rows));
-  if (passed) title.after(make("p", { class: "faint", text: "Not confident enough: answered by the teacher" }));
+  const found = make("div", { class: `model ${model.stage}` }, title, make("ol", {}, ...rows));
   if (model.gradcam) {
     if (model.gradcam.error) found.append(make("p", { class: "faint look", text: model.gradcam.error }));
     else {
@@ -133,9 +130,7 @@ function summarise() {
   const waiting = state.entries.length - done.length - failed;
   const agreed = judged.filter((each) => each.answer.agreement).length;
   const parts = [`${done.length} ${done.length === 1 ? "image" : "images"}`];
-  const deferred = done.filter((each) => each.answer.answered_by === "teacher").length;
-  if (done.some((each) => each.answer.answered_by)) parts.push(`the teacher answered ${deferred} of ${done.length}`);
-  else if (judged.length) parts.push(`student and teacher agree on ${agreed} of ${judged.length}`);
+  if (judged.length) parts.push(`student and teacher agree on ${agreed} of ${judged.length}`);
   if (failed) parts.push(`${failed} could not be used`);
   if (waiting) parts.push(`${waiting} to go`);
   at("summary").textContent = parts.join(" · ");
@@ -147,10 +142,10 @@ function summarise() {
 function csv() {
   // A cell that begins like a formula would be run by spreadsheets.
   const cell = (value) => { const text = visible(value); return `"${(/^[=+\-@]/.test(text) ? "'" + text : text).replaceAll('"', '""')}"`; };
-  const lines = [["file", "model", "rank", "class", "probability", "milliseconds", "agreement", "answered_by"].join(",")];
+  const lines = [["file", "model", "rank", "class", "probability", "milliseconds", "agreement"].join(",")];
   for (const entry of [...state.entries].reverse()) {
     for (const model of entry.answer ? entry.answer.models : []) {
-      model.predictions.forEach((each, i) => lines.push([cell(entry.name), cell(model.stage), i + 1, cell(each.class), each.probability, model.milliseconds, entry.answer.agreement ?? "", entry.answer.answered_by ?? ""].join(",")));
+      model.predictions.forEach((each, i) => lines.push([cell(entry.name), cell(model.stage), i + 1, cell(each.class), each.probability, model.milliseconds, entry.answer.agreement ?? ""].join(",")));
     }
   }
   const link = make("a", { download: "predictions.csv", href: URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" })) });
@@ -186,89 +181,15 @@ async function listRuns() {
   try { body = await ask("/runs"); } catch (error) { at("list").replaceChildren(make("p", { class: "problem", text: error.message })); return; }
   if (!body.runs.length) { at("list").replaceChildren(make("p", { class: "empty", text: "No runs here yet. Start one with: potstill run quickstart" })); return; }
   const rows = body.runs.map((run) => {
-    const open = make("button", { class: "link", text: run.id });
-    open.addEventListener("click", () => openRun(run.id));
     const top1 = (stage) => { const found = run.stages.find((each) => each.stage === stage); return found && found.test_top1 !== null ? percent(found.test_top1) : "–"; };
-    return make("tr", {}, make("td", {}, open), make("td", {}, make("span", { class: `state ${run.state}`, text: run.state })), make("td", { text: run.method ?? "–" }),
+    return make("tr", {}, make("td", { text: run.id }), make("td", {}, make("span", { class: `state ${run.state}`, text: run.state })), make("td", { text: run.method ?? "–" }),
       ...["teacher", "baseline", "distilled"].map((stage) => make("td", { class: "right", text: top1(stage) })), make("td", {}, run.report ? reportLink(run.id, "Report") : "–"));
   });
   const heads = [["Run"], ["State"], ["Method"], ["Teacher", 1], ["Baseline", 1], ["Student", 1], ["Report"]];
   const head = make("tr", {}, ...heads.map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) })));
-  at("list").replaceChildren(make("p", { class: "faint", text: "Top-1 on the test images. Choose a run to see its curves." }), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
+  at("list").replaceChildren(make("p", { class: "faint", text: "Top-1 on the test images." }), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
 }
 const reportLink = (id, text) => make("a", { href: `/runs/${encodeURIComponent(id)}/report`, target: "_blank", rel: "noopener", text });
-
-async function openRun(id) {
-  state.open = id;
-  await refresh();
-  at("detail").querySelector("button")?.focus();
-}
-
-async function refresh() {
-  clearTimeout(state.timer);
-  const id = state.open;
-  if (id === null || at("runs").hidden) return;
-  let run;
-  try { run = await ask(`/runs/${encodeURIComponent(id)}`); } catch (error) { at("detail").replaceChildren(back(), make("p", { class: "problem", text: error.message })); }
-  if (state.open !== id) return;
-  at("list").hidden = true;
-  at("detail").hidden = false;
-  if (run) {
-    const focused = at("detail").contains(document.activeElement);
-    const title = make("div", { class: "title" }, make("h2", { text: run.id }), make("span", { class: `state ${run.state}`, text: run.state }));
-    if (run.report) title.append(reportLink(run.id, "Open the report"));
-    at("detail").replaceChildren(back(), title, ...(run.verdict ? [make("p", { class: "verdict", text: run.verdict })] : []), ...run.stages.map(stageBox));
-    if (focused) at("detail").querySelector("button").focus();
-  }
-  if (!run || run.state === "training") state.timer = setTimeout(refresh, 2000);
-}
-
-function back() {
-  const button = make("button", { text: "← All runs" });
-  button.addEventListener("click", () => { state.open = null; at("detail").hidden = true; at("list").hidden = false; listRuns(); });
-  return button;
-}
-
-function duration(seconds) {
-  if (seconds < 90) return `${Math.round(seconds)} s`;
-  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
-}
-
-function stageBox(stage) {
-  const last = stage.epochs.at(-1), parts = [];
-  if (last) parts.push(`epoch ${last.epoch}${stage.planned ? ` of ${stage.planned}` : ""}`);
-  if (stage.eta_seconds !== null) parts.push(`about ${duration(stage.eta_seconds)} left`);
-  if (stage.test_top1 !== null) parts.push(`test top-1 ${percent(stage.test_top1)}`);
-  const name = make("h3", { class: `key ${stage.stage}` }, make("span", { class: "dot" }), named(stage.stage));
-  const found = make("section", { class: "stage" }, make("div", { class: "head" }, name, make("span", { class: "faint", text: parts.join(" · ") })));
-  if (!last) { found.append(make("p", { class: "faint", text: stage.done ? "Taken as it was, not trained in this run." : "No epoch is finished yet." })); return found; }
-  if (!stage.done && stage.planned) found.append(make("progress", { max: stage.planned, value: last.epoch, "aria-label": `Epochs of ${named(stage.stage)}` }));
-  const key = (kind, text) => make("span", { class: `key ${kind}` }, make("span", { class: "dot" }), text);
-  found.append(make("div", { class: "legend" }, key("train", "train"), key("val", "val")), make("div", { class: "charts" }, chart(stage, "top1", "Top-1"), chart(stage, "loss", "Loss")));
-  return found;
-}
-
-function chart(stage, figure, title) {
-  const svg = (tag, about, text) => { const e = document.createElementNS("http://www.w3.org/2000/svg", tag); for (const [k, v] of Object.entries(about)) e.setAttribute(k, v); if (text !== undefined) e.textContent = text; return e; };
-  const [width, height, left, bottom, top] = [360, 180, 40, 20, 22];
-  const lines = ["train", "val"].map((split) => [split, stage.epochs.map((each) => [each.epoch, each[`${split}_${figure}`]]).filter(([, value]) => value !== null)]);
-  const values = lines.flatMap(([, points]) => points.map(([, value]) => value));
-  const first = stage.epochs[0].epoch, end = Math.max(stage.done ? stage.epochs.at(-1).epoch : stage.planned || 0, stage.epochs.at(-1).epoch, first + 1);
-  const high = figure === "top1" ? 1 : Math.max(...values, 1e-9);
-  const x = (epoch) => left + (epoch - first) / (end - first) * (width - left - 10), y = (value) => top + (1 - value / high) * (height - top - bottom);
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title} of ${named(stage.stage)}, last ${lines.map(([split, points]) => `${split} ${points.length ? points.at(-1)[1].toFixed(3) : "none"}`).join(", ")}` });
-  root.append(svg("text", { x: 0, y: 11 }, title));
-  for (const share of [0, 0.5, 1]) {
-    root.append(svg("line", { class: "axis", x1: left, x2: width - 10, y1: y(share * high), y2: y(share * high) }));
-    root.append(svg("text", { x: left - 6, y: y(share * high) + 4, "text-anchor": "end" }, figure === "top1" ? `${100 * share} %` : (share * high).toPrecision(2)));
-  }
-  root.append(svg("text", { x: left, y: height - 4 }, first), svg("text", { x: width - 10, y: height - 4, "text-anchor": "end" }, `epoch ${end}`));
-  for (const [split, points] of lines) {
-    root.append(svg("polyline", { class: split, points: points.map(([epoch, value]) => `${x(epoch)},${y(value)}`).join(" ") }));
-    if (points.length) root.append(svg("circle", { class: split, cx: x(points.at(-1)[0]), cy: y(points.at(-1)[1]), r: 3 }));
-  }
-  return root;
-}
 
 // ---- the rest
 
@@ -279,19 +200,18 @@ function choose(which) {
     tab.tabIndex = chosen ? 0 : -1;
     at(name).hidden = !chosen;
   }
-  if (which === "runs") { if (state.open === null) listRuns(); else refresh(); }
+  if (which === "runs") listRuns();
 }
 
 async function begin() {
   try {
-    const { run, models, cascade } = await ask("/models");
+    const { run, models } = await ask("/models");
     at("run").textContent = visible(run);
     document.title = `${visible(run)} · potstill`;
     const rows = models.map((each) => make("tr", {}, make("td", { class: `key ${each.stage}` }, make("span", { class: "dot" }), named(each.stage)), make("td", { text: each.architecture }),
       make("td", { class: "right", text: each.parameters.toLocaleString("en") }), make("td", { class: "right", text: each.classes.length }), make("td", { class: "right", text: `${each.size} × ${each.size}` })));
     const heads = [["Model"], ["Architecture"], ["Parameters", 1], ["Classes", 1], ["Sees pixels", 1]].map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) }));
-    const rule = cascade ? [make("p", { class: "faint", text: `A cascade: the student answers where its confidence is above ${percent(cascade.threshold)}, the teacher elsewhere. Promised for images like those of val: at most ${percent(cascade.risk)} get a wrong answer although the teacher's would be right.` })] : [];
-    at("cascade").append(make("h2", { text: "Who answers" }), ...rule, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
+    at("networks").append(make("h2", { text: "Who answers" }), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
   } catch (error) { notice(error.message); }
 }
 

@@ -1,4 +1,4 @@
-"""``cka`` of results.json, and examples.json, as a run leaves them."""
+"""examples.json, as a run leaves it."""
 
 import json
 
@@ -25,18 +25,6 @@ def run(photographs, tmp_path_factory):
     return pipeline.run(recipe, output_dir=tmp_path_factory.mktemp("runs"))
 
 
-def test_a_row_for_each_stage_of_the_teacher(run):
-    results = json.loads((run / "results.json").read_text())
-    found = results["cka"]
-    images = sum(results["data"]["counts"]["val"].values())
-    assert (found["split"], found["images"]) == ("val", images)
-    assert found["layers"] == {name: ["stage1", "stage2", "stage3"] for name in ("teacher", "baseline", "distilled")}
-    for student in ("baseline", "distilled"):
-        assert [len(row) for row in found["values"][student]] == [3, 3, 3]
-        assert all(value is None or -0.5 < value < 1.2 for row in found["values"][student] for value in row)
-    assert found["left_out"] == {}
-
-
 def test_examples_are_written_and_listed(run):
     results = json.loads((run / "results.json").read_text())
     assert results["files"]["examples.json"] == file_sha256(run / "examples.json")
@@ -47,7 +35,4 @@ def test_examples_are_written_and_listed(run):
     distilled = results["stages"]["distilled"]["test"]
     assert found["groups"]["mistakes"]["count"] == round(distilled["count"] * (1 - distilled["top1"]))
     assert found["groups"]["disagreements"]["count"] == round(distilled["count"] * (1 - distilled["agreement"]))
-    assert found["failed"] == {}
-    assert all(
-        image["thumbnail"] and image["gradcam"].keys() == {"teacher", "distilled"} for image in found["images"].values()
-    )
+    assert all(image["thumbnail"] for image in found["images"].values())
