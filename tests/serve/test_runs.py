@@ -103,6 +103,24 @@ def test_a_search_is_listed_with_its_report(tmp_path, name):
     assert report("search", folder) is None
 
 
+def test_a_report_links_those_of_its_folds_and_of_shrink_as_they_are_served(tmp_path):
+    folder = _made(tmp_path / "mine")
+    (folder / "report.html").write_text('<a href="fold-1/report.html"> <a href="shrink/distilled/shrink.html">')
+    _made(folder / "fold-1")
+    for name, json_of in (("distilled", True), ("baseline", False)):  # shrink.json comes last
+        (folder / "shrink" / name).mkdir(parents=True)
+        (folder / "shrink" / name / "shrink.html").write_text("the smallest file")
+        if json_of:
+            write_checksummed_json(folder / "shrink" / name / "shrink.json", {"schema": 1})
+    found = list_runs(tmp_path)
+    assert found.keys() == {"mine", "mine.fold-1", "mine.shrink-distilled"}
+    linked = b'<a href="../mine.fold-1/report"> <a href="../mine.shrink-distilled/report">'
+    assert report("mine", folder) == linked
+    shrunk = found["mine.shrink-distilled"]
+    assert report("mine.shrink-distilled", shrunk) == b"the smallest file"
+    assert server.Progress.model_validate(progress("mine.shrink-distilled", shrunk)).state == "finished"
+
+
 def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):
     assert summary("gone", tmp_path / "gone")["state"] == "damaged"
     assert progress("gone", tmp_path / "gone")["state"] == "damaged"
