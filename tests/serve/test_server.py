@@ -13,7 +13,7 @@ from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.cascade import Cascade, CascadeCalibration
 from potstill.export.predict import predict
 from potstill.serve.middleware import ServerLimits
-from potstill.serve.model_worker import WorkerClient, _load_models, _predict_all
+from potstill.serve.model_worker import WorkerClient, WorkerUnavailable, _load_models, _predict_all
 from potstill.serve.server import Prediction, _cascade_folders, _model_folders, create_app
 
 from .conftest import CLASSES, png
@@ -99,6 +99,16 @@ def test_models_say_the_rule_of_a_cascade(cascade_run):
     (cascade_run[0] / "teacher" / "model.json").unlink()
     with pytest.raises(ArtifactError, match="teacher is missing"):
         _cascade_folders(cascade_run[0], 0.05)
+
+
+def test_while_models_are_loaded_again_nobody_is_sent_to_other_images(tmp_path):
+    worker = WorkerClient({"model": tmp_path}, ServerLimits(answer_seconds=0.2))
+    try:
+        for _ in range(2):  # the first starts to load; the second waits for it
+            with pytest.raises(WorkerUnavailable, match="the models are being loaded"):
+                worker.predict(b"image", top=1, gradcam=False)
+    finally:
+        worker.close()
 
 
 def test_names_as_timm_writes_them(runs_folder):
