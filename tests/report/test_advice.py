@@ -197,6 +197,8 @@ def test_wide_gap_and_harm() -> None:
     unclear = gain(0.0, -0.01, 0.01, gap=0.1, parameter_ratio=20.0)
     assert advice.wide_gap(run(comparison=unclear)) is not None
     assert advice.wide_gap(run(comparison=unclear)).settings == ("method.name=dist",)
+    again = advice.wide_gap(run(comparison=unclear, method={"name": "dist"}))
+    assert again.settings == ("method.name=dkd",)  # not the method of the run
     two = advice.wide_gap(run(comparison=unclear, data={"class_names": ["cat", "dog"]}))
     assert two.settings == ()  # which dist refuses
     assert "dist" not in two.action

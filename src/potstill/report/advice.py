@@ -542,13 +542,14 @@ def wide_gap(run: Run) -> Advice | None:
     if gap < WIDE_TOP1_GAP or larger < WIDE_PARAMETER_RATIO:
         return None
     several = len(run.class_names) != 2  # else dist and dkd have nothing to compare
+    other = "dkd" if (run.results.get("method") or {}).get("name") == "dist" else "dist"
     return Advice(
         "The teacher is far ahead",
         f"It has {larger:.0f} times the student's parameters and leads the baseline by "
         f"{format_points(gap, signed=False)} points, and distillation did not clearly help.",
         "Add an assistant of a size between them (`assistants` in the recipe)"
-        + (", or use a method made for wide gaps, such as dist or dkd." if several else "."),
-        settings=("method.name=dist",) if several else (),
+        + (f", or use another method made for wide gaps, {other}." if several else "."),
+        settings=(f"method.name={other}",) if several else (),
     )
 
 
