@@ -86,7 +86,7 @@ def test_images_that_only_the_distilled_student_learned_from_are_named() -> None
 
 def test_equal_predictions() -> None:
     text = headline(comparison(0.0, -0.01, 0.01, fixed=0, broken=0))
-    assert "are correct on the same of 270 test images" in text
+    assert "of 270 test images, the distilled student and the baseline are correct on the same ones" in text
 
 
 def network(top1: float = 0.9, **more: Any) -> dict[str, Any]:

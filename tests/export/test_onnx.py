@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 
 from potstill.errors import ArtifactError
@@ -87,3 +88,12 @@ def test_preprocessing_is_exported_once_for_each_input(monkeypatch: pytest.Monke
     files = [exporting._export_preprocessing(spec, "normalise") for spec in (one, other, one)]
     assert len(inputs) == 2
     assert files[0] == files[2] != files[1]
+
+
+def test_ncnn_computes_from_the_pixels_and_not_from_memory_that_was_freed() -> None:
+    pytest.importorskip("ncnn", reason="needs ncnn (potstill[ncnn])")
+    pooled = b"7767517\n2 2\nInput in0 0 1 in0\nPooling mean 1 1 in0 out0 0=1 4=1\n"  # the mean of each channel
+    answer = exporting.open_ncnn_files({".ncnn.param": pooled, ".ncnn.bin": b""}, threads=1)
+    for seed in range(3):  # integers, as a file with its normalisation takes them: floats are made of them
+        pixels = np.random.default_rng(seed).integers(0, 256, (1, 3, 48, 48), np.uint8)
+        np.testing.assert_allclose(answer(pixels), pixels.mean(axis=(2, 3)), rtol=1e-5)

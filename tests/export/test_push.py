@@ -54,6 +54,7 @@ def test_there_and_back(hub, trained, token, capsys, tmp_path):
     assert card.startswith("---\n")
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "potstill"
     assert 'potstill.load("hf-hub:me/small")' in card
+    assert "report.html" not in card  # it is not sent
     found, own = potstill.load("hf-hub:me/small"), potstill.load(trained)
     images = torch.rand(3, 3, 8, 8)
     assert torch.equal(found.predict(images), own.predict(images))

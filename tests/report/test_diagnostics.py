@@ -99,6 +99,9 @@ def test_a_row_for_each_promised_risk(build_run: BuildRun) -> None:
     page = render_page(run)
     assert 'id="cascade"' in page
     assert "whichever of the 8 candidates" in page
+    assert "--cascade --risk 0.05<" in page
+    run.results["cascade"] = CASCADE | {"smallest_risk": 0.0973}
+    assert "--cascade --risk 0.0973<" in render_page(run)  # 0.05 would be refused
 
 
 def test_a_run_without_a_cascade_has_no_section(build_run: BuildRun) -> None:

@@ -103,6 +103,24 @@ def test_a_run_whose_epochs_are_long_is_training_for_longer(tmp_path):
         assert summary(name, folder)["state"] == state
 
 
+def test_a_report_links_those_of_its_folds_and_of_shrink_as_they_are_served(tmp_path):
+    folder = _made(tmp_path / "mine")
+    (folder / "report.html").write_text('<a href="fold-1/report.html"> <a href="shrink/distilled/shrink.html">')
+    _made(folder / "fold-1")
+    for name, json_of in (("distilled", True), ("baseline", False)):  # shrink.json comes last
+        (folder / "shrink" / name).mkdir(parents=True)
+        (folder / "shrink" / name / "shrink.html").write_text("the smallest file")
+        if json_of:
+            write_checksummed_json(folder / "shrink" / name / "shrink.json", {"schema": 1})
+    found = list_runs(tmp_path)
+    assert found.keys() == {"mine", "mine.fold-1", "mine.shrink-distilled"}
+    linked = b'<a href="../mine.fold-1/report"> <a href="../mine.shrink-distilled/report">'
+    assert report("mine", folder) == linked
+    shrunk = found["mine.shrink-distilled"]
+    assert report("mine.shrink-distilled", shrunk) == b"the smallest file"
+    assert server.Run.model_validate(summary("mine.shrink-distilled", shrunk)).state == "finished"
+
+
 def test_a_run_that_vanishes_is_damaged_and_no_error(tmp_path):
     assert summary("gone", tmp_path / "gone")["state"] == "damaged"
 

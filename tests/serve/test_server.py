@@ -9,7 +9,8 @@ from PIL import Image
 
 from potstill.errors import UsageError
 from potstill.export.predict import predict
-from potstill.serve.model_worker import _load_models
+from potstill.serve.middleware import ServerLimits
+from potstill.serve.model_worker import WorkerClient, WorkerUnavailable, _load_models
 from potstill.serve.server import _model_folders
 
 from .conftest import CLASSES, png
@@ -34,6 +35,16 @@ def test_the_same_as_predict(server, runs_folder, tmp_path):
     student, teacher = (each["predictions"][0]["class"] for each in answer["models"][:2])
     assert answer["agreement"] is (student == teacher)
     assert (answer["width"], answer["height"]) == (40, 30)
+
+
+def test_while_models_are_loaded_again_nobody_is_sent_to_other_images(tmp_path):
+    worker = WorkerClient({"model": tmp_path}, ServerLimits(answer_seconds=0.2))
+    try:
+        for _ in range(2):  # the first starts to load; the second waits for it
+            with pytest.raises(WorkerUnavailable, match="the models are being loaded"):
+                worker.predict(b"image", top=1, gradcam=False)
+    finally:
+        worker.close()
 
 
 def test_names_as_timm_writes_them(runs_folder):

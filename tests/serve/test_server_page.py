@@ -30,7 +30,7 @@ def page(browser, server):
     found.on("pageerror", lambda error: errors.append(str(error)))
     found.on("console", lambda said: errors.append(said.text) if "Content Security" in said.text else None)
     found.goto(server.url)
-    found.locator("#cascade tbody tr").nth(2).wait_for()
+    found.locator("#networks tbody tr").nth(2).wait_for()
     yield found
     context.close()
     assert errors == []

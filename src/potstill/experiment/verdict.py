@@ -420,7 +420,7 @@ def headline(comparison: Mapping[str, Any] | None, *, more_seeds: str | None = N
     ends = f"{format_points(low)} to {format_points(high)}"
     if found == "one_seed":
         if finite_figure(comparison, "fixed") == 0 and finite_figure(comparison, "broken") == 0:
-            what = f"the distilled student and the baseline are correct on the same of {images}"
+            what = f"of {images}, the distilled student and the baseline are correct on the same ones"
         elif gain == 0:
             what = f"distilled student and baseline have the same top-1 on {images} "
             what += f"(95 % interval over test images {ends})"

@@ -333,8 +333,9 @@ def open_ncnn_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
 
     def answer(batch: Any) -> Any:
         (image,) = batch
+        pixels = np.ascontiguousarray(image, np.float32)  # with a name, since ncnn's Mat does not keep it alive
         extractor = net.create_extractor()
-        extractor.input("in0", ncnn.Mat(np.ascontiguousarray(image, np.float32)))
+        extractor.input("in0", ncnn.Mat(pixels))
         failed, logits = extractor.extract("out0")
         if failed:
             raise ArtifactError("ncnn cannot run this model")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from potstill.evaluation.cascade import DEFAULT_RISK
 from potstill.formatting import MISSING, format_count, format_decimal, format_number, format_percent, format_points
 from potstill.report.canvas import FAINT, ROLE_COLORS, add_legend_below, as_svg
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_predictions
@@ -132,6 +133,7 @@ def cascade_context(run: Run) -> dict[str, Any] | None:
         for row in kept
         if all(format_number(row.get(key)) is not None for key in ("deferred", "top1"))
     ]
+    smallest = format_number(facts.get("smallest_risk")) or 0
     label = (
         f"Line chart: top-1 of the cascade on test, from {format_percent(curve[0][1])} with {student} alone to "
         f"{format_percent(curve[-1][1])} with the teacher alone."
@@ -147,7 +149,8 @@ def cascade_context(run: Run) -> dict[str, Any] | None:
         "candidates": format_count(facts.get("candidates")),
         "several": (format_number(facts.get("candidates")) or 1) > 1,
         "confidence": format_percent(facts.get("confidence"), 0),
-        "smallest": f"{100 * (format_number(facts.get('smallest_risk')) or 0):g} %",
+        "smallest": f"{100 * smallest:g} %",
+        "risk": f"{max(DEFAULT_RISK, smallest):g}",
         "rows": [(f"{100 * row['risk']:g} %", _cascade_cells(run, student, teachers, row)) for row in kept],
         "latency": _cascade_latency(run, student, teachers, 0.0) is not None,
         "path": run.shown_path,

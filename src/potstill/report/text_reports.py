@@ -354,8 +354,8 @@ def _card_text(run: Run, student: StageResult) -> str:
         f"On the test split, which was used for no choice. {first_seed_note(run.comparison)}".rstrip(),
         "## Limits",
         "- Metrics hold for images drawn like the test images. Nothing is known of others.\n"
-        "- Confidence is not the probability of being right; see the calibration section of report.html."
-        "\n- Metrics of small classes are less certain than the mean suggests: see report.html, class by class.",
+        "- Confidence is not the probability of being right.\n"
+        "- Metrics of small classes are less certain than the mean suggests.",
         "## Training",
         _training_sentence(run, student),
         "## Licence",

@@ -147,6 +147,7 @@ def _preview(pixels: "Pixels") -> str:
 
 
 _MAX_REPLY_BYTES = 4_000_000
+_LOADING = "the models are being loaded; try again in a few seconds"
 
 
 class WorkerUnavailable(Exception):
@@ -163,7 +164,7 @@ class WorkerClient:
         self._lock = threading.Lock()  # held while talking to the worker
         self._worker: BaseProcess | None = None
         self._pipe: Connection | None = None
-        self._closed = False
+        self._closed = self._loading = False
 
     def start(self) -> None:
         """Start the worker and wait until it has loaded the models; WorkerError: it died, or took too long."""
@@ -175,7 +176,8 @@ class WorkerClient:
         end = time.monotonic() + self.limits.answer_seconds
         # Half of the time for waiting, so that a late request does not get a healthy worker killed.
         if not self._lock.acquire(timeout=self.limits.answer_seconds / 2):
-            raise WorkerUnavailable("other images are still being processed; try again in a moment")
+            busy = "other images are still being processed; try again in a moment"
+            raise WorkerUnavailable(_LOADING if self._loading else busy)
         try:
             alive = self._worker is not None and self._worker.is_alive()
             answer = self._exchange(image, head, end) if alive else None
@@ -186,10 +188,11 @@ class WorkerClient:
             self._lock.release()
             return answer
         self._kill()
+        self._loading = True
         threading.Thread(target=self._respawn, daemon=True).start()  # releases the lock once the models are loaded
         if alive:
             raise WorkerUnavailable("this image took too long, or crashed the worker process")
-        raise WorkerUnavailable("the models are being loaded; try again in a few seconds")
+        raise WorkerUnavailable(_LOADING)
 
     def close(self) -> None:
         """Stop the worker."""
@@ -218,6 +221,7 @@ class WorkerClient:
                 if not self._closed:
                     self._spawn()
         finally:
+            self._loading = False
             self._lock.release()
 
     def _spawn(self) -> None:

@@ -17,9 +17,9 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.io import read_checksummed_json
 
 _FEDERATED_FILE = "federated.json"  # of a federated run, written anew after each algorithm
-_SEARCH_FILES = ("sweep.json", "fit.json")  # of a search, which has trials in place of stages
+_SEARCH_FILES = ("sweep.json", "fit.json", "shrink.json")  # of a search, which has trials in place of stages
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_FOLD_LINK = re.compile(rb'href="(fold-\d+)/report\.html"')
+_LINK = re.compile(rb'href="(fold-\d+|shrink/[\w-]+)/(?:report|shrink)\.html"')
 _MAX_RUNS = 500
 _MAX_BYTES = 32_000_000  # of a file that is read
 _IDLE_SECONDS = 120.0  # seconds without a new epoch after which a run counts as stopped, if its epochs are short
@@ -38,6 +38,7 @@ def list_runs(output_dir: Path, own: Path | None = None) -> dict[str, Path]:
         found[own.resolve().name] = own
     for name, folder in list(found.items()):
         found |= {f"{name}.{each.name}": each for each in _folds(folder)}
+        found |= {f"{name}.shrink-{each.name}": each for each in _shrink_folders(folder)}
     dated = [(_start_time(folder), name, folder) for name, folder in found.items() if _ID.fullmatch(name)]
     newest = sorted((each for each in dated if each[0] is not None), key=lambda each: each[0] or 0.0, reverse=True)
     return {name: folder for _, name, folder in newest[:_MAX_RUNS]}
@@ -47,6 +48,13 @@ def _folds(folder: Path) -> list[Path]:
     try:
         found = (each.path for each in RunFolder(folder).folds)
         return [each for each in found if not each.is_symlink()]
+    except OSError:
+        return []
+
+
+def _shrink_folders(folder: Path) -> list[Path]:
+    try:
+        return _folders(folder / "shrink")
     except OSError:
         return []
 
@@ -111,7 +119,7 @@ def _federated_summary(run: str, folder: Path) -> dict[str, Any]:
 
 
 def _search_summary(run: str, folder: Path) -> dict[str, Any]:
-    """Return the summary of a sweep or of ``fit``: finished with its report, which has the figures."""
+    """Return the summary of a sweep, ``fit`` or ``shrink``: finished with its report, which has the figures."""
     finished = _report_file(folder) is not None
     runs = (each for name in ("trials", "confirmation") for each in _folders(folder / name))
     is_training = not finished and any(_start_time(each) and _state(each, _stages(each)) == "training" for each in runs)
@@ -120,19 +128,21 @@ def _search_summary(run: str, folder: Path) -> dict[str, Any]:
 
 
 def report(run: str, folder: Path) -> bytes | None:
-    """Return the run's report.html, with links to the reports of its folds as served, or None where it has none."""
+    """Return the run's report.html, with links to reports of folds and ``shrink`` as served; None where it has none."""
     try:
         path = _report_file(folder)
         if path is None or path.stat().st_size > _MAX_BYTES:
             return None
-        return _FOLD_LINK.sub(rb'href="../%s.\1/report"' % run.encode(), path.read_bytes())
+        served = b'href="../%s.%s/report"'
+        return _LINK.sub(lambda link: served % (run.encode(), link[1].replace(b"/", b"-")), path.read_bytes())
     except OSError:
         return None
 
 
 def _report_file(folder: Path) -> Path | None:
     """Return the report of a run or of a search, or None where it has none yet."""
-    return next((path for name in ("report.html", "sweep.html") if _regular(path := folder / name)), None)
+    names = ("report.html", "sweep.html", "shrink.html")
+    return next((path for name in names if _regular(path := folder / name)), None)
 
 
 def _regular(path: Path) -> bool:
