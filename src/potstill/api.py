@@ -72,7 +72,15 @@ def run(
     Raises:
         PotstillError: any error that the user can correct.
     """
+    if data is not None and not isinstance(data, DataSplits):
+        raise UsageError(
+            f"data must be DataSplits, got {type(data).__name__}: from_torch of potstill.data.datasets makes them of "
+            "data sets, and a folder goes into the recipe: overrides=('data.source=DIR',)"
+        )
     given, flags = _name_networks(teacher, student, teacher_input, student_input)
+    taken = [f"{key}.model" for key in ("teacher", "student") if f"--{key}" in flags]
+    if twice := [key for key in taken if any(each.partition("=")[0].strip() == key for each in overrides)]:
+        raise UsageError(f"{twice[0]} of overrides would replace the network that is given: leave one of them out")
     with given_networks(given):
         checked = load_recipe(recipe, overrides, flags={**flags, "--allow-code": allow_code}, data_needed=data is None)
         path = pipeline.run(
@@ -131,6 +139,11 @@ def fit(
         UsageError: limits that no network meets, or a budget that is too small for one candidate.
         PotstillError: any other error that the user can correct.
     """
+    if not isinstance(data, str | Path):
+        raise UsageError(
+            f"fit takes a folder, a manifest or a name as data, got {type(data).__name__}; data of Python can come "
+            "from code: data='path/file.py:callable'"
+        )
     teachers = None if teacher is None else [teacher] if isinstance(teacher, str) else list(teacher)
     flags: dict[str, Any] = {"--data": str(data), "--teacher": teachers, "--allow-code": allow_code}
     folder, _ = search(
@@ -200,6 +213,8 @@ def _name_networks(
     """Return labels for networks from Python, and the flags that put them into the recipe."""
     # A module of layers, such as nn.Sequential, is no sequence of networks.
     teachers: list[Any] = [] if teacher is None else list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    if teacher is not None and not teachers:
+        raise UsageError("teacher is an empty list; None: the recipe's teacher")
     for key, network in [("student", student), *(("teacher", each) for each in teachers)]:
         if network is not None and not isinstance(network, torch.nn.Module) and not callable(network):
             raise UsageError(

@@ -195,6 +195,12 @@ def test_an_empty_argument_is_not_the_current_folder(arguments: list[str], capsy
     assert " ".join(["after `potstill", *arguments[:-1]]).strip() + "`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["check"], ["run", "quickstart", "--data"], ["report"]])
+def test_a_text_too_long_for_a_path(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "x" * 300]) == 2
+    assert "is too long for the name of a file or folder" in capsys.readouterr().err
+
+
 def test_memory_is_a_storage_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _raise_in_run(MemoryError(), monkeypatch)
 

@@ -220,6 +220,8 @@ def test_from_torch_refuses() -> None:
     with pytest.raises(DataError, match=r"(?s)6 unreadable images.*train/00000: floats must be in \[0, 1\]"):
         from_torch(bad, test=bad, val=bad)
     fine = TensorDataset(torch.zeros(6, 3, 2, 2), torch.arange(6) % 2)
+    with pytest.raises(DataError, match="train has no images"):
+        from_torch([])
     with pytest.raises(DataError, match="differ"):
         from_torch(fine, fine, fine, class_names=["a", "a"])
     three = TensorDataset(torch.zeros(6, 3, 2, 2), torch.arange(6) % 3)

@@ -108,6 +108,9 @@ def test_all_missing_classes_are_named_at_once() -> None:
         check_splits(("a", "b", "c"), {"train": splits_of([0, 1]), "val": splits_of([1, 2])}, "data")
     assert "train has no images of 'c'" in str(caught.value)
     assert "val has no images of 'a'" in str(caught.value)
+    assert "or give the data without" not in str(caught.value)
+    with pytest.raises(DataError, match=r"val has no images of 'b'\nLeave .* or give the data without val"):
+        check_splits(("a", "b"), {"train": splits_of([0, 1]), "val": splits_of([0])}, "data")
     with pytest.raises(DataError, match="label 5"):
         check_splits(("a", "b"), {"train": splits_of([0, 1, 5])}, "data")
 

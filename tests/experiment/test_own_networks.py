@@ -9,10 +9,13 @@ from torch import nn
 
 import potstill
 from potstill.cli import main
+from potstill.config.recipe import load_recipe
 from potstill.errors import UsageError
+from potstill.experiment.pipeline import run
 from potstill.experiment.run_folder import RunFolder
 from potstill.input_spec import InputSpec
 from potstill.models.factory import create_model
+from potstill.models.families.own_models import given_networks
 from potstill.models.model_file import load_model
 from potstill.training.callbacks import SilentObserver
 
@@ -99,6 +102,16 @@ def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, t
     [
         ({"teacher": "resnet18"}, "teacher must be an nn.Module or a callable that returns one, got str"),
         ({"student": 3}, "student must be an nn.Module"),
+        ({"teacher": []}, "teacher is an empty list"),
+        ({"data": "photos"}, "data must be DataSplits, got str: from_torch"),
+        (
+            {"overrides": "training.epochs=1"},
+            "overrides must be a list or tuple of KEY=VALUE",
+        ),
+        (
+            {"teacher": by_colour(), "overrides": ("teacher.model=cifar/resnet8",)},
+            "teacher.model of overrides would replace the network that is given",
+        ),
         ({"teacher_input": EXACT}, "teacher_input needs teacher"),
         ({"teacher": nn.Linear(2, 2)}, "python/teacher cannot take images of 16 px"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))}, r"gives \(1, 4\) instead of \(1, 3\)"),
@@ -128,6 +141,29 @@ def test_a_permuted_teacher_is_recognised_and_the_line_to_write_mends_it(plain, 
         plain, overrides=(setting,), teacher=turned, teacher_input=EXACT, output_dir=tmp_path, name="b"
     )
     assert RunFolder(folder).read_results()["stages"]["teacher"]["test"]["top1"] == 1.0
+
+
+def test_a_permuted_teacher_ends_a_training_without_baseline(recipe, tmp_path):
+    teacher = {"teacher.model": "python/teacher", "teacher.weights": "own"}
+    permuted = recipe(**teacher, **{"data.size": EXACT.size, "teacher_below_baseline": "stop"})
+    given = given_networks({"python/teacher": (by_colour((0, 2, 1)), EXACT)})
+    with given, pytest.raises(UsageError) as caught:
+        run(permuted, output_dir=tmp_path, stages=("teacher", "distilled"))
+    assert 'teacher.classes=["red", "blue", "green"]' in str(caught.value)
+    assert "teacher_below_baseline=warn" in str(caught.value)
+
+
+def test_a_function_from_python_teaches_with_the_method_auto(plain, tmp_path):
+    def by_mean(images):
+        return 5 * images.mean((2, 3))[:, [2, 1, 0]]
+
+    folder = potstill.run(plain | {"method": {"name": "auto"}}, teacher=by_mean, output_dir=tmp_path)
+    assert load_recipe(folder / "recipe.yaml", recorded=True).method["name"] == "dist"  # which reads logits alone
+
+
+def test_fit_takes_no_data_of_python():
+    with pytest.raises(UsageError, match="fit takes a folder, a manifest or a name as data, got list"):
+        potstill.fit([])
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from potstill.errors import ArtifactError, StorageError, UsageError
 from potstill.evaluation.predictions import Predictions
 from potstill.experiment.run_folder import RunFolder, find_model
 from potstill.io import as_csv, unescape_cell
+from potstill.report.run_reader import read_run
 
 
 def begin(run):
@@ -143,6 +144,14 @@ def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="has no model"):
         find_model(tmp_path / "empty")
+    (tmp_path / "empty" / "sweep.json").write_text("{}")
+    again = tmp_path / "empty" / "confirmation" / "distilled"
+    again.mkdir(parents=True)
+    (again / "results.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=f"is a search, .*sweep.html; the run of its winner is {again}"):
+        find_model(tmp_path / "empty")
+    with pytest.raises(ArtifactError, match="is a search"):
+        read_run(tmp_path / "empty")
 
 
 def test_results_of_another_schema_are_refused(tmp_path):

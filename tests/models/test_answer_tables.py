@@ -189,6 +189,18 @@ def savez(**arrays):
         ),
         (
             "a.csv",
+            lambda path: path.write_text("path,label,prediction,p:cat,p:dog\na.png,cat,dog,0.4,0.6\n"),
+            ArtifactError,
+            "predictions of potstill.*--teacher RUN",
+        ),
+        (
+            "a.csv",
+            lambda path: path.write_text("path,prediction,class_1,p_1,error\na.png,dog,dog,0.6,\n"),
+            ArtifactError,
+            "predictions of potstill",
+        ),
+        (
+            "a.csv",
             lambda path: path.write_text("path,cat,dog\na.png,1\n"),
             ArtifactError,
             "line 2: 2 values, and the header has 3",

@@ -4,6 +4,7 @@ torch is imported only by the commands that need it, so that --help is fast.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -156,6 +157,8 @@ def _run_verb(arguments: list[str]) -> Any:
 def _report_other_error(error: Exception) -> int:
     if (storage := storage_error(error)) is not None:
         return _print_error(_message_with_rank(storage), storage.exit_code)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _print_error(f"{str(error.filename)[:60]}... is too long for the name of a file or folder", USAGE_ERROR)
     if isinstance(error, typer.Abort):
         return _print_error(_INTERRUPTED, INTERRUPTED)
     # Parser errors: their class is typer's in new versions and click's in older ones.

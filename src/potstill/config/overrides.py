@@ -345,6 +345,10 @@ def choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
     weights = teacher.get("weights") if isinstance(teacher, dict) else None
     ready = weights is not None and not _trained_from_scratch(weights)
     embeds = ready and isinstance(model, str) and model not in LABELS and not is_code_reference(model)
+    if embeds and str(model).startswith("python/"):  # of potstill.run(teacher=...), where torch is imported already
+        from potstill.models.families.own_models import is_given_function
+
+        embeds = not is_given_function(str(model))
     scratch = isinstance(student, dict) and student.get("weights") is None
     unlabeled = isinstance(data, dict) and data.get("labeled") is False
     classless = has_classless_teacher(value)

@@ -341,6 +341,8 @@ def load_recipe(
     UsageError: all problems, one per line, with file, line and column, or the flag.  DataError, ArtifactError: the
     recipe is valid, but its data or weights cannot be used.
     """
+    if isinstance(overrides, str):  # whose characters would be taken for overrides
+        raise UsageError(f"overrides must be a list or tuple of KEY=VALUE, got {overrides!r}: write ({overrides!r},)")
     document = Document("", copy.deepcopy(dict(source))) if isinstance(source, Mapping) else _read(source)
     value = document.value
     if not isinstance(value, dict):

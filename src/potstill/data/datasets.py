@@ -363,7 +363,9 @@ def from_torch(
     parts: dict[str, ImageSet] = dict(sets)
     origin = "data sets from Python" if source == "python" else "splits of the code"
     pool = sets["train"]
-    if len(pool.labels) and pool.labels.max() >= len(names):
+    if not len(pool.labels):
+        raise DataError(f"{label}: train has no images")
+    if pool.labels.max() >= len(names):
         check_splits(names, {"train": pool}, label)
     origin += split_from_train(parts, names, settings)
     check_splits(names, parts, label)

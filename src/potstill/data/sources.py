@@ -297,10 +297,12 @@ def _nested_note(listing: Listing, paths: list[list[str]]) -> Iterator[str]:
         lie = "1 image lies" if len(deep) == 1 else f"{len(deep):,} images lie"
         levels: tuple[int | str, ...] = ("last", 2) if max(map(len, paths)) > 2 else ("last",)
         counts = {level: len({_name_class(path, level) for path in paths}) for level in levels}
-        others = " or ".join(f"--set data.class_folder={level} ({count:,} classes)" for level, count in counts.items())
+        others = " or ".join(
+            f"--set data.class_folder={level} ({count:,} classes)" for level, count in counts.items() if count > 1
+        )
         yield (
-            f"{lie} in folders within class folders, such as {deep[0]}; they count for the class; to name classes by "
-            f"inner folders: {others}"
+            f"{lie} in folders within class folders, such as {deep[0]}; they count for the class"
+            + (f"; to name classes by inner folders: {others}" if others else "")
         )
 
 

@@ -275,7 +275,7 @@ def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], sour
     if len(class_names) < 2:
         found = f"only {class_names[0]!r}" if class_names else "none"
         raise DataError(f"{source}: a classifier needs at least two classes, found {found}")
-    problems = []
+    problems, lacking = list[str](), list[str]()
     for split, images in parts.items():
         counts = np.bincount(images.labels, minlength=len(class_names))
         if len(counts) > len(class_names):
@@ -283,8 +283,12 @@ def check_splits(class_names: Sequence[str], parts: Mapping[str, ImageSet], sour
         missing = [repr(name) for name, count in zip(class_names, counts, strict=False) if count == 0]
         if missing:
             problems.append(f"{split} has no images of {format_names(missing, 10)}")
+            lacking.append(split)
     if problems:
-        raise DataError(f"{source}: every class needs images in train, val and test, but " + "; ".join(problems))
+        way = "\nLeave these classes out everywhere" if lacking else ""
+        if lacking and "train" not in lacking:
+            way += f", or give the data without {' and '.join(lacking)}, for which images of train are then split off"
+        raise DataError(f"{source}: every class needs images in train, val and test, but " + "; ".join(problems) + way)
 
 
 def _part_sizes(count: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -908,6 +908,10 @@ class _Experiment:
             f"{float((predicted == labels).mean()):.1%} without. Give the class of each output with\n"
             f"  --set {shlex.quote(f'{key}.classes={json.dumps(names, ensure_ascii=False)}')}"
         )
+        if self.recipe.teacher_below_baseline == "stop" and all(
+            stage_role(each.name) != "baseline" for each in self.planned
+        ):  # which would show how bad it is
+            raise UsageError(f"{advice}\nTo use it all the same: --set teacher_below_baseline=warn")
         self.class_orders[stage] = advice
         self.warn(advice[0].lower() + advice[1:])
 

@@ -365,6 +365,15 @@ class RunFolder:
                     entry.unlink()
 
 
+def search_hint(path: Path) -> str:
+    """Return what to give instead of the folder of a sweep or fit, for messages; "" for other folders."""
+    if not (path / "sweep.json").is_file():
+        return ""
+    again = path / "confirmation" / "distilled"
+    ready = f"; the run of its winner is {again}" if (again / "results.json").is_file() else ""
+    return f"it is a search, whose report is {path / 'sweep.html'}{ready}"
+
+
 def find_model(path: Path) -> Path:
     """Return the model folder at a path: that of a run (distilled, else baseline, else teacher), or the path itself."""
     if path.is_file() and path.name in ("model.json", "model.safetensors"):
@@ -379,6 +388,8 @@ def find_model(path: Path) -> Path:
             f"{folds[0].path}, or train one on all images: potstill run {path}/recipe.yaml --set data.fold=all --name "
             f"{path.resolve().name[:60]}-all"
         )
+    if hint := search_hint(path):
+        raise ArtifactError(f"{path} has no model of its own: {hint}")
     raise ArtifactError(f"{path} has no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
 
 

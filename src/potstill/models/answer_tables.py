@@ -115,6 +115,11 @@ def _read_csv(path: Path) -> tuple[Any, ...]:
         lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
         header = next(lines, [])
         at = _path_column(header, path)
+        if "prediction" in header and any(name == "p_1" or name.startswith("p:") for name in header):
+            raise ArtifactError(
+                f"{path} has predictions of potstill, for one split or the first classes only: give the model that "
+                "made them, --teacher RUN or --teacher RUN/STAGE"
+            )
         paths, rows = [], []
         for number, line in enumerate(lines, start=2):
             if not any(line):

@@ -16,6 +16,7 @@ import numpy as np
 from potstill.config import sort_stages, stage_role
 from potstill.errors import ArtifactError
 from potstill.evaluation import Array
+from potstill.experiment.run_folder import search_hint
 from potstill.formatting import format_number
 from potstill.io import (
     check_exists,
@@ -188,7 +189,8 @@ def read_run(folder: Path) -> Run:
     path = folder / "results.json"
     check_exists(folder, _RUN_FOLDER)
     if not path.is_file():
-        raise ArtifactError(f"{folder} is no finished run: it has no results.json; give {_RUN_FOLDER}")
+        reason = search_hint(folder) or f"it has no results.json; give {_RUN_FOLDER}"
+        raise ArtifactError(f"{folder} is no finished run: {reason}")
     results = read_checksummed_json(path)
     if results.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {results.get('schema')!r}; this potstill reads schema {SCHEMA}")

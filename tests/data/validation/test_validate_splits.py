@@ -92,3 +92,14 @@ def test_files_that_differ_in_case_only(make_folder, examined, picture) -> None:
     picture(2).save(folder / "a" / "X.PNG")
 
     assert list(examined(folder)["similar-names"]) == ["a/X.PNG"]
+
+
+def test_one_class_is_said_before_anything_is_read(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder({"data/a": 4, "data/b": 4})  # images of two classes, one folder too high
+    monkeypatch.setattr("potstill.data.scan.read_image", lambda *_: pytest.fail("an image is decoded"))
+    report = validate_data(DataSettings(source=str(folder)))
+
+    assert [each.kind for each in report.findings] == ["one-class"]
+    assert report.images == 8
+    assert any("no image was read" in note for note in report.notes)
+    assert any("class_folder=last (2 classes)" in note for note in report.notes)

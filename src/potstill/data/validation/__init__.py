@@ -236,7 +236,7 @@ def _sizes(figures: dict[str, Any]) -> Iterator[str]:
 
 def _are_files(figures: dict[str, Any]) -> bool:
     """Return whether the images are files, not arrays, whose bytes and mode are those of the pixels."""
-    return set(figures["formats"]) != {"array"}
+    return bool(figures["decoded"]) and set(figures["formats"]) != {"array"}
 
 
 def _findings(findings: list[Finding], most: int) -> Iterator[str]:

@@ -268,7 +268,10 @@ def validate_listing(
     table = ScanTable(len(names))
     scan_image = file_scanner(listing.root, names) if listing.images is None else image_set_scanner(listing.images)
     bad, odd = list[Finding](), list[Finding]()
-    for i, scan in enumerate(_scan_images(scan_image, len(names), progress)):
+    division, findings = assign_splits(listing, settings)
+    # A folder too high or too low is said at once; decoding all that lies below it may take hours.
+    one_class = any(each.kind == "one-class" for each in findings)
+    for i, scan in enumerate(() if one_class else _scan_images(scan_image, len(names), progress)):
         if isinstance(scan, Finding):
             bad.append(scan)
         else:
@@ -283,7 +286,7 @@ def validate_listing(
         table.keep([i for i, name in enumerate(names) if name in kept])
         odd = [each for each in odd if each.path in kept]
         names = [entry.name for entry in listing.entries]
-    division, findings = assign_splits(listing, settings)
+        division, findings = assign_splits(listing, settings)
     findings = [*listing.findings, *findings, *similar_classes(division.class_names), *bad, *odd]
     ends, ranges = check_ranges(names, division, table, settings.range)
     findings += ranges
@@ -299,6 +302,7 @@ def validate_listing(
         images=len(names),
         passed_over=listing.passed_over.total(),
         notes=[
+            *(["no image was read: another folder may be meant"] if one_class and names else []),
             *_notes(listing, division),
             *_notes_on_other_data(settings),
             *crop_notes(table.rows["width"], table.rows["height"], settings.resize_mode),

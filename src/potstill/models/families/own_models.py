@@ -109,6 +109,11 @@ def names_function(name: str) -> bool:
         return is_function_of_images(_find(name))
 
 
+def is_given_function(name: str) -> bool:
+    """Return whether a function of images was given from Python by this name."""
+    return name in _given and is_function_of_images(_given[name][0])
+
+
 def own_size(name: str) -> int | None:
     spec = given_input(name)
     return None if spec is None else spec.size
