@@ -3,6 +3,7 @@ import io
 import os
 import struct
 import time
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,6 +255,21 @@ def test_limits_are_checked_before_pixels(tmp_path: Path, monkeypatch: pytest.Mo
     for source in (file, bytes(101)):
         with pytest.raises(DataError, match="more than 0 MiB of file"):
             decode(source)
+
+
+def test_a_small_file_takes_no_buffer_of_the_largest(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"some bytes")
+    tracemalloc.start()
+    try:
+        assert module.read_file(tmp_path / "a") == b"some bytes"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="no /proc")
+def test_a_file_that_states_no_bytes_is_read() -> None:
+    assert module.read_file("/proc/version") == Path("/proc/version").read_bytes()
 
 
 def test_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:

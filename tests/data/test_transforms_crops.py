@@ -4,6 +4,7 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from potstill.data import transforms
 from potstill.data.samplers import CounterRNG
 from potstill.data.settings import AugmentSettings
 from potstill.data.transforms import (
@@ -80,6 +81,15 @@ def test_crops_do_not_depend_on_batch_threads_or_layout() -> None:
             assert torch.equal(together, resized_crops(pixels, boxes, plain(90, 64)))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_large_images_box_alone_gives_the_same_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, boxes = squares(6, 300), boxes_of(6, 300, (0.05, 1.0))
+    augment = AugmentSettings(pad_crop=0.2, hflip=True, vflip=True)
+    grid = draw_grid(augment, 224, CounterRNG(0, np.arange(6), 0), CPU)
+    alone = resized_crops(pixels, boxes, grid)
+    monkeypatch.setattr(transforms, "_MAX_VALUES", pixels.numel())  # all in one slice, whole
+    assert torch.equal(alone, resized_crops(pixels, boxes, grid))
 
 
 def test_boxes_lie_inside_and_follow_the_law_of_torchvision() -> None:

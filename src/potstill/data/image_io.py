@@ -284,9 +284,11 @@ def read_file(path: str | Path) -> bytes:
         with os.fdopen(
             os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
         ) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{path}: not a regular file")
-            content = file.read(MAX_BYTES + 1)
+            # A buffer of MAX_BYTES would cost more than reading; a file that states 0 bytes may have some (/proc).
+            content = file.read(min(found.st_size or MAX_BYTES, MAX_BYTES) + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not content:

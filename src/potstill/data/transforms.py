@@ -238,11 +238,16 @@ def resized_crops(images: Tensor, boxes: Boxes, grid: SamplingGrid) -> Tensor:
     size = rows.shape[1]
     resized = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8, device=images.device)
     for some in batch_slices(images):
+        part, down_from, across_from = images[some], row_index[some], column_index[some]
+        if len(part) == 1:  # a large image: only its box is converted, outside of which weights are 0
+            top, left, height, width = boxes[some.start].tolist()
+            part = part[..., top : top + height, left : left + width]
+            down_from, across_from = (down_from - top).clamp_(0, height - 1), (across_from - left).clamp_(0, width - 1)
         # Rows are contiguous in memory: columns are summed as rows of the transposed images.
-        transposed = images[some].transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
-        across = _weighted_rows(transposed, columns[some] * _INTERMEDIATE_LEVELS, column_index[some]).round_()
+        transposed = part.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+        across = _weighted_rows(transposed, columns[some] * _INTERMEDIATE_LEVELS, across_from).round_()
         across = across.transpose(2, 3).contiguous()
-        down = _weighted_rows(across, rows[some] / _INTERMEDIATE_LEVELS, row_index[some]).round_()
+        down = _weighted_rows(across, rows[some] / _INTERMEDIATE_LEVELS, down_from).round_()
         resized[some] = down.to(torch.int16)  # converting to uint8 is faster from int16
     return apply_fill_and_rotation(resized, grid)
 
