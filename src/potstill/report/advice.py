@@ -121,7 +121,6 @@ def _check_command(run: Run) -> str:
 SEEDS_IN_FOLDS = 3
 RECOMMENDED_FOLDS, FEW_TEST_IMAGES = 5, 2000  # folds test five times as many images, for five times the training
 RECOMMENDED_SEEDS = 5  # Student's t is 12.7 standard errors with two seeds, 4.3 with three, 2.8 with five
-NOISY_VAL_ERROR = 0.02  # standard error of top-1 on val
 SHIFT_GAP = 0.10  # of top-1 between val and test: far beyond what choosing an epoch on val adds
 SHIFT_ERRORS = 4.0  # and so many standard errors of the difference
 WIDE_INTERVAL = 0.03  # half width of the interval of the gain
@@ -169,29 +168,6 @@ def _few_seeds_in_folds(run: Run) -> Advice | None:
         f"which each fold has {seeds:.0f}.",
         f"Continue with {SEEDS_IN_FOLDS} seeds in each fold; the teachers are not trained again.",
         flags=("--resume", "--seeds", str(SEEDS_IN_FOLDS)),
-    )
-
-
-def val_too_small(run: Run) -> Advice | None:
-    """Top-1 on val, which picks the best epoch, is noisy."""
-    total = split_size(run, "val")
-    top1 = final_metric(run, "distilled", "val", "top1")
-    if not total or top1 is None:
-        return None
-    error = math.sqrt(top1 * (1 - top1) / total)
-    if error < NOISY_VAL_ERROR:
-        return None
-    evidence = (
-        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
-        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise."
-    )
-    if recipe_setting(run, "training", "selection_metric") == "nll":
-        return Advice("val is too small to choose by", evidence, "Give val more images.")
-    return Advice(
-        "val is too small to choose by",
-        evidence,
-        "Give val more images, or pick the epoch by nll, which varies less by chance.",
-        settings=("training.selection_metric=nll",),
     )
 
 
@@ -526,7 +502,6 @@ RULES: tuple[AdviceRule, ...] = (
     harmed,
     one_seed,
     few_seeds,
-    val_too_small,
     test_too_small,
 )
 
