@@ -5,8 +5,6 @@ part (data, evidence, teachers, students).
 """
 
 import math
-import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +14,6 @@ import numpy as np
 
 from potstill.config.overrides import choose_method
 from potstill.config.yaml import parse_yaml
-from potstill.data.entries import FINDING_KINDS
 from potstill.errors import UsageError
 from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
@@ -82,40 +79,6 @@ def _parse_recipe(text: str) -> Any:
         return parse_yaml(text, "recipe.yaml").value
     except UsageError:
         return None
-
-
-def leakage(run: Run) -> Advice | None:
-    """Images are in more than one split."""
-    found = _count_findings(run, "across-splits")
-    if not found:
-        return None
-    return Advice(
-        "Images leak between the splits",
-        f"{format_count(found)} images are in more than one split, so every figure on test is too high.",
-        f"Take them out of one split and run again; `{_check_command(run)}` names them.",
-    )
-
-
-def contradictory_labels(run: Run) -> Advice | None:
-    """Images have two labels."""
-    found = _count_findings(run, "two-labels")
-    if not found:
-        return None
-    return Advice(
-        "Images under two labels",
-        f"{format_count(found)} images have two labels; no model can be right on both.",
-        f"Keep the right label of each; `{_check_command(run)}` names them.",
-    )
-
-
-def _count_findings(run: Run, kind: str) -> int:
-    pattern = rf": ([\d,]+) x {re.escape(FINDING_KINDS[kind].what)} \("
-    found = (re.search(pattern, str(warning)) for warning in run.results.get("warnings") or [])
-    return sum(int(match[1].replace(",", "")) for match in found if match)
-
-
-def _check_command(run: Run) -> str:
-    return shlex.join(["potstill", "check", str(run.data.get("source") or "DATA")])
 
 
 SEEDS_IN_FOLDS = 3
@@ -487,8 +450,6 @@ def harmed(run: Run) -> Advice | None:
 AdviceRule = Callable[[Run], Advice | None]
 
 RULES: tuple[AdviceRule, ...] = (
-    leakage,
-    contradictory_labels,
     weak_teacher,
     test_is_other,
     teacher_still_improving,
