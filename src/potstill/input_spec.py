@@ -1,7 +1,6 @@
 """The preprocessing that a network expects.  No torch here."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ class InputSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "InputSpec":
         """Invert ``dataclasses.asdict``, with JSON's lists; KeyError, TypeError or ValueError for something else."""
-        values = with_current_names(values)
         mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3:
             raise ValueError("mean and std are three numbers each")
@@ -38,17 +36,3 @@ class InputSpec:
                 raise ValueError(f"range must be two numbers, the lower one first, got {ends!r}")
             ends = (low, high)
         return cls(**(values | {"mean": mean, "std": std, "range": ends}))
-
-
-def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename keys of older versions, which call the resize mode ``fit``.
-
-    Example:
-        >>> with_current_names({"size": 32, "fit": "squash"})
-        {'size': 32, 'resize_mode': 'stretch'}
-    """
-    known = dict(values)
-    if "fit" in known:
-        former = known.pop("fit")
-        known["resize_mode"] = "stretch" if former == "squash" else former
-    return known

@@ -1,35 +1,25 @@
 """Who is admitted when, against values worked out by hand, and what an epoch then draws."""
 
-import math
-
 import numpy as np
 import pytest
 
 from potstill.data.samplers import Curriculum, EpochSampler, curriculum_order, curriculum_share
 
 
-@pytest.mark.parametrize(
-    ("pacing", "shares"),
-    [
-        ("linear", [0.2, 0.6, 1.0, 1.0, 1.0]),  # until the third of five epochs: 0.2 + 0.8 / 2 half-way
-        ("root", [0.2, math.sqrt(0.52), 1.0, 1.0, 1.0]),
-        ("step", [0.2, 0.2, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_shares_by_hand(pacing, shares):
-    found = [curriculum_share(pacing, epoch, 5, start=0.2, until=0.5) for epoch in range(5)]
-    assert found == pytest.approx(shares, abs=1e-12)
+def test_shares_by_hand():
+    # until the third of five epochs: 0.2 + 0.8 / 2 half-way
+    found = [curriculum_share(epoch, 5, start=0.2, until=0.5) for epoch in range(5)]
+    assert found == pytest.approx([0.2, 0.6, 1.0, 1.0, 1.0], abs=1e-12)
 
 
-@pytest.mark.parametrize("pacing", ["linear", "root", "step"])
-def test_shares_never_fall_and_end_with_all(pacing):
+def test_shares_never_fall_and_end_with_all():
     for epochs in (2, 3, 7, 40):
         for until in (0.1, 0.5, 1.0):
-            shares = [curriculum_share(pacing, epoch, epochs, start=0.05, until=until) for epoch in range(epochs)]
+            shares = [curriculum_share(epoch, epochs, start=0.05, until=until) for epoch in range(epochs)]
             assert shares == sorted(shares)
             assert shares[0] == pytest.approx(0.05)
             assert shares[-1] == 1.0
-    assert curriculum_share(pacing, 0, 1, start=0.05, until=0.5) == 0.05  # of one epoch, the first is the last
+    assert curriculum_share(0, 1, start=0.05, until=0.5) == 0.05  # of one epoch, the first is the last
 
 
 def test_classes_enter_at_the_same_rate_whatever_their_size_and_difficulty():

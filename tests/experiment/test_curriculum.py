@@ -28,12 +28,10 @@ LABELS = np.array([0, 1, 0])
 
 
 def test_difficulty_by_hand():
-    loss = image_difficulty(PROBABILITIES, LABELS, "loss")
+    loss = image_difficulty(PROBABILITIES, LABELS)
     assert loss[:2] == pytest.approx([0.356675, 0.916291], abs=1e-6)  # -ln 0.7, -ln 0.4
     assert np.isfinite(loss[2])
     assert loss[2] > 80
-    # an image of which the teacher is sure is easy by its confidence, right or wrong
-    assert image_difficulty(PROBABILITIES, LABELS, "confidence") == pytest.approx([0.3, 0.5, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,6 @@ def test_counts_by_hand(images, classes, epochs, start, counts):
         ({"data": {"source": "digits", "class_balance": "sampling"}}, "use class_balance: weights"),
         ({"data": {"source": "digits", "target": "digits"}}, "curriculum orders images by class"),
         ({"curriculum": {"order": "esy"}}, "did you mean 'easy'"),
-        ({"curriculum": {"pacing": "cosine"}}, "curriculum.pacing"),
         ({"curriculum": {"start": 0}}, "curriculum.start"),
         ({"curriculum": {"until": 1.5}}, "curriculum.until"),
         ({"curriculum": {"begin": 0.1}}, "curriculum.begin: unknown key"),

@@ -34,7 +34,7 @@ from potstill.config.settings_errors import (
 )
 from potstill.config.validation import TARGET_MISSING, find_problems, lacks_target, network_sections
 from potstill.config.yaml import Document, KeyPath, dump_yaml, parse_yaml
-from potstill.data.settings import DataSettings, Pacing
+from potstill.data.settings import DataSettings
 from potstill.distillation.teacher_cache import TeacherCacheSettings
 from potstill.errors import PotstillError, UsageError, did_you_mean
 from potstill.loggers import LoggerSettings, as_logger_list
@@ -45,18 +45,13 @@ from potstill.training.settings import TrainingSettings
 
 
 class CurriculumSettings(BaseModel):
-    """Curriculum learning: the teacher's loss or confidence orders the images; ``null``: all images in every epoch."""
+    """Curriculum learning: the teacher's loss orders the images; ``null``: all images in every epoch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     order: Literal["easy", "hard", "random"] = Field(
         "easy", description="which images come first; hard (anti-curriculum) and random are for comparison"
     )
-    score: Literal["loss", "confidence"] = Field(
-        "loss",
-        description="loss: the teacher's cross-entropy; confidence: the probability of its top class",
-    )
-    pacing: Pacing = Field("linear", description="growth of the share of admitted images from start to 1")
     start: float = Field(0.3, gt=0, le=1, description="share of the images of each class that the first epoch uses")
     until: float = Field(0.5, gt=0, le=1, description="share of the epochs after which all images are admitted")
 

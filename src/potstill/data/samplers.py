@@ -7,7 +7,7 @@ sample id, epoch), so that an epoch's order depends on nothing else.
 
 A curriculum trains on easy images first.  Sources: Bengio et al., "Curriculum Learning" (ICML 2009); Hacohen and
 Weinshall, "On The Power of Curriculum Learning in Training Deep Networks" (ICML 2019): scores by transfer, control
-orders and balanced classes; Platanios et al. (NAACL 2019): the "root" pacing.
+orders and balanced classes.
 """
 
 import itertools
@@ -19,8 +19,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from potstill.data.settings import Pacing
 
 Bits = NDArray[np.uint64]
 Uniform = NDArray[np.float64]
@@ -91,25 +89,15 @@ class Curriculum:
         return self.order[: self.counts[min(epoch, len(self.counts) - 1)]]
 
 
-def curriculum_share(pacing: Pacing, epoch: int, epochs: int, *, start: float, until: float) -> float:
-    """Return the share of images that an epoch (from 0) uses, from ``start`` to all after the share ``until`` of
-    ``epochs``.
-
-    ``pacing``: "linear"; "root": square root, ever fewer new images; "step": all others at once at ``until``.
+def curriculum_share(epoch: int, epochs: int, *, start: float, until: float) -> float:
+    """Return the share of images that an epoch (from 0) uses: it grows linearly from ``start`` to 1, which it has after
+    the share ``until`` of ``epochs``.
 
     Example:
-        >>> [round(curriculum_share("linear", epoch, 5, start=0.2, until=0.5), 4) for epoch in range(5)]
+        >>> [round(curriculum_share(epoch, 5, start=0.2, until=0.5), 4) for epoch in range(5)]
         [0.2, 0.6, 1.0, 1.0, 1.0]
-        >>> round(curriculum_share("root", 1, 5, start=0.2, until=0.5), 4)  # sqrt(0.04 + 0.96 / 2)
-        0.7211
     """
     progress = min(epoch / max(epochs - 1, 1) / until, 1.0)
-    if progress >= 1.0:
-        return 1.0
-    if pacing == "step":
-        return start
-    if pacing == "root":
-        return math.sqrt(start**2 + (1 - start**2) * progress)
     return start + (1 - start) * progress
 
 

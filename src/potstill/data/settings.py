@@ -7,8 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from potstill.errors import UsageError, did_you_mean
 
-Pacing = Literal["linear", "root", "step"]  # of a curriculum: growth of the share of admitted images
-
 
 class AugmentSettings(BaseModel):
     """Random augmentation of training images; each draw depends on (seed, sample id, view) alone."""

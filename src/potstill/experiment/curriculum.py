@@ -52,17 +52,12 @@ def apply_curriculum(
 
 def images_per_epoch(settings: CurriculumSettings, images: int, classes: int, epochs: int) -> tuple[int, ...]:
     """Return how many images each epoch draws from, at least one per class."""
-    shares = (
-        curriculum_share(settings.pacing, epoch, epochs, start=settings.start, until=settings.until)
-        for epoch in range(epochs)
-    )
+    shares = (curriculum_share(epoch, epochs, start=settings.start, until=settings.until) for epoch in range(epochs))
     return tuple(min(images, max(classes, round(share * images))) for share in shares)
 
 
-def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str) -> Array:
-    """Return the difficulty [N] of images, at least 0: "loss": -log p of the label; "confidence": 1 - the largest p."""
-    if score == "confidence":
-        return np.asarray(1.0 - probabilities.max(axis=1), dtype=np.float64)
+def image_difficulty(probabilities: Array, labels: NDArray[np.int64]) -> Array:
+    """Return the difficulty [N] of images, -log p of the label."""
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     loss: Array = -np.log(np.maximum(own, np.finfo(np.float32).tiny))
     return loss
@@ -71,14 +66,13 @@ def image_difficulty(probabilities: Array, labels: NDArray[np.int64], score: str
 def _predict_difficulty(
     data: DataSplits, teachers: Mapping[str, Classifier], recipe: Recipe, compute: Compute
 ) -> Array:
-    assert recipe.curriculum is not None
-    settings, score = recipe.stage_training("student"), recipe.curriculum.score
+    settings = recipe.stage_training("student")
 
     def loader(teacher: Classifier) -> Loader:
         return split_loader(data, "train", teacher.input, recipe, settings, compute, network=teacher.module)
 
     mean = predict_together(teachers, loader, recipe.teachers, compute, "train")
-    difficulty = None if mean is None else image_difficulty(mean, np.asarray(data.train.labels), score)
+    difficulty = None if mean is None else image_difficulty(mean, np.asarray(data.train.labels))
     found: Array | None = compute.processes.share(difficulty)
     assert found is not None  # the first process has computed it
     return found
@@ -87,7 +81,7 @@ def _predict_difficulty(
 def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:
     full = next(epoch for epoch, count in enumerate(counts, start=1) if count == counts[-1])
     first = {"easy": "the easiest", "hard": "the hardest", "random": "at random"}[settings.order]
-    by = "" if settings.order == "random" else f" by the teacher's {settings.score}, median {np.median(difficulty):.3g}"
+    by = "" if settings.order == "random" else f" by the teacher's loss, median {np.median(difficulty):.3g}"
     return (
         f"curriculum: {first}{by}: {counts[0]:,} images in the first epoch, {counts[-1]:,} from epoch {full} on; "
         "the number of steps per epoch does not change"

@@ -109,8 +109,6 @@ from potstill.training.autotune import PrecisionSelector, ThreadSelector
 from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
 from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
-from potstill.training.optim import lr_factor
-from potstill.training.settings import TrainingSettings
 
 _MAX_CLASSES = 10  # classes that a message lists
 MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
@@ -679,7 +677,10 @@ class _Experiment:
         if lengths := self.extended.get(stage.name):
             checkpoints = folder / "checkpoints"
             if (checkpoints / LAST).exists() and not (checkpoints / FIGURES).exists():
-                self.observer.note(_extension_text(stage.name, lengths[-1], settings, train.steps))
+                self.observer.note(
+                    f"{stage.name}: extended from {lengths[-1]} to {settings.epochs} epochs; it continues from its "
+                    f"last checkpoint with the schedule of {settings.epochs} epochs"
+                )
             else:
                 self.observer.note(
                     f"{stage.name}: extended from {lengths[-1]} to {settings.epochs} epochs, trained again from the "
@@ -971,17 +972,6 @@ def _check_baselines_of_folds(path: Path, folder: RunFolder, recipe: Recipe, fol
     recipe = lengthen_short_trainings(recipe, len(splits.train))
     recipe = apply_view_plan(recipe, plan_views(recipe, create_stage_method(recipe), splits))
     check_same_baseline(_folder_of_baseline(RunFolder(path).fold(1).path, folder.fold(1).path), recipe, splits)
-
-
-def _extension_text(name: str, before: int, settings: TrainingSettings, steps: int) -> str:
-    steps = -(-steps // settings.gradient_accumulation_steps)
-    last = lr_factor(settings.model_copy(update={"epochs": before}), steps)(before * steps - 1)
-    following = lr_factor(settings, steps)(before * steps)
-    return (
-        f"{name}: extended from {before} to {settings.epochs} epochs. It continues from its last checkpoint with the "
-        f"schedule of {settings.epochs} epochs: the learning rate ended at {settings.lr * last:.3g} and continues at "
-        f"{settings.lr * following:.3g}"
-    )
 
 
 def is_below(baseline: np.ndarray, other: np.ndarray) -> bool:

@@ -19,14 +19,14 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from potstill.code_references import PERMISSION, is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
-from potstill.input_spec import InputSpec, with_current_names
+from potstill.input_spec import InputSpec
 from potstill.io import (
     file_sha256,
     read_bytes,
@@ -109,11 +109,6 @@ class _InputFields(BaseModel):
         if ends is not None and ends[0] >= ends[1]:
             raise ValueError("the lower end must come first")
         return ends
-
-    @model_validator(mode="before")
-    @classmethod
-    def _former_names(cls, values: Any) -> Any:
-        return with_current_names(values) if isinstance(values, dict) else values
 
 
 class ModelFacts(BaseModel):

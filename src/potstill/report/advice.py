@@ -5,8 +5,6 @@ part (data, evidence, teachers, students).
 """
 
 import math
-import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +14,6 @@ import numpy as np
 
 from potstill.config.overrides import choose_method
 from potstill.config.yaml import parse_yaml
-from potstill.data.entries import FINDING_KINDS
 from potstill.errors import UsageError
 from potstill.experiment.verdict import average_over_seeds, effect_of, folds_of, repeats_of
 from potstill.formatting import (
@@ -84,44 +81,9 @@ def _parse_recipe(text: str) -> Any:
         return None
 
 
-def leakage(run: Run) -> Advice | None:
-    """Images are in more than one split."""
-    found = _count_findings(run, "across-splits")
-    if not found:
-        return None
-    return Advice(
-        "Images leak between the splits",
-        f"{format_count(found)} images are in more than one split, so every figure on test is too high.",
-        f"Take them out of one split and run again; `{_check_command(run)}` names them.",
-    )
-
-
-def contradictory_labels(run: Run) -> Advice | None:
-    """Images have two labels."""
-    found = _count_findings(run, "two-labels")
-    if not found:
-        return None
-    return Advice(
-        "Images under two labels",
-        f"{format_count(found)} images have two labels; no model can be right on both.",
-        f"Keep the right label of each; `{_check_command(run)}` names them.",
-    )
-
-
-def _count_findings(run: Run, kind: str) -> int:
-    pattern = rf": ([\d,]+) x {re.escape(FINDING_KINDS[kind].what)} \("
-    found = (re.search(pattern, str(warning)) for warning in run.results.get("warnings") or [])
-    return sum(int(match[1].replace(",", "")) for match in found if match)
-
-
-def _check_command(run: Run) -> str:
-    return shlex.join(["potstill", "check", str(run.data.get("source") or "DATA")])
-
-
 SEEDS_IN_FOLDS = 3
 RECOMMENDED_FOLDS, FEW_TEST_IMAGES = 5, 2000  # folds test five times as many images, for five times the training
 RECOMMENDED_SEEDS = 5  # Student's t is 12.7 standard errors with two seeds, 4.3 with three, 2.8 with five
-NOISY_VAL_ERROR = 0.02  # standard error of top-1 on val
 SHIFT_GAP = 0.10  # of top-1 between val and test: far beyond what choosing an epoch on val adds
 SHIFT_ERRORS = 4.0  # and so many standard errors of the difference
 WIDE_INTERVAL = 0.03  # half width of the interval of the gain
@@ -169,29 +131,6 @@ def _few_seeds_in_folds(run: Run) -> Advice | None:
         f"which each fold has {seeds:.0f}.",
         f"Continue with {SEEDS_IN_FOLDS} seeds in each fold; the teachers are not trained again.",
         flags=("--resume", "--seeds", str(SEEDS_IN_FOLDS)),
-    )
-
-
-def val_too_small(run: Run) -> Advice | None:
-    """Top-1 on val, which picks the best epoch, is noisy."""
-    total = split_size(run, "val")
-    top1 = final_metric(run, "distilled", "val", "top1")
-    if not total or top1 is None:
-        return None
-    error = math.sqrt(top1 * (1 - top1) / total)
-    if error < NOISY_VAL_ERROR:
-        return None
-    evidence = (
-        f"It has {format_count(total)} images: at {format_percent(top1)} the standard error of top-1 is "
-        f"{format_points(error, signed=False)} points, so smaller differences between epochs are noise."
-    )
-    if recipe_setting(run, "training", "selection_metric") == "nll":
-        return Advice("val is too small to choose by", evidence, "Give val more images.")
-    return Advice(
-        "val is too small to choose by",
-        evidence,
-        "Give val more images, or pick the epoch by nll, which varies less by chance.",
-        settings=("training.selection_metric=nll",),
     )
 
 
@@ -511,8 +450,6 @@ def harmed(run: Run) -> Advice | None:
 AdviceRule = Callable[[Run], Advice | None]
 
 RULES: tuple[AdviceRule, ...] = (
-    leakage,
-    contradictory_labels,
     weak_teacher,
     test_is_other,
     teacher_still_improving,
@@ -526,7 +463,6 @@ RULES: tuple[AdviceRule, ...] = (
     harmed,
     one_seed,
     few_seeds,
-    val_too_small,
     test_too_small,
 )
 
