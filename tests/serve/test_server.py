@@ -3,12 +3,14 @@
 import json
 import random
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from potstill.data.image_structure import FORMATS
 from potstill.errors import ArtifactError, UsageError
 from potstill.evaluation.cascade import Cascade, CascadeCalibration
 from potstill.export.predict import predict
@@ -99,6 +101,11 @@ def test_models_say_the_rule_of_a_cascade(cascade_run):
     (cascade_run[0] / "teacher" / "model.json").unlink()
     with pytest.raises(ArtifactError, match="teacher is missing"):
         _cascade_folders(cascade_run[0], 0.05)
+
+
+def test_the_page_offers_all_formats_that_are_read():
+    page = (files("potstill.serve") / "static" / "page.html").read_text("utf-8")
+    assert [kind for kind in FORMATS if f"image/{kind.lower()}" not in page or kind not in page.upper()] == []
 
 
 def test_while_models_are_loaded_again_nobody_is_sent_to_other_images(tmp_path):
