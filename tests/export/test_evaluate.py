@@ -119,15 +119,21 @@ def test_shards_are_measured_whole(model: Path, tmp_path: Path) -> None:
     assert metrics["top1"] == pytest.approx(by_scikit_learn(model, folder)[0])
 
 
-def test_outputs_without_names_are_the_datas_classes_in_its_own_order(tmp_path: Path) -> None:
-    """Sorted by name, they would be another network's: labels 0 and 1 are zebra and ant."""
+def save_weights(path: Path, classes: int) -> str:
+    """Save a network without class names that always predicts the first one; return its name."""
     from potstill.models.factory import create_model
 
     torch.manual_seed(0)
-    network = create_model("cifar/resnet8", 2, size=32).eval()
+    network = create_model("cifar/resnet8", classes, size=32).eval()
     torch.nn.init.zeros_(network.head.weight)
-    network.head.bias.data = torch.tensor([1.0, 0.0])  # always the first class
-    torch.save(network.state_dict(), tmp_path / "w.pth")
+    network.head.bias.data = torch.eye(classes)[0]
+    torch.save(network.state_dict(), path)
+    return f"cifar/resnet8@{path}"
+
+
+def test_outputs_without_names_are_the_datas_classes_in_its_own_order(tmp_path: Path) -> None:
+    """Sorted by name, they would be another network's: labels 0 and 1 are zebra and ant."""
+    weights = save_weights(tmp_path / "w.pth", 2)
     (tmp_path / "own.py").write_text(
         "import numpy as np\nfrom potstill.data.image_sets import ArraySet\n"
         "class Images:\n"
@@ -138,10 +144,18 @@ def test_outputs_without_names_are_the_datas_classes_in_its_own_order(tmp_path: 
     )
 
     with allowed_code(True):
-        metrics = evaluate(f"cifar/resnet8@{tmp_path / 'w.pth'}", f"{tmp_path / 'own.py'}:data")
+        metrics = evaluate(weights, f"{tmp_path / 'own.py'}:data")
 
     assert [row["class"] for row in metrics["per_class"]] == ["zebra", "ant"]
     assert metrics["top1"] == pytest.approx(4 / 7)
+
+
+def test_outputs_without_names_are_the_classes_of_all_splits(tmp_path: Path) -> None:
+    pictures(tmp_path / "d" / "train", 2)
+    pictures(tmp_path / "d" / "test", 4, CLASSES[:2])
+    metrics = evaluate(save_weights(tmp_path / "w.pth", 3), str(tmp_path / "d"))
+    assert [row["class"] for row in metrics["per_class"]] == ["blue", "green", "red"]
+    assert (metrics["count"], metrics["top1"]) == (8, 0.5)
 
 
 def test_classes_that_the_model_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:

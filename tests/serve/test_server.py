@@ -2,11 +2,13 @@
 
 import json
 import random
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from potstill.data.image_structure import FORMATS
 from potstill.errors import UsageError
 from potstill.export.predict import predict
 from potstill.serve.middleware import ServerLimits
@@ -45,6 +47,11 @@ def test_while_models_are_loaded_again_nobody_is_sent_to_other_images(tmp_path):
                 worker.predict(b"image", top=1, gradcam=False)
     finally:
         worker.close()
+
+
+def test_the_page_offers_all_formats_that_are_read():
+    page = (files("potstill.serve") / "static" / "page.html").read_text("utf-8")
+    assert [kind for kind in FORMATS if f"image/{kind.lower()}" not in page or kind not in page.upper()] == []
 
 
 def test_names_as_timm_writes_them(runs_folder):

@@ -116,12 +116,12 @@ def _test_images(
     passed = ("missing-class", "no-train")
     raise_refused(settings, [each for each in listing.findings if each.kind not in passed], listing.shown_root)
     entries = listing.entries
+    class_names = tuple(sorted({entry.label for entry in entries}))  # of all splits: test may lack a class
     subset = "all images"
     if any(entry.split for entry in entries):
         entries, subset = [entry for entry in entries if entry.split == "test"], "its test images"
     if not entries:
         raise DataError(f"{source} has splits, but no test images; to evaluate on others give their own folder")
-    class_names = tuple(sorted({entry.label for entry in entries}))
     ids = {name: i for i, name in enumerate(class_names)}
     images = FileSet(listing.root, [entry.name for entry in entries], [ids[entry.label] for entry in entries])
     if not contents:
