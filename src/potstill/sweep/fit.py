@@ -301,10 +301,11 @@ def find_families(
     if not families:
         nearest = min(table.values(), key=excess)
         exported = estimate(nearest)
+        kind = "estimated, in int8" if int8 else "estimated"
         time_text = "" if exported is None else f"{format_milliseconds(EXPORTED_SPEED * exported)} and "
         raise UsageError(
             f"--under {limits}: no network is below that with images of {size} px and {classes} classes.\nNearest: "
-            f"{nearest.name}, {time_text}{format_scaled(nearest.file_size(classes, int8=int8), 'B')} (estimated)"
+            f"{nearest.name}, {time_text}{format_scaled(nearest.file_size(classes, int8=int8), 'B')} ({kind})"
         )
     found = []
     for family in families:

@@ -171,6 +171,10 @@ def seconds_of(
     return seconds + plan.seeds * 2 * again + costs.new_views(plan.epochs, cached) * costs.view
 
 
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
+
+
 def longest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
     """Return the largest number from ``least`` to ``most`` for which ``fits`` holds; None if there is none.
 
@@ -374,7 +378,7 @@ class HalvingSearch:
                     break
                 self.state["rungs"].append(epochs)
                 self._save()
-                self.observer.note(f"rung {rung + 1} of {len(sizes)}: {size} candidates, {epochs} epochs each")
+                self.observer.note(f"rung {rung + 1} of {len(sizes)}: {size} candidates, {_epochs(epochs)} each")
             epochs = self.state["rungs"][rung]
             rows = [
                 self._trial(costs, "distilled", each, rung, epochs, optional=at > 0)
@@ -490,7 +494,7 @@ class HalvingSearch:
         epochs = self.state["final_epochs"]
         if "fresh_seeds" not in self.state:
             started = self.clock()
-            self.observer.note(f"winner and baseline are trained again with fresh seeds, {epochs} epochs each")
+            self.observer.note(f"winner and baseline are trained again with fresh seeds, {_epochs(epochs)} each")
             self.trainings.train_again(both, epochs, 1, evaluate=False)
             pair = self.clock() - started
             ends = 2 * EVALUATION_EPOCHS * costs.epoch(name)
