@@ -197,6 +197,13 @@ def test_code_on_the_command_line_and_its_saved_models(photographs, code, tmp_pa
     teacher = ("evaluate", tmp_path / "r" / "teacher", "--data", photographs, "--json", "--allow-code")
     assert json.loads(cli(capsys, *teacher)[1])["top1"] == 1.0
 
+    monkeypatch.setattr(code_references, "_permitted", set())
+    again = ("train", "quickstart", "--stage", "distilled", "--teacher", tmp_path / "r", *run[2:])
+    refused = cli(capsys, *again)
+    assert refused[0] == 2
+    assert "--allow-code" in refused[2]
+    assert cli(capsys, *again, "--allow-code")[0] == 0
+
 
 def test_a_recipe_file_that_names_code_needs_permission(photographs, code, tmp_path, capsys):
     recipe = tmp_path / "r.yaml"

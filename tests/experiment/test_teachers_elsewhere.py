@@ -1,6 +1,7 @@
 """Whole runs whose teacher is no network of ours: a function, an ONNX file, a table of answers."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import potstill
+from potstill import code_references
 from potstill.cli import main
 from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.data.datasets import load_data
@@ -21,6 +23,8 @@ from potstill.export.formats import quiet
 from potstill.input_spec import InputSpec
 from potstill.models.model_file import load_model
 from potstill.report.render import render
+from potstill.serve.server import _model_folders
+from potstill.sweep.worker import train_teachers
 from potstill.training.callbacks import SilentObserver
 
 CODE = """
@@ -201,7 +205,7 @@ def test_a_table_and_its_network_teach_the_same_at_one_view(plain, table, answer
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
 
 
-def test_a_table_with_views_mixing_and_unlabeled_images(plain, photographs, table, answers, tmp_path):
+def test_a_table_with_views_mixing_and_unlabeled_images(plain, photographs, table, answers, tmp_path, capsys):
     more = tmp_path / "more"
     shutil.copytree(photographs / "red", more / "red")  # the same paths as those of labeled images
     for name in ("00.png", "01.png"):
@@ -214,6 +218,9 @@ def test_a_table_with_views_mixing_and_unlabeled_images(plain, photographs, tabl
     assert "mixed images are taught the mixed answers" in warning
     render(folder)
     assert "one answer for each image" in (folder / "report.html").read_text()
+    assert sorted(_model_folders(folder)) == ["baseline", "distilled"]  # serve shows those that answer any image
+    assert main(["export", str(folder), "--model", "teacher"]) == 2
+    assert "teacher is a table of answers and cannot be exported: give the student" in capsys.readouterr().err
 
     changes = {"data": plain["data"] | {"unlabeled": str(more)}}
     unlabeled = [path.relative_to(more).as_posix() for path in sorted(more.rglob("*.png"))]
@@ -256,7 +263,7 @@ def test_a_table_has_no_preprocessing(plain, table, tmp_path, setting):
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (lambda names, logits: {"names": names[1:], "logits": logits[1:]}, 3, "has no row for 1 of"),
+        (lambda names, logits: {"names": names[1:], "logits": logits[1:]}, 3, "has no row for 1 of 60 images"),
         (lambda names, logits: {"names": [*names[1:], names[1]]}, 3, "several rows for 1 images"),
         (lambda names, logits: {"logits": logits * np.nan}, 3, "60 of 60 rows have a number that is NaN"),
         (lambda names, logits: {"logits": logits[:, :2], "classes": ("blue", "red")}, 2, "lacks 1 of the 3 classes"),
@@ -287,3 +294,23 @@ def test_a_table_names_the_classes_of_images_without_labels(plain, photographs, 
     assert results["data"]["class_names"] == ["azure", "lime", "rose"]
     assert top1(folder, "teacher") == 1.0  # the labels are its own answers
     assert sum(results["data"]["counts"]["train"].values()) == 42
+
+
+def test_the_folder_of_such_a_teacher_is_complete_without_its_file(plain, onnx_file, table, tmp_path, monkeypatch):
+    script = tmp_path / "script.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises another format
+        torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16**2, 3)), torch.zeros(2, 3, 16, 16)).save(script)
+    exact = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    files = {"onnx": (onnx_file(ByColour()), exact), "table": (table(), {}), "script": (script, {**exact, "size": 16})}
+    for kind, (file, settings) in files.items():
+        flags = {"--allow-code": True} if kind == "script" else {}
+        source = plain | {"teacher": {"weights": str(file), **settings}}
+        first = load_recipe(source, flags=flags)
+        folder = run(first, output_dir=tmp_path, name=kind, stages=("teacher", "distilled"))
+        shared = train_teachers(first, tmp_path / f"{kind}-sweep", SilentObserver(), None)
+        file.unlink()
+        monkeypatch.setattr(code_references, "_permitted", set())  # as in another process
+        again = run(load_recipe(source, shared, flags=flags), output_dir=tmp_path, name=f"{kind}-again",
+                    stages=("teacher", "distilled"))  # fmt: skip
+        assert all(torch.equal(value, weights(again)[key]) for key, value in weights(folder).items())

@@ -77,6 +77,21 @@ def test_a_file_computes_what_its_network_did(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
+def test_the_weights_of_a_program_are_in_its_content_alone(tmp_path, kind):
+    module, file = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 4)).eval(), tmp_path / "file"
+    with warnings.catch_warnings(), allowed_code():
+        warnings.simplefilter("ignore")  # torch advises another format
+        if kind == "torchscript":
+            torch.jit.trace(module, IMAGES).save(file)
+        else:
+            torch.export.save(torch.export.export(module, (IMAGES,)), file)
+        network = FileNetwork.read(kind, file)
+        network.examine(SIZE) if kind == "torchscript" else None
+        assert torch.allclose(network(IMAGES), module(IMAGES), atol=1e-5)
+        assert set(network.state_dict()) == {"content", "settings"}
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
 def test_files_that_can_run_code_need_permission(tmp_path, kind):
     file = write_file(kind, tmp_path)
     with pytest.raises(UsageError, match="--allow-code"):

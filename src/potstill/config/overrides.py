@@ -608,6 +608,8 @@ def _fill_section(section: dict[str, Any], stage: str, *, allow_code: bool, reco
             f"{weights} is a network whose code would run on this machine: {architecture}\n"
             "Read that code; if you trust it, add --allow-code (from Python: allow_code=True)"
         )
+    if allow_code:
+        permit_code([architecture, str(card.parent.resolve())])
     section["model"] = architecture
     if not weights.startswith(HUB_PREFIX):
         section["weights"] = str(card.parent)

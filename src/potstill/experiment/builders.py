@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from potstill.code_references import is_permitted, permit_code
 from potstill.config import stage_role
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, StageSettings
@@ -128,7 +129,8 @@ def _take_classes_away(start: InitialNetwork, key: str) -> None:
 def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, ...]) -> InitialNetwork:
     """Do as ``build_network``, but for the range."""
     size = _size(recipe, network)
-    if opaque_models.is_model(network.model):
+    is_saved = network.weights not in (None, *WITHOUT_FILE) and _is_potstill_model(model_path(network.weights))
+    if opaque_models.is_model(network.model) and not is_saved:
         return _from_other_program(recipe, network, classes)
     if network.weights is None:
         module = create_model(network.model, len(classes), size=size)
@@ -147,7 +149,7 @@ def _build_network(recipe: Recipe, network: StageSettings, classes: tuple[str, .
             function.add_head(function.examine(size), len(classes))
             spec = network_spec(recipe, network)
             return InitialNetwork(module.eval(), network.model, spec, ready=True, facts=_file_facts(network))
-    if network.weights not in WITHOUT_FILE and _is_potstill_model(model_path(network.weights)):
+    if is_saved:
         if network.classes is not None:
             raise UsageError(f"{key}.classes is for weights without class names; {network.weights} has its own")
         if network.mean is not None or network.std is not None:
@@ -392,7 +394,9 @@ def _file_groups(
 
 
 def _from_model_file(path: Path, network: StageSettings, classes: tuple[str, ...], key: str) -> InitialNetwork:
-    model = load_model(find_model(path))
+    model = load_model(folder := find_model(path))
+    if isinstance(hidden := find_opaque(model.module), FileNetwork) and is_permitted(str(folder.resolve())):
+        permit_code([sha256_hex(hidden.content.numpy().tobytes())])
     facts, has_head = {"weights": network.weights}, predicts_classes(model.facts)
     if model.class_names == classes and (has_head or network.head == "none" or classes == NO_CLASSES):
         if network.size not in (None, model.input.size):

@@ -32,7 +32,6 @@ from potstill.experiment.builders import (
     folder_name,
     network_key,
     network_spec,
-    table_answers,
     take_deployed_network,
 )
 from potstill.experiment.plan import PlannedStage, plan_stages, trains_network
@@ -177,9 +176,9 @@ def _check_table(table: TableNetwork, name: str, data: DataSplits) -> None:
             f"a table of answers needs a name for each image, and {len(doubled):,} names are those of several, such as "
             f"{doubled[0]!r}"
         )
-    unlabeled = data.unlabeled
-    for split in SPLITS:
-        table_answers(table, data.split(split), unlabeled if split == "train" else None)
+    table.answers(list(names))  # of all splits at once, so that the error counts all missing rows
+    if (unlabeled := data.unlabeled) is not None:
+        table.answers(unlabeled.names, folder_name(unlabeled))
     if unlabeled is not None and (both := names.keys() & set(unlabeled.names)):
         folder, paths = folder_name(unlabeled), set(table.paths)
         if wrong := sorted(each for each in both if f"{folder}/{each}" not in paths):

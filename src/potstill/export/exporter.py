@@ -55,7 +55,7 @@ from potstill.formatting import format_columns, format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
 from potstill.io import check_exists, read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
-from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
+from potstill.models.exported_files import LABELS, ExportMetadata, create_onnx_predictor
 from potstill.models.model_file import Classifier, load_class_model
 
 
@@ -310,6 +310,8 @@ class Exporter:
     ) -> None:
         self.folder, self.options, self.form, self.note = folder, options, form, note
         self.classifier, self.label = classifier, label
+        if (what := LABELS.get(classifier.architecture)) is not None:
+            raise UsageError(f"{label} is {what} and cannot be exported: give the student, or use the file as it is")
         self.metadata = create_metadata(self.classifier, options)
         self.splits = load_data(export_data_settings(folder, options.data)).measured
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):

@@ -292,17 +292,18 @@ def _model_folders(run: Path) -> dict[str, Path]:
     if is_hub_model(os.fspath(run)):
         find_model_folder(run)  # so that its errors come before the page
         return {"model": run}
-    found = {stage: run / stage for stage, card in cards.items() if card.is_file() and _has_classes(card)}
+    found = {stage: run / stage for stage, card in cards.items() if card.is_file() and _predicts(card)}
     if found:
         return found
     folder = find_model(run)
     return {folder.name if folder.name in _STAGES else "model": folder}
 
 
-def _has_classes(card: Path) -> bool:
-    """Return whether a model predicts; a teacher of embeddings alone does not."""
-    head = read_checksummed_json(card).get("facts", {}).get("head") or {}
-    return bool(head.get("kind") != "none")
+def _predicts(card: Path) -> bool:
+    """Return whether a model answers any image; a table of answers and a teacher of embeddings alone do not."""
+    model = read_checksummed_json(card)
+    head = model.get("facts", {}).get("head") or {}
+    return model.get("architecture") != "table" and bool(head.get("kind") != "none")
 
 
 def _open_socket(host: str, port: int) -> socket.socket:

@@ -182,17 +182,13 @@ class PrunedStudent:
 
     def _teachers(self, own: Recipe, planned: PlannedStage) -> list[StageSettings] | StageSettings | None:
         """Return the trained networks that the student learned from: teachers, or an assistant or generation."""
-        from potstill.models.families.opaque_models import is_model
-
         found = []
         for name in planned.teachers:
             network = own.network(name)
-            if not is_model(network.model):  # a file of another program is read from where it is
-                changes: dict[str, Any] = {"prompts": None, "classes": None, "new_head": False, "fallback": []}
-                head = network.head if network.head == "none" else None
-                folder = str(self.run.stage(name).resolve())
-                network = network.model_copy(update={**changes, "weights": folder, "head": head})
-            found.append(network)
+            changes: dict[str, Any] = dict.fromkeys(("prompts", "classes", "mean", "std"))
+            changes |= {"weights": str(self.run.stage(name).resolve()), "new_head": False, "fallback": []}
+            changes["head"] = network.head if network.head == "none" else None
+            found.append(network.model_copy(update=changes))
         if not found:  # the baseline, or a method without teacher
             return own.teacher
         return found if isinstance(own.teacher, list) and stage_role(planned.teachers[0]) == "teacher" else found[0]

@@ -120,6 +120,8 @@ def train_teachers(
             f"{key}.head={'none' if recipe.network(name).head == 'none' else 'null'}",  # else it is a part of them
             f"{key}.prompts=null",
             f"{key}.classes=null",
+            f"{key}.mean=null",
+            f"{key}.std=null",
         )
     )
 

@@ -268,7 +268,8 @@ class FileNetwork(OpaqueNetwork):
             load: Callable[..., Any] = torch.jit.load
             program = load(io.BytesIO(content), map_location=self.content.device, _extra_files=extra).eval()
         found: Any = extra[METADATA_KEY]
-        return program, found.decode() if isinstance(found, bytes) else found
+        # As a function: as an attribute, a module's weights would be among those of this network, beside the content.
+        return (lambda images: program.to(images.device)(images)), found.decode() if isinstance(found, bytes) else found
 
     def _open_torch_export(self, content: bytes) -> tuple[Callable[[Tensor], Any], str]:
         extra = {METADATA_KEY: ""}
