@@ -10,6 +10,7 @@ from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import dry_run
+from potstill.models.factory import create_model
 from potstill.training.callbacks import SilentObserver
 
 
@@ -59,6 +60,15 @@ def test_what_cannot_work_is_refused_before_any_training(case, recipe, tmp_path)
     with pytest.raises(UsageError, match=message):
         pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_layer_decay_of_a_network_without_known_blocks(side, recipe, tmp_path):
+    torch.save(create_model("cifar/resnet8", 7, size=32).state_dict(), tmp_path / "weights.pth")
+    network = f"{{model: cifar/resnet8, weights: '{tmp_path / 'weights.pth'}', head: finetune"
+    changes = {side: network + ", training: {epochs: 1, layer_decay: 0.5}}"}
+    with pytest.raises(UsageError, match="layer_decay takes the blocks of a network from timm, and ResNet"):
+        pipeline.run(recipe(**changes), output_dir=tmp_path, observer=Refusing())
 
 
 def test_two_classes_are_refused_where_they_mean_nothing(photographs, recipe, tmp_path):

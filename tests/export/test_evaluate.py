@@ -153,9 +153,12 @@ def test_outputs_without_names_are_the_datas_classes_in_its_own_order(tmp_path: 
 def test_outputs_without_names_are_the_classes_of_all_splits(tmp_path: Path) -> None:
     pictures(tmp_path / "d" / "train", 2)
     pictures(tmp_path / "d" / "test", 4, CLASSES[:2])
-    metrics = evaluate(save_weights(tmp_path / "w.pth", 3), str(tmp_path / "d"))
+    notes: list[str] = []
+    metrics = evaluate(save_weights(tmp_path / "w.pth", 3), str(tmp_path / "d"), note=notes.append)
     assert [row["class"] for row in metrics["per_class"]] == ["blue", "green", "red"]
     assert (metrics["count"], metrics["top1"]) == (8, 0.5)
+    said = "its input is taken to be images of 32 px, with mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225"
+    assert any(line.endswith(said) for line in notes)
 
 
 def test_classes_that_the_model_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:

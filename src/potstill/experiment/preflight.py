@@ -60,7 +60,7 @@ from potstill.models.registry import check_model
 from potstill.training.averaging import check_batch_norm
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute, check_distributed_support, create_compute
-from potstill.training.optim import get_optimizer_class
+from potstill.training.optim import get_optimizer_class, layer_lr_scales
 from potstill.training.settings import TrainingSettings
 from potstill.training.trainer import LabelLoss
 from potstill.types import UNLABELED, Batch
@@ -102,6 +102,9 @@ def _dry_run_stage(
             start = build_network(recipe, network, data.class_names, data.range)
             if fits_head(network):
                 check_probe(network, start, data, network_key(recipe, network))
+            decay, is_trained = recipe.stage_training(name).layer_decay, network.head in ("finetune", "random")
+            if decay is not None and (name == stage.name or is_trained):
+                layer_lr_scales(start.module, decay)  # UsageError: its blocks are not known
             networks[name] = Classifier(start.module, start.architecture, data.class_names, start.input)
     if data.target is not None and recipe.domain_settings.adapt_batch_norm:
         for name in (name for name in stage.teachers if stage_role(name) == "teacher"):

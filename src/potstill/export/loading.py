@@ -108,6 +108,8 @@ def _load_bare(
     spec = input_spec(architecture, size)
     if loaded.normalisation is not None:
         spec = replace(spec, mean=loaded.normalisation[0], std=loaded.normalisation[1])
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    note(f"{weights}: its input is taken to be images of {spec.size} px, with mean {mean} and std {std}")
     return Classifier(loaded.module.eval(), architecture, names, spec)
 
 
