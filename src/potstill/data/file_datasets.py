@@ -104,7 +104,8 @@ def add_unlabeled(
     _check_unseen(UnlabeledFileSet(root, names), data)
     if staged is not None:
         staged.expect(names, ["train"] * len(names))
-    contents = check_files(root, names, str(root), progress=progress, bad=bad, staged=staged)
+    hints = suggest_fixes([_UNREADABLE])
+    contents = check_files(root, names, str(root), progress=progress, bad=bad, hints=hints, staged=staged)
     if bad:
         names = [name for name in names if name not in bad]
         skipped += unreadable_findings(root, bad)
@@ -175,7 +176,8 @@ def load_without_labels(
     bad: dict[str, str] | None = {} if settings.skip_bad else None
     if staged is not None:
         staged.expect(names, None)
-    contents = check_files(root, names, settings.source, progress=progress, bad=bad, staged=staged)
+    hints = suggest_fixes([_UNREADABLE])
+    contents = check_files(root, names, settings.source, progress=progress, bad=bad, hints=hints, staged=staged)
     if bad:
         names, skipped = [name for name in names if name not in bad], skipped + unreadable_findings(root, bad)
     tests, test_contents, origin = _labeled_test(settings, class_names, progress)
