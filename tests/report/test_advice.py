@@ -39,8 +39,28 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_every_rule_has_a_line_of_its_own() -> None:
-    assert len(RULES) == len(set(RULES)) == 14
+    assert len(RULES) == len(set(RULES)) == 15
     assert all(rule.__doc__ for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("counts", "f1", "recipe", "said"),
+    [
+        ({"a": 500, "b": 100}, 0.84, "", True),
+        ({"a": 499, "b": 100}, 0.84, "", False),  # less than five times
+        ({"a": 500, "b": 100}, 0.86, "", False),  # and it hardly shows
+        ({"a": 500, "b": 100}, 0.84, "data:\n  class_balance: weights\n", False),  # done already
+        ({"a": 500}, 0.84, "", False),
+    ],
+)
+def test_imbalance(counts: dict[str, int], f1: float, recipe: str, said: bool) -> None:
+    found = advice.imbalance(
+        run({"distilled": {"test": {"top1": 0.9, "f1_macro": f1}}}, recipe=recipe, data={"counts": {"train": counts}})
+    )
+    assert (found is not None) == said
+    if found is not None:
+        assert "5 times as many training images" in found.evidence
+        assert "6.0 points below top-1 (90.0 %)" in found.evidence
 
 
 def test_weak_teacher() -> None:

@@ -5,6 +5,7 @@ part (data, evidence, teachers, students).
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -422,6 +423,35 @@ def other_method(run: Run) -> Advice | None:
     return Advice(title, evidence, action, flags=("--method", "auto"))
 
 
+IMBALANCE_RATIO = 5.0  # images of the largest class to those of the smallest
+MACRO_F1_GAP = 0.05  # below top-1
+
+
+def imbalance(run: Run) -> Advice | None:
+    """Class sizes differ much, and macro F1 is well below top-1."""
+    counts = (run.data.get("counts") or {}).get("train")
+    sizes = (
+        [size for each in (counts or {}).values() if (size := format_number(each))] if isinstance(counts, dict) else []
+    )
+    top1, f1 = (final_metric(run, "distilled", "test", key) for key in ("top1", "f1_macro"))
+    if len(sizes) < 2 or top1 is None or f1 is None or _recipe_balances(run):
+        return None
+    if max(sizes) < IMBALANCE_RATIO * min(sizes) or top1 - f1 < MACRO_F1_GAP:
+        return None
+    return Advice(
+        "Small classes are learned worse",
+        f"The largest class has {max(sizes) / min(sizes):.0f} times as many training images as the smallest, and macro "
+        f"F1 ({format_percent(f1)}) is {format_points(top1 - f1, signed=False)} points below top-1 "
+        f"({format_percent(top1)}).",
+        "Sample the classes equally often; weights (data.class_balance) reach only a loss that reads labels.",
+        settings=("data.class_balance=sampling",),
+    )
+
+
+def _recipe_balances(run: Run) -> bool:
+    return re.search(r"^\s*class_balance:\s*[\"']?(weights|sampling)\b", run.recipe or "", re.MULTILINE) is not None
+
+
 def harmed(run: Run) -> Advice | None:
     """Distillation hurt although the teacher leads."""
     gap = format_number(average_over_seeds(run.comparison or {}).get("gap"))
@@ -461,6 +491,7 @@ RULES: tuple[AdviceRule, ...] = (
     still_improving,
     other_method,
     harmed,
+    imbalance,
     one_seed,
     few_seeds,
     test_too_small,
