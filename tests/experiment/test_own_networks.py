@@ -202,7 +202,9 @@ def test_code_on_the_command_line_and_its_saved_models(photographs, code, tmp_pa
     refused = cli(capsys, *again)
     assert refused[0] == 2
     assert "--allow-code" in refused[2]
-    assert cli(capsys, *again, "--allow-code")[0] == 0
+    trained = cli(capsys, *again, "--allow-code")
+    assert trained[0] == 0
+    assert trained[1].rstrip().endswith("IMAGE")  # the student alone predicts, and is no code
 
 
 def test_a_recipe_file_that_names_code_needs_permission(photographs, code, tmp_path, capsys):

@@ -536,7 +536,8 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         next_command = ["potstill", "run", str(folder / "recipe.yaml"), "--set", "data.fold=all", "--name", name, *root]
     if (results.get("without_labels") or {}).get("classes") is False:
         next_command = ["potstill", "run", "RECIPE", "--data", "LABELED", "--student", str(folder)]
-    models = (stage.get("model") or {} for stage in results["stages"].values())
-    if next_command[1] == "predict" and any(is_code_reference(model.get("architecture", "")) for model in models):
+    stages = (results["stages"].get(name) for name in ("distilled", "baseline", "teacher"))
+    model = next((stage.get("model") or {} for stage in stages if stage), {})  # the one that predicts
+    if next_command[1] == "predict" and is_code_reference(model.get("architecture", "")):
         next_command = [*next_command, "--allow-code"]
     print_next_command(next_command)
