@@ -77,6 +77,11 @@ def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
     text = "\n".join(lines)
     assert f"trial {final['trial']} is the best on val: a search, unconfirmed" in text
     assert "elped" not in text
+    assert "--confirm-seeds 5 trains it again" in text
+    described = read_checksummed_json(folder / "sweep.json")
+    write_checksummed_json(folder / "sweep.json", described | {"recipe": "data: {labeled: false}"})
+    assert "--confirm-seeds" not in "\n".join(render_sweep(folder)[1])  # there is no baseline
+    write_checksummed_json(folder / "sweep.json", described)
     with pytest.raises(UsageError, match=r"(?s)training.lr: was 0.003, now 0.5.*--name"):
         make(source, folder, sets=["training.lr=0.5"]).work()
     with pytest.raises(UsageError, match=r"method.temperature=1,2: was there before"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from potstill.config.yaml import parse_yaml
 from potstill.errors import ArtifactError
 from potstill.evaluation import Array
 from potstill.evaluation.significance import crossed_interval, mcnemar, paired_interval
@@ -61,7 +62,8 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
     }
     target = folder / "sweep.html"
     write_text(target, render_template("sweep.html.j2", values))
-    lines = trial_table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final))
+    labeled = (parse_yaml(sweep["recipe"], "recipe").value.get("data") or {}).get("labeled", True)
+    lines = trial_table(trials, sweep["measure"]) + ([] if final is None else _final_lines(final, labeled=labeled))
     return target, lines + ([] if fit is None else ["", *fit["lines"]])
 
 
@@ -178,16 +180,19 @@ def _read_fit(folder: Path) -> dict[str, Any] | None:
     return {"students": students, "lines": lines}
 
 
-def _final_lines(final: Mapping[str, Any]) -> list[str]:
+def _final_lines(final: Mapping[str, Any], *, labeled: bool) -> list[str]:
     best = f"trial {final['trial']} is the best on val"
     if final["trial"] is None:
         best = "one candidate, for lack of time"
     if not final["rows"]:
+        confirm = [
+            "The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that was",
+            "searched with as many trials.",
+        ]
         return [
             "",
             f"{best}: a search, unconfirmed. As the best of many, its metric on val is too high; it gives no verdict.",
-            "The same command with --confirm-seeds 5 trains it again on fresh seeds, against a baseline that was",
-            "searched with as many trials.",
+            *(confirm if labeled else ()),  # without labels there is no baseline
         ]
     return [
         "",
