@@ -1,4 +1,4 @@
-"""What is told before training: the time of each stage, the size of the teacher cache, the seeds."""
+"""What is printed before training: the time of each stage, the size of the teacher cache, the seeds."""
 
 import contextlib
 import statistics
@@ -15,7 +15,7 @@ from potstill.distillation.cached_outputs import CachedTeacherOutputs
 from potstill.errors import PotstillError, UsageError
 from potstill.evaluation.predictions import evaluation_mode
 from potstill.experiment.plan import PlannedStage, stage_recipe, trains_network
-from potstill.formatting import format_count, format_percent, format_scaled
+from potstill.formatting import format_count, format_many, format_percent, format_scaled
 from potstill.models.families.opaque_models import find_opaque, find_table
 from potstill.models.registry import build_model
 from potstill.training.autotune import create_timed_step, has_depthwise, timed_batch_size
@@ -35,7 +35,7 @@ def describe_cache(recorded: CachedTeacherOutputs, loader: Loader, epochs: int) 
     size = views * loader.samples * sum(cache.record.nbytes for cache in caches)
     filled = {0.0: "empty", 1.0: "complete"}.get(share, f"{format_percent(share, 0)} filled")
     return (
-        f"teacher cache: {views} view{'' if views == 1 else 's'} of {format_count(loader.samples)} images, "
+        f"teacher cache: {format_many(views, 'view')} of {format_many(loader.samples, 'image')}, "
         f"{format_scaled(size, 'B')}, {filled}"
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from potstill.errors import NonFiniteError, UsageError
-from potstill.formatting import format_duration, format_milliseconds, format_scaled
+from potstill.formatting import format_duration, format_many, format_milliseconds, format_scaled
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.models.model_table import Limits
 from potstill.sweep import study
@@ -169,10 +169,6 @@ def seconds_of(
             seconds += min(size, per_student) * costs.training(last, epochs, distilled=False)
     again = costs.training(last, plan.epochs, distilled=False) + EVALUATION_EPOCHS * costs.epoch(last)
     return seconds + plan.seeds * 2 * again + costs.new_views(plan.epochs, cached) * costs.view
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def longest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
@@ -378,7 +374,9 @@ class HalvingSearch:
                     break
                 self.state["rungs"].append(epochs)
                 self._save()
-                self.observer.note(f"rung {rung + 1} of {len(sizes)}: {size} candidates, {_epochs(epochs)} each")
+                self.observer.note(
+                    f"rung {rung + 1} of {len(sizes)}: {size} candidates, {format_many(epochs, 'epoch')} each"
+                )
             epochs = self.state["rungs"][rung]
             rows = [
                 self._trial(costs, "distilled", each, rung, epochs, optional=at > 0)
@@ -494,7 +492,9 @@ class HalvingSearch:
         epochs = self.state["final_epochs"]
         if "fresh_seeds" not in self.state:
             started = self.clock()
-            self.observer.note(f"winner and baseline are trained again with fresh seeds, {_epochs(epochs)} each")
+            self.observer.note(
+                f"winner and baseline are trained again with fresh seeds, {format_many(epochs, 'epoch')} each"
+            )
             self.trainings.train_again(both, epochs, 1, evaluate=False)
             pair = self.clock() - started
             ends = 2 * EVALUATION_EPOCHS * costs.epoch(name)

@@ -269,7 +269,7 @@ def validate_listing(
     scan_image = file_scanner(listing.root, names) if listing.images is None else image_set_scanner(listing.images)
     bad, odd = list[Finding](), list[Finding]()
     division, findings = assign_splits(listing, settings)
-    # A folder too high or too low is said at once; decoding all that lies below it may take hours.
+    # A folder too high or too low is reported at once; decoding all that lies below it may take hours.
     one_class = any(each.kind == "one-class" for each in findings)
     for i, scan in enumerate(() if one_class else _scan_images(scan_image, len(names), progress)):
         if isinstance(scan, Finding):
