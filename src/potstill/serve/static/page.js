@@ -210,7 +210,7 @@ async function begin() {
     document.title = `${visible(run)} · potstill`;
     const rows = models.map((each) => make("tr", {}, make("td", { class: `key ${each.stage}` }, make("span", { class: "dot" }), named(each.stage)), make("td", { text: each.architecture }),
       make("td", { class: "right", text: each.parameters.toLocaleString("en") }), make("td", { class: "right", text: each.classes.length }), make("td", { class: "right", text: `${each.size} × ${each.size}` })));
-    const heads = [["Model"], ["Architecture"], ["Parameters", 1], ["Classes", 1], ["Sees pixels", 1]].map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) }));
+    const heads = [["Model"], ["Architecture"], ["Parameters", 1], ["Classes", 1], ["Input", 1]].map(([text, right]) => make("th", { scope: "col", text, ...(right ? { class: "right" } : {}) }));
     at("networks").append(make("h2", { text: "Networks" }), make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
   } catch (error) { notice(error.message); }
 }
