@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 # Nor litert: litert-torch 0.10 takes torch below 2.15 and, by xdsl 0.28, typing-extensions below 4.13.
 LOCKED := solar efficientnet-lite datasets export openvino executorch coreml ncnn prune serve sweep tensorboard
 
+# The machine's certificates, as pip trusts them: behind a proxy with one of its own uv would fail, and pip is slower.
+export UV_SYSTEM_CERTS ?= 1
+
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:
 
