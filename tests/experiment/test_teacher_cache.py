@@ -173,6 +173,24 @@ def test_edited_code_of_a_network_is_another_teacher(tmp_path):
     assert "code" not in teacher_cache.describe_teacher(teacher_cache.StageTeacher(plain, None, "the same"))
 
 
+def test_other_outputs_beside_the_same_weights_and_code_are_another_teacher():
+    def describe(name, slope, factor, training=False):
+        torch.manual_seed(0)
+        layers = (torch.nn.Flatten(), torch.nn.Linear(12, 2), torch.nn.LeakyReLU(slope), torch.nn.Dropout(0.5))
+        module = torch.nn.Sequential(*layers).train(training)
+        module.factor = factor
+        module.register_forward_hook(lambda module, _, outputs: module.factor * outputs)
+        network = Classifier(module, name, ("a", "b"), InputSpec(2))
+        found = teacher_cache.describe_teacher(teacher_cache.StageTeacher(network, None, "the same"))
+        assert module.training == module[3].training == training
+        return found
+
+    for name in ("python/teacher", "mine.py:Net"):
+        assert describe(name, 0.1, 1.0) == describe(name, 0.1, 1.0) == describe(name, 0.1, 1.0, training=True)
+        for other in ((0.2, 1.0), (0.1, 1.01), (0.1, float("inf")), (0.1, 0.0)):
+            assert describe(name, 0.1, 1.0) != describe(name, *other)
+
+
 def test_predictions_of_a_ready_teacher_are_kept_for_later_runs(first, recipe, tmp_path, monkeypatch):
     done, _ = first
     evaluated = []

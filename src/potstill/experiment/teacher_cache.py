@@ -32,12 +32,14 @@ from potstill.distillation.teacher_inference import InferenceSettings
 from potstill.distillation.teachers import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError, UsageError
+from potstill.evaluation.predictions import evaluation_mode
 from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
 from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
+from potstill.models.families.own_models import is_own_network
 from potstill.models.model_file import Classifier
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
@@ -305,6 +307,7 @@ def describe_teacher(teacher: StageTeacher) -> dict[str, Any]:
         "inference": None if teacher.inference_settings is None else teacher.inference_settings.facts(),
         **({} if teacher.fold_heads is None else {"fold heads": teacher.fold_heads}),
         **({} if (code := _code_digest(network.module)) is None else {"code": code}),
+        **({"outputs": _outputs_digest(network)} if is_own_network(network.architecture) else {}),
     }
 
 
@@ -317,6 +320,22 @@ def _code_digest(module: nn.Module) -> str | None:
     for file in own:
         found.update(file.read_bytes())
     return found.hexdigest() if own else None
+
+
+def _outputs_digest(network: Classifier) -> str:
+    """SHA-256 over a network's rounded outputs for four fixed images.
+
+    What a network of somebody's own computes can change beside the same weights and code: a factor that is a plain
+    attribute, the slope of a LeakyReLU, code that was typed into a notebook.
+    """
+    device = next((each.device for each in network.module.parameters()), torch.device("cpu"))
+    shape = (4, 3, network.input.size, network.input.size)
+    with evaluation_mode(network.module) as module:
+        outputs = module(torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(device)).double().cpu()
+    # In steps of a thousandth of the largest: other numbers of threads round otherwise.
+    step = 2.0 ** (np.frexp(float(outputs.abs().max()))[1] - 10)
+    rounded = np.nan_to_num((outputs / step).round().numpy()) + 0.0  # no -0.0
+    return hashlib.sha256(f"{step}\0".encode() + rounded.tobytes()).hexdigest()
 
 
 def cache_key(teacher: dict[str, Any], loader: Loader, split: str, data: DataSplits, *, second: bool) -> dict[str, Any]:

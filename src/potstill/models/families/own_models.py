@@ -55,6 +55,11 @@ def is_model(name: str) -> bool:
     return is_code_reference(name) or name in _given or name in _plugins()
 
 
+def is_own_network(name: str) -> bool:
+    """Return whether a model file's architecture is code of somebody's own, here or where the model was made."""
+    return name.startswith(GIVEN) or is_model(name)
+
+
 def build(name: str, num_classes: int, size: int, in_chans: int) -> nn.Module:
     """Return a new network; a module is copied, with its weights."""
     with torch.random.fork_rng(devices=[]):  # what an import draws must not decide initial weights
