@@ -143,6 +143,30 @@ def test_a_saved_model_runs_code_only_where_it_is_allowed(code, tmp_path, monkey
     assert load_model(tmp_path / "m").architecture == code + "Net"
 
 
+def test_a_saved_model_is_refused_where_its_code_computes_something_else(code, tmp_path):
+    module = create_model(code + "Net", 3, size=16).train()
+    save_model(Classifier(module, code + "Net", ("a", "b", "c"), InputSpec(16)), tmp_path / "m")
+    assert module.training
+    (tmp_path / "mine.py").write_text(CODE.replace("nn.ReLU()", "nn.ReLU(inplace=True)"))  # the same function
+    with allowed_code():
+        assert torch.equal(load_model(tmp_path / "m").module.head.weight, module.head.weight)
+        (tmp_path / "mine.py").write_text(CODE.replace("nn.ReLU()", "nn.Sigmoid()"))
+        with pytest.raises(ArtifactError, match=r"mine.py:Net computes other outputs than .* its code has changed"):
+            load_model(tmp_path / "m")
+
+
+def test_outputs_that_are_not_repeatable_or_finite_are_not_compared(tmp_path):
+    class Noisy(Tiny):
+        def forward(self, images):
+            return super().forward(images) + torch.rand(2)
+
+    for module in (Noisy(), Tiny()):
+        if type(module) is Tiny:
+            module.head.bias.data[0] = float("inf")
+        save_model(Classifier(module, "python/student", ("a", "b"), InputSpec(8)), tmp_path / "m")
+        assert load_model(tmp_path / "m", module=type(module)()).architecture == "python/student"
+
+
 class Tiny(nn.Module):
     def __init__(self, num_classes=2):
         super().__init__()

@@ -32,7 +32,6 @@ from potstill.distillation.teacher_inference import InferenceSettings
 from potstill.distillation.teachers import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError, UsageError
-from potstill.evaluation.predictions import evaluation_mode
 from potstill.formatting import format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
@@ -40,7 +39,7 @@ from potstill.methods import describe_method
 from potstill.methods.base import Method
 from potstill.models.families.opaque_models import FunctionNetwork, find_opaque
 from potstill.models.families.own_models import is_own_network
-from potstill.models.model_file import Classifier
+from potstill.models.model_file import Classifier, outputs_of_fixed_images
 from potstill.training.callbacks import Observer
 from potstill.training.devices import Compute
 
@@ -328,10 +327,7 @@ def _outputs_digest(network: Classifier) -> str:
     What a network of somebody's own computes can change beside the same weights and code: a factor that is a plain
     attribute, the slope of a LeakyReLU, code that was typed into a notebook.
     """
-    device = next((each.device for each in network.module.parameters()), torch.device("cpu"))
-    shape = (4, 3, network.input.size, network.input.size)
-    with evaluation_mode(network.module) as module:
-        outputs = module(torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(device)).double().cpu()
+    outputs = outputs_of_fixed_images(network.module, network.input.size)
     # In steps of a thousandth of the largest: other numbers of threads round otherwise.
     step = 2.0 ** (np.frexp(float(outputs.abs().max()))[1] - 10)
     rounded = np.nan_to_num((outputs / step).round().numpy()) + 0.0  # no -0.0

@@ -8,7 +8,8 @@
 
 and, only where a method put other layers into the network, ``"remodelled"``: the argument of ``rebuild`` in
 ``features``; only where the network's outputs are not the classes one by one, ``"output_groups"``: see
-``OutputGroups``; only where channels were removed, ``"pruned"``: the argument of ``pruning.cut_channels``.
+``OutputGroups``; only where channels were removed, ``"pruned"``: the argument of ``pruning.cut_channels``; only for a
+network of somebody's own code, ``"outputs"``: numbers by which a change of that code is noticed.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from potstill.code_references import PERMISSION, is_code_reference, is_permitted
 from potstill.errors import ArtifactError, UsageError
 from potstill.features.student_surgery import rebuild_student
+from potstill.features.tracing import eval_no_grad
 from potstill.input_spec import InputSpec
 from potstill.io import (
     file_sha256,
@@ -37,7 +39,8 @@ from potstill.io import (
     write_checksummed_json,
 )
 from potstill.models import state_dict
-from potstill.models.families.opaque_models import allocate_buffers
+from potstill.models.families.opaque_models import allocate_buffers, find_opaque
+from potstill.models.families.own_models import is_own_network
 from potstill.models.output_groups import GroupedOutputs, OutputGroups
 from potstill.models.pruning import Widths, cut_channels
 from potstill.models.registry import build_model
@@ -76,6 +79,8 @@ WEIGHTS_FILE, FACTS_FILE = "model.safetensors", "model.json"
 SCHEMA = 1
 _NEXT_WEIGHTS = "model-next.safetensors"  # weights on their way to replace older ones
 _MAX_CLASSES = 1_000_000
+_KEPT_OUTPUTS = 16  # of each of two images
+_OTHER_CODE = 0.01  # share of the largest output; devices and versions of PyTorch differ by less
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -124,6 +129,7 @@ class ModelFacts(BaseModel):
     remodelled: dict[str, Any] | None = None
     output_groups: dict[str, Any] | None = None
     pruned: Widths | None = None
+    outputs: Annotated[list[list[FiniteFloat]] | None, Field(max_length=2)] = None
 
     @field_validator("class_names")
     @classmethod
@@ -152,6 +158,7 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         **({} if classifier.remodelled is None else {"remodelled": classifier.remodelled}),
         **({} if classifier.output_groups is None else {"output_groups": classifier.output_groups.as_dict()}),
         **({} if classifier.pruned is None else {"pruned": classifier.pruned}),
+        **({} if (outputs := _own_outputs(classifier)) is None else {"outputs": outputs}),
         "facts": classifier.facts,
         "sha256": sha256_hex(weights),
     }
@@ -164,6 +171,42 @@ def save_model(classifier: Classifier, folder: Path) -> None:
         _finish_replacement(folder)
 
 
+def outputs_of_fixed_images(module: nn.Module, size: int, seed: int = 0) -> Tensor:
+    """Return a network's outputs [4, K] for four fixed images of noise, float64 on the CPU, in eval mode.
+
+    ``seed``: for what the network draws on the CPU.
+    """
+    device = next((each.device for each in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+    with eval_no_grad(module), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        outputs: Tensor = module(images)
+    return outputs.detach().double().cpu()
+
+
+def _own_outputs(classifier: Classifier) -> list[list[float]] | None:
+    """Return outputs of a network of somebody's own code; None for others, and for outputs that are not repeatable."""
+    if not is_own_network(classifier.architecture) or find_opaque(classifier.module) is not None:
+        return None
+    first, again = (outputs_of_fixed_images(classifier.module, classifier.input.size, seed)[:2] for seed in (0, 1))
+    return first[:, :_KEPT_OUTPUTS].tolist() if torch.allclose(first, again) and first.isfinite().all() else None
+
+
+def _check_own_outputs(module: nn.Module, body: ModelFacts, path: Path) -> None:
+    """Check that a network's code computes what it did when the model was saved; else raise ArtifactError."""
+    if body.outputs is None:
+        return
+    saved = torch.tensor(body.outputs, dtype=torch.float64)
+    now = outputs_of_fixed_images(module, body.input.size)[: len(saved), : saved.shape[-1]]
+    difference, largest = float((now - saved).abs().max()), float(saved.abs().max())
+    if not difference <= _OTHER_CODE * max(largest, 1e-6):
+        raise ArtifactError(
+            f"{path}: {body.architecture} computes other outputs than when this model was saved (they differ by up to "
+            f"{difference:.3g}, and were up to {largest:.3g}): its code has changed since. Use the code of that time, "
+            "or train the network again"
+        )
+
+
 def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     """Return the classifier of a folder (or of one of its two files), on the CPU and in eval mode.
 
@@ -173,7 +216,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
     A network that a method remodelled, or whose channels were removed, is built as it was deployed; ``module``: the
     network that the weights are loaded into, in place of one by its architecture's name.
 
-    ArtifactError: missing, damaged, not fitting its architecture, or of code without ``allow_code``.
+    ArtifactError: missing, damaged, not fitting its architecture, or of code that has changed or lacks ``allow_code``.
 
     Example:
         >>> import tempfile
@@ -218,6 +261,7 @@ def load_model(path: Path, *, module: nn.Module | None = None) -> Classifier:
         raise ArtifactError(f"{folder / FACTS_FILE} cannot be used: {error}") from error
     if new_head:
         raise ArtifactError(f"{folder / WEIGHTS_FILE} has a head for another number of classes than {FACTS_FILE} names")
+    _check_own_outputs(module, body, folder)
     return Classifier(module.eval(), body.architecture, names, spec, body.facts, body.remodelled, groups, body.pruned)
 
 
