@@ -72,6 +72,23 @@ def load_reference(name: str, *, base: Path | None = None) -> Any:
         raise UsageError(f"{name}: {where} has no {attribute!r}{did_you_mean(attribute, public)}") from error
 
 
+def digest_code(recipe: Any) -> dict[str, str | None]:
+    """Return the SHA-256 of the file of each piece of code that a recipe's plain values name; None: no such file.
+
+    Modules must be loaded already.  The keys have no folders: they are written to files that people publish.
+    """
+    found: dict[str, str | None] = {}
+    for _, name in find_code(recipe):
+        where, _, attribute = name.rpartition(":")
+        path = where if is_file_reference(name) else getattr(sys.modules.get(where), "__file__", None)
+        try:
+            digest = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError:
+            digest = None
+        found[f"{Path(where).name}:{attribute}"] = digest
+    return found
+
+
 def _load_file(path: Path, name: str) -> ModuleType:
     try:
         content = path.read_bytes()

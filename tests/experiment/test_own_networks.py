@@ -219,6 +219,23 @@ def test_a_recipe_file_that_names_code_needs_permission(photographs, code, tmp_p
     assert cli(capsys, *stage, "--allow-code")[0] == 0
 
 
+def test_code_that_was_edited_since_the_run_was_started_is_named_on_resume(photographs, code, tmp_path, capsys):
+    run = ("run", "quickstart", "--data", photographs, "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path,
+           "--teacher", f"{code}:by_colour@own", "--student", f"{code}:Net", "--name", "r")  # fmt: skip
+    assert cli(capsys, *run)[0] == 0
+    for text, warns in ((CODE, False), (CODE + "# another line", True), (CODE + "# another line", True)):
+        code.write_text(text)
+        found = cli(capsys, *run, "--resume")
+        assert found[0] == 0, found[2]
+        assert ("mine.py:Net has changed since" in found[2]) == warns
+        warned = json.loads((tmp_path / "r" / "results.json").read_text())["warnings"]
+        assert any("mine.py:Net has changed since" in line for line in warned) == warns
+    code.write_text(CODE.replace("nn.ReLU()", "nn.Sigmoid()"))
+    found = cli(capsys, *run, "--resume", "--seeds", 2)
+    assert found[0] == 4
+    assert "computes other outputs than when this model was saved" in found[2]
+
+
 def test_bare_weights_are_evaluated_and_predict(photographs, code, tmp_path, capsys):
     torch.manual_seed(3)
     network = create_model("cifar/resnet8", 3, size=32)

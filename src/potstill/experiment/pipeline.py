@@ -80,6 +80,7 @@ from potstill.experiment.results import (
 )
 from potstill.experiment.resume import (
     TEST_EVALUATIONS_KEY,
+    changed_code,
     check_same_baseline,
     check_same_data,
     check_same_recipe,
@@ -267,7 +268,7 @@ def run(
             extended,
             reused,
         )
-        experiment.warn_about_start(replaced)
+        experiment.warn_about_start([*replaced, *(changed_code(folder, recipe) if resume else ())])
         with threads:
             left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
@@ -313,7 +314,10 @@ def _write_beginning(
 ) -> None:
     """Write what a run, or a cross-validation, begins with: recipe, environment, splits and files left out."""
     text = dump_recipe(recipe)
-    before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder)} if resume else {}
+    before = {}
+    if resume:
+        kept = {key: value for key, value in folder.read_environment().items() if key == "code"}  # as it was started
+        before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder), **kept}
     chosen = {"replaced_networks": replaced} if replaced else {}
     folder.write_recipe(text)
     folder.write_environment(
@@ -481,11 +485,11 @@ class _Experiment:
         names = (stage.name for stage in self.planned if not _has_no_classes(self.recipe, stage.name))
         return {name: self.models[name] for name in names if name in self.models}
 
-    def warn_about_start(self, replaced: Sequence[str]) -> None:
-        """Warn of what is known of data and settings before anything is trained; ``replaced``: networks."""
+    def warn_about_start(self, first: Sequence[str]) -> None:
+        """Warn of what is known of data and settings before anything is trained; ``first``: other warnings."""
         if self.data.teacher_labels:
             self.warn(describe_missing_labels(self.data))
-        for text in replaced:
+        for text in first:
             self.warn(text)
         self.warnings += warn_about_data(self.data, self.observer, self.recipe.data.resize_mode)
         self.warnings += warn_about_settings(self.recipe, self.planned, self.data, self.observer, self.compute)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import potstill
+from potstill.code_references import digest_code
 from potstill.config import STAGES, sort_stages, stage_role
 from potstill.config.recipe import Recipe
 from potstill.errors import ArtifactError, DataError, UsageError
@@ -248,6 +249,7 @@ def describe_environment(recipe: Recipe, recipe_text: str, fingerprint: str, com
         "recipe_sha256": hashlib.sha256(recipe_text.encode()).hexdigest(),
         "data_fingerprint": fingerprint,
         "source_sha256": _source_digest(),
+        "code": digest_code(recipe.model_dump(mode="json")),
         "git": {"here": git_state(Path.cwd()), "potstill": git_state(Path(potstill.__file__).parent)},
     }
 

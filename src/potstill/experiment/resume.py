@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from potstill.code_references import digest_code
 from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.settings_errors import parse_settings
@@ -179,6 +180,18 @@ def check_same_data(folder: RunFolder, data: DataSplits) -> None:
             + "\n".join(changed_images(folder, data.as_rows()))
             + "\nRestore the former images, or start another run with --name"
         )
+
+
+def changed_code(folder: RunFolder, recipe: Recipe) -> list[str]:
+    """Return a warning for each piece of the user's code that a run names and that was edited since it was started."""
+    now = digest_code(recipe.model_dump(mode="json"))
+    before = folder.read_environment().get("code") or {}
+    return [
+        f"{name} has changed since {folder.path} was started: what was trained before that, and what is trained now, "
+        "come of different code; to compare them, start another run with --name"
+        for name, digest in before.items()
+        if name in now and now[name] != digest
+    ]
 
 
 def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
