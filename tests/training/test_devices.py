@@ -13,6 +13,7 @@ from potstill.methods import create_method
 from potstill.methods.kd import KD
 from potstill.methods.supervised import Supervised
 from potstill.training import devices
+from potstill.training.autotune import create_timed_step
 from potstill.training.devices import Compute, create_compute, has_static_graph, idle_gpus, synced_batch_norm
 from potstill.training.settings import TrainingSettings
 
@@ -53,6 +54,35 @@ def test_a_network_without_room_on_its_device_is_named_with_its_bytes(error):
 def test_other_errors_of_moving_a_network_stay(monkeypatch):
     with pytest.raises(RuntimeError, match="no kernel"):
         Compute(torch.device("meta"), bf16=False, channels_last=False).place(_TooLarge(RuntimeError("no kernel")), "a")
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept"),
+    [
+        (nn.Conv2d(7, 12, 1, stride=2), False),
+        (nn.Conv2d(7, 12, 1, stride=(2, 1)), False),
+        (nn.Conv2d(1, 12, 1, stride=2), True),
+        (nn.Conv2d(16, 32, 1, stride=2), True),
+        (nn.Conv2d(7, 12, 1), True),
+        (nn.Conv2d(7, 12, 3, stride=2), True),
+    ],
+)
+def test_layers_whose_gradients_would_be_written_out_of_bounds_are_trained_without_channels_last(layer, kept):
+    network = nn.Sequential(nn.Conv2d(3, layer.in_channels, 3), layer)
+    compute = create_compute(TrainingSettings(device="cpu"))
+    assert compute.channels_last
+    assert compute.for_training(network).channels_last == kept
+    assert Compute(torch.device("cuda"), bf16=False, channels_last=True).for_training(network).channels_last
+
+
+@pytest.mark.own_process
+def test_a_step_on_such_a_layer_does_not_end_the_process():
+    network = nn.Sequential(
+        nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(7, 12, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    step = create_timed_step(network, 32, 16, create_compute(TrainingSettings(device="cpu")))
+    for _ in range(60):
+        step()
 
 
 def test_memory_of_freed_tensors_is_used_again():

@@ -660,7 +660,7 @@ class _Experiment:
         if stage.distils and data is not self.data:
             model.facts["domain"] = self.domains.facts()
         settings = recipe.stage_training(stage.name)
-        compute = create_compute(settings, self.compute.processes)
+        compute = create_compute(settings, self.compute.processes).for_training(model.module)
         data = apply_curriculum(data, stage, self.models, recipe, compute, self.observer)
         train = train_loader(
             stage, method.needs, model.input, recipe=recipe, data=data, compute=compute, observer=self.observer

@@ -113,6 +113,7 @@ def create_timed_step(
     autocast: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> Callable[[], None]:
     """Return a forward and backward pass of a copy of ``student`` on noise, without side effects."""
+    compute = compute.for_training(student)
     network = copy.deepcopy(student).train().to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
     count = timed_batch_size(images, size)
     generator = torch.Generator().manual_seed(0)

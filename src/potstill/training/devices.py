@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,6 +200,9 @@ def _synced_class(layer: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+_VECTOR_CHANNELS = 16  # float32 numbers of an AVX-512 register; 8 of AVX2
+
+
 @dataclass(frozen=True)
 class Compute:
     """Device, precision, memory layout and process group of a training."""
@@ -242,6 +245,21 @@ class Compute:
     def precision(self) -> str:
         """Precision of convolutions and matrix products: "bf16", "fp16" or "float32"."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "float32"
+
+    def for_training(self, network: nn.Module) -> "Compute":
+        """Return this, without channels last on a CPU for a network whose gradients torch would write out of bounds.
+
+        Seen with torch 2.15 (oneDNN, AVX2) as "double free or corruption": a 1x1 convolution with a stride, of more
+        input channels than one and fewer than fill a vector register, in channels last.  Pruning makes such layers.
+        """
+        faulty = self.device.type == "cpu" and any(
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride != (1, 1)
+            and 1 < layer.in_channels < _VECTOR_CHANNELS
+            for layer in network.modules()
+        )
+        return replace(self, channels_last=False) if faulty else self
 
     def place(self, network: nn.Module, name: str) -> None:
         """Move a network to the device.

@@ -264,7 +264,7 @@ class Client:
         if self._work is None or self._work[:2] != (request.texts, number):
             recipe, student = decode_recipe(request), decode_network(request, "student")
             settings = recipe.stage_training("student")
-            compute = create_compute(settings)
+            compute = create_compute(settings).for_training(student.module)
             images = self.images(decode_classes(request))
             make = partial(client_loader, images, student, recipe, settings, compute, int(number))
             loader = make()
