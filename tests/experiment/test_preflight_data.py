@@ -9,6 +9,7 @@ from torch import nn
 from potstill.config.recipe import load_recipe
 from potstill.data import image_io
 from potstill.data.datasets import load_data
+from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.builders import network_spec, split_loader, train_loader
@@ -18,6 +19,7 @@ from potstill.experiment.preflight import (
     check_data_requirements,
     create_stage_method,
     load_and_stage,
+    training_squares,
 )
 from potstill.experiment.stage import label_loss, train_stage
 from potstill.input_spec import InputSpec
@@ -212,3 +214,11 @@ def test_each_file_is_decoded_once_until_all_loaders_of_a_run_have_their_pixels(
         for split in ("val", "test"):
             split_loader(data, split, spec, made, made.training, compute)
     assert len(decoded) == 60 + 10
+
+
+def test_training_images_are_cut_only_for_networks_that_train_on_them(recipe):
+    given = recipe(**{"teacher.weights": "pretrained", "teacher.head": "probe", "teacher.size": 24})
+    augment = AugmentSettings(crop_scale=(0.3, 1.0))
+    assert training_squares(given, plan_stages(given, ("teacher",)), augment) == set()
+    sides = {side for side, _ in training_squares(given, plan_stages(given), augment)}
+    assert len(sides) == 2  # of the student, and of the teacher that it learns from

@@ -430,7 +430,8 @@ def load_and_stage(
 def training_squares(recipe: Recipe, planned: Sequence[PlannedStage], augment: AugmentSettings | None) -> set[Square]:
     """Return the squares that the training images of these stages are decoded to, as far as networks are known."""
     random_crops = augment is not None and augment.crop_scale is not None
-    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, planned)}
+    trained = [stage for stage in planned if trains_network(recipe, stage)]
+    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, trained)}
 
 
 def _known_specs(recipe: Recipe, planned: Sequence[PlannedStage]) -> Iterator[tuple[str, StageSettings, InputSpec]]:
