@@ -273,11 +273,6 @@ def test_a_label_loss_leaves_rows_without_label_out() -> None:
         assert loss(logits, soft).item() == pytest.approx(loss(logits[:2], soft[:2]).item())
 
 
-def test_whole_batches_leave_out_the_rest() -> None:
-    loader = Loader(images(), SPEC, batch_size=8, order="shuffled", whole_batches=True)
-    assert ([len(batch) for batch in loader.epoch()], loader.count) == ([8, 8], 16)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -286,8 +281,6 @@ def test_whole_batches_leave_out_the_rest() -> None:
         ({"second": "same class", "unlabeled": images(2)}, "unlabeled images have no class"),
         ({"second": "weak"}, "second must be none, strong or same class, got 'weak'"),
         ({"unlabeled": images(2), "unlabeled_share": 1.0}, "unlabeled_share must be at least 0 and below 1, got 1"),
-        ({"unlabeled": images(2), "whole_batches": True}, "fixed number of images per batch"),
-        ({"whole_batches": True, "batch_size": 22}, "21 images do not fill one batch of 22"),
     ],
 )
 def test_what_excludes_each_other_is_refused(options: dict[str, object], message: str) -> None:

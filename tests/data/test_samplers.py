@@ -69,8 +69,6 @@ def test_counts_without_unlabeled_images() -> None:
     labels = np.zeros(21, dtype=np.int64)
     assert EpochSampler(labels, 4, "shuffled", 0).labeled == 20  # the lonely last one
     assert EpochSampler(labels, 4, "listed", 0).labeled == 21
-    whole = EpochSampler(labels, 8, "shuffled", 0, whole_batches=True)
-    assert (whole.count, whole.steps, [len(batch) for batch in whole.batches(0)]) == (16, 2, [8, 8])
 
 
 def test_an_epoch_may_be_longer_than_there_are_images() -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from potstill.data.datasets import load_data
+from potstill.experiment import estimate
 from potstill.experiment.estimate import estimate_stages
 from potstill.experiment.pipeline import run
 from potstill.experiment.plan import plan_stages
@@ -50,6 +51,13 @@ def test_every_stage_has_its_time(recipe):
         recipe(**{"training.epochs": 10_000}), plan_stages(given), data, compute
     )  # so much longer that no noise hides it
     assert longer["baseline"] > 10 * found["baseline"]
+
+
+def test_no_training_step_is_timed_of_a_teacher_that_is_not_trained(recipe, monkeypatch):
+    given = recipe(**{"teacher.weights": "pretrained", "teacher.head": "probe"})
+    data, compute = load_data(given.data), create_compute(given.stage_training("student"))
+    monkeypatch.setattr(estimate, "create_timed_step", None)
+    assert estimate_stages(given, plan_stages(given, ("teacher",)), data, compute)["teacher"] > 0
 
 
 def test_unlabeled_images_count_and_their_teacher_runs_until_all_views_are_recorded(recipe):

@@ -9,6 +9,7 @@ from torch import nn
 from potstill.config.recipe import load_recipe
 from potstill.data import image_io
 from potstill.data.datasets import load_data
+from potstill.data.settings import AugmentSettings
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.builders import network_spec, split_loader, train_loader
@@ -18,6 +19,7 @@ from potstill.experiment.preflight import (
     check_data_requirements,
     create_stage_method,
     load_and_stage,
+    training_squares,
 )
 from potstill.experiment.stage import label_loss, train_stage
 from potstill.input_spec import InputSpec
@@ -71,7 +73,7 @@ class Plain(Method):
         self.needs = Requirements(**needs)
 
 
-NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
+NOTHING = {"mixes": False, "unlabeled": False}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +84,8 @@ NOTHING = {"mixes": False, "unlabeled": False, "images": 40, "batch_size": 8}
         ({"labels": True}, {"unlabeled": True}, "Plain needs the label of every image: leave data.unlabeled out"),
         ({"index": True}, {"unlabeled": True}, "Plain has a memory of the labeled samples"),
         ({"second": "same class"}, {"unlabeled": True}, "Plain compares images of the same class"),
-        ({"batch_size": True}, {"unlabeled": True}, "Plain needs a fixed number"),
+        ({"batch_size": True}, {"unlabeled": True}, "Plain has layers for the labeled images of a batch alone"),
         ({"teacher": False}, {"unlabeled": True}, "Plain has no teacher"),
-        ({"batch_size": True}, {"batch_size": 41}, "40 images do not fill one of 41"),
     ],
 )
 def test_what_cannot_work_is_refused(needs, data, message):
@@ -212,3 +213,11 @@ def test_each_file_is_decoded_once_until_all_loaders_of_a_run_have_their_pixels(
         for split in ("val", "test"):
             split_loader(data, split, spec, made, made.training, compute)
     assert len(decoded) == 60 + 10
+
+
+def test_training_images_are_cut_only_for_networks_that_train_on_them(recipe):
+    given = recipe(**{"teacher.weights": "pretrained", "teacher.head": "probe", "teacher.size": 24})
+    augment = AugmentSettings(crop_scale=(0.3, 1.0))
+    assert training_squares(given, plan_stages(given, ("teacher",)), augment) == set()
+    sides = {side for side, _ in training_squares(given, plan_stages(given), augment)}
+    assert len(sides) == 2  # of the student, and of the teacher that it learns from

@@ -1,5 +1,6 @@
 """Runs whose teacher is a frozen encoder with a fitted head."""
 
+import csv
 import json
 
 import pytest
@@ -8,18 +9,19 @@ import torch
 from potstill.cli import main
 from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
-from potstill.experiment import pipeline
+from potstill.experiment import pipeline, probe
 from potstill.experiment.cache_verification import verify_cache
 from potstill.models.factory import create_model
 from potstill.models.model_file import load_model
 from potstill.report.run_reader import read_run
 from potstill.report.text_reports import training_text
 from potstill.training.callbacks import SilentObserver
+from potstill.training.devices import Compute
 
 
 class Listening(SilentObserver):
     def __init__(self):
-        self.notes, self.warnings, self.embedded = [], [], set()
+        self.notes, self.warnings, self.embedded, self.predicted = [], [], set(), set()
 
     def note(self, message):
         self.notes.append(message)
@@ -30,6 +32,8 @@ class Listening(SilentObserver):
     def wait(self, what, done, total):
         if "embeddings of" in what:
             self.embedded.add(what.rpartition(" ")[2])
+        if "predictions of the teacher on" in what:
+            self.predicted.add(what.rpartition(" ")[2])
 
 
 ALONE = ("teacher", "distilled")  # without a baseline
@@ -138,6 +142,37 @@ def test_other_encoders_images_and_sizes_have_caches_of_their_own(teach, tmp_pat
     assert teach(**{"data.split_seed": 1})[1] == BOTH
     assert teach(**{"teacher_cache.mode": "off"})[1] == BOTH
     assert teach()[1] == set()
+
+
+def probabilities(run, split):
+    with (run / "teacher" / f"predictions_{split}.csv").open(newline="") as file:
+        return [[float(row[name]) for name in ("p:red", "p:green", "p:blue")] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_images_whose_embeddings_are_cached_are_evaluated_by_the_head_alone(probing, tmp_path, folds):
+    changes = {"training.epochs": 1} | ({"data.folds": folds} if folds else {})
+    recipe, heard = probing(**changes), Listening()
+    stages = pipeline.STAGES if folds else ("teacher",)
+    run = pipeline.run(recipe, output_dir=tmp_path, name="read", stages=stages, observer=heard)
+    assert heard.predicted == {"test"}
+    live, without = Listening(), probing(**changes, **{"teacher_cache.mode": "off"})
+    other = pipeline.run(without, output_dir=tmp_path, name="live", stages=stages, observer=live)
+    assert live.predicted == {"train", "val", "test"}
+    for fold in ["."] if folds is None else [f"fold-{each}" for each in (1, 2, 3)]:
+        for split in ("train", "val", "test"):
+            ours, theirs = probabilities(run / fold, split), probabilities(other / fold, split)
+            assert ours == [pytest.approx(row, abs=2e-6) for row in theirs]
+
+
+@pytest.mark.parametrize("changes", [{"teacher.head": "finetune", "teacher.training.epochs": 1}, {}])
+def test_the_network_predicts_what_its_embeddings_do_not_tell(probing, tmp_path, monkeypatch, changes):
+    if not changes:  # embeddings are rounded
+        monkeypatch.setattr(Compute, "teacher_in_bf16", property(lambda _: True))
+        monkeypatch.setattr(probe, "_MAX_DIFFERENCE", 1.0)
+    heard = Listening()
+    pipeline.run(probing(**changes), output_dir=tmp_path, stages=("teacher",), observer=heard)
+    assert heard.predicted == {"train", "val", "test"}
 
 
 def identity(store):

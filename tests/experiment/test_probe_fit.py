@@ -93,9 +93,9 @@ def test_a_learning_curve_over_all_images_is_the_cross_validation(points, monkey
 
 
 def _recording(heads, evaluate):
-    def record(solver, fold):
+    def record(solver, *images):
         heads.append(solver.weight.detach().clone())
-        return evaluate(solver, fold)
+        return evaluate(solver, *images)
 
     return record
 

@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -75,6 +78,13 @@ def test_the_users_matplotlib_settings_neither_reach_nor_change() -> None:
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30}):
         assert as_png(draw, (3, 2)) == plain
         assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_pyplot_is_not_imported() -> None:
+    code = "import sys; from potstill.report import canvas; canvas.as_png(lambda figure: figure.subplots(), (2, 2))"
+    code += "; assert 'matplotlib.pyplot' not in sys.modules"
+    own = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=own)
 
 
 def test_colours_differ_so_that_each_has_its_variable() -> None:

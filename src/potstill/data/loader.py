@@ -277,7 +277,6 @@ class Loader:
         unlabeled: M further images, in every batch after the labeled ones; they are repeated, each time in a new
             order; their label is -100 and their sample ids are N to N + M - 1.
         unlabeled_share: share of unlabeled images in a batch, at least 0 and below 1.
-        whole_batches: drop a smaller last batch.
         views: number of views of an image, used in turn: epoch e has view e modulo ``views``; None: a new one in each
             epoch.
         view_seed: of the views; None: ``seed``.
@@ -319,7 +318,6 @@ class Loader:
         classes: int | None = None,
         unlabeled: ImageSet | None = None,
         unlabeled_share: float = 0.5,
-        whole_batches: bool = False,
         views: int | None = None,
         view_seed: int | None = None,
         identity: str | None = None,
@@ -342,7 +340,7 @@ class Loader:
                 if each is not None:
                     set_value_range(each, spec.range)
         mixes = augment is not None and augment.mixes
-        _check_conflicts(second, mixes, unlabeled is not None, unlabeled_share, whole_batches, classes)
+        _check_conflicts(second, mixes, unlabeled is not None, unlabeled_share, classes)
         self.images, self.spec, self.seed = images, spec, seed
         self.views_in_turn, self.view_seed = views, seed if view_seed is None else view_seed
         self.unlabeled, self.second = unlabeled, second
@@ -358,7 +356,7 @@ class Loader:
         self.labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
         unlabeled_count = 0 if unlabeled is None else len(unlabeled)
         self.share = share
-        _check_sharing(share[1], order, batch_size, len(images), whole_batches)
+        _check_sharing(share[1], order, batch_size, len(images))
         self.epochs = EpochSampler(
             self.labels.numpy() if draws is None or draws.groups is None else draws.groups,
             batch_size,
@@ -366,7 +364,6 @@ class Loader:
             seed,
             unlabeled_count,
             unlabeled_share,
-            whole_batches,
             processes=share[1],
             length=None if draws is None else draws.length,
             curriculum=None if draws is None else draws.curriculum,
@@ -626,7 +623,7 @@ def _to_numpy(index: Tensor, view: int | Tensor) -> tuple[Ids, Ids | int]:
     return index.cpu().numpy(), view.cpu().numpy() if isinstance(view, Tensor) else view
 
 
-def _check_sharing(processes: int, order: str, batch_size: int, images: int, whole_batches: bool) -> None:
+def _check_sharing(processes: int, order: str, batch_size: int, images: int) -> None:
     if processes == 1 or order == "listed":
         return
     if min(batch_size, images) < 2 * processes:
@@ -634,16 +631,9 @@ def _check_sharing(processes: int, order: str, batch_size: int, images: int, who
             f"{processes} processes share each batch, two images or more each: a batch of {min(batch_size, images)} is "
             f"too small; raise training.batch_size to {2 * processes} or more, or start fewer processes"
         )
-    if whole_batches and batch_size % processes:
-        raise UsageError(
-            f"the method's layers depend on the batch size, and {processes} processes share each batch evenly: make "
-            f"training.batch_size a multiple of {processes}, got {batch_size}"
-        )
 
 
-def _check_conflicts(
-    second: str, mixes: bool, unlabeled: bool, share: float, whole_batches: bool, classes: int | None
-) -> None:
+def _check_conflicts(second: str, mixes: bool, unlabeled: bool, share: float, classes: int | None) -> None:
     if second not in ("none", "strong", "same class"):
         raise UsageError(f"second must be none, strong or same class, got {second!r}")
     if mixes and classes is None:
@@ -652,7 +642,5 @@ def _check_conflicts(
         raise UsageError("mixed images have no second view: switch mixup and cutmix off, or use kd or dist")
     if unlabeled and second == "same class":
         raise UsageError("unlabeled images have no class, so there is no second image of the same class; use kd")
-    if unlabeled and whole_batches:
-        raise UsageError("a fixed number of images per batch and unlabeled images exclude each other; use kd")
     if not 0 <= share < 1:
         raise UsageError(f"unlabeled_share must be at least 0 and below 1, got {share:g}")

@@ -133,7 +133,6 @@ class EpochSampler:
     seed: int
     unlabeled: int = 0  # M, number of images without labels; their ids are N to N + M - 1
     unlabeled_share: float = 0.5
-    whole_batches: bool = False
     processes: int = 1  # that share each batch
     length: int | None = None  # labeled images per epoch, repeated if there are fewer; None: each once
     curriculum: Curriculum | None = None  # for the order "shuffled"
@@ -143,8 +142,6 @@ class EpochSampler:
         """Return the labeled images per epoch, less a last batch of a single image, except in the order "listed"."""
         total = len(self.labels) if self.length is None else self.length
         rest = total % self.batch_size
-        if self.whole_batches:
-            return total - rest
         single = self.order != "listed" and total > rest > 0 and rest < 2 * self.processes and self.batch_size > 1
         return total - rest if single else total
 

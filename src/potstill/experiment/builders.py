@@ -516,7 +516,7 @@ def train_loader(
 ) -> Loader:
     """Return the loader of augmented training images, in a new order each epoch.
 
-    Baseline and distilled get the same order and views; methods that need batches of a fixed size drop the last one.
+    Baseline and distilled get the same order, batches and views.
     ``drawn_for``: the student's spec, if its views are drawn at the size of ``spec``; a table as ``network`` gives
     answers.
     """
@@ -538,7 +538,6 @@ def train_loader(
         classes=len(data.class_names),
         unlabeled=unlabeled,
         unlabeled_share=recipe.data.unlabeled_share,
-        whole_batches=needs.batch_size,
         views=None if planned.role == "teacher" or isinstance(views, str) else views,
         view_seed=derive_seed(recipe.augmentation_seed, f"{planned.seed}/views"),
         identity=f"{data.fingerprint}/train",

@@ -78,13 +78,15 @@ def estimate_stages(
     unlabeled = 0 if data.unlabeled is None else len(data.unlabeled)
     share = recipe.data.unlabeled_share if unlabeled else 0.0
     further = train * share / (1 - share)  # unlabeled images in an epoch
+    trained = {stage.name for stage in planned if trains_network(recipe, stage)}
 
     def cost(stage: str) -> tuple[float, float]:
         network, settings = recipe.network(stage), recipe.stage_training(stage)
         name, size = network.model, network.size or recipe.data.size
-        key = (name, size, settings.layer_decay, settings.layer_decay_no_opt_scale)
+        key = (name, size, settings.layer_decay, settings.layer_decay_no_opt_scale, stage in trained)
         if key not in known:
-            known[key] = _seconds_of_step_and_forward(name, size, len(data.class_names), settings, compute)
+            classes, trains = len(data.class_names), stage in trained
+            known[key] = _seconds_of_step_and_forward(name, size, classes, settings, compute, trains)
         return known[key]
 
     for stage in planned:
@@ -93,7 +95,7 @@ def estimate_stages(
             step, forward = cost(stage.name)
             fitted = network.head in ("probe", "finetune") or (network.head is None and stage.role == "teacher")
             images = train + further if stage.distils else train
-            total = settings.epochs * (images * step + val * forward) if trains_network(recipe, stage) else 0.0
+            total = settings.epochs * (images * step + val * forward) if stage.name in trained else 0.0
             total += (train + val) * forward if fitted and network.weights is not None else 0.0
             answered = epochs = 0.0  # images that the teacher answers, and the epochs that this takes
             if stage.distils and not (stage.repeat and recipe.data.augmentation_seed is not None):
@@ -111,7 +113,7 @@ def estimate_stages(
 
 
 def _seconds_of_step_and_forward(
-    name: str, size: int, classes: int, settings: TrainingSettings, compute: Compute
+    name: str, size: int, classes: int, settings: TrainingSettings, compute: Compute, trains: bool
 ) -> tuple[float, float]:
     with torch.random.fork_rng(devices=[compute.device] if compute.device.type == "cuda" else []):
         network = build_model(name, classes, size=size).to(compute.device)
@@ -129,9 +131,10 @@ def _seconds_of_step_and_forward(
             network(noise)
         compute.synchronize()
 
-    hidden = find_opaque(network) is not None
-    step = forward if hidden else create_timed_step(network, size, images, compute)
-    return _seconds_of(step) / images, _seconds_of(forward) / images
+    seconds = _seconds_of(forward)
+    if not trains or find_opaque(network) is not None:
+        return seconds / images, seconds / images
+    return _seconds_of(create_timed_step(network, size, images, compute)) / images, seconds / images
 
 
 def _seconds_of(call: Callable[[], None]) -> float:

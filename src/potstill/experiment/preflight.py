@@ -257,13 +257,11 @@ def check_data_requirements(
     *,
     mixes: bool,
     unlabeled: bool,
-    images: int,
-    batch_size: int,
     target: bool = False,
     labeled: bool = True,
     classes: bool = True,
 ) -> None:
-    """Check that a method fits the training images: mixed, without labels or classes, few."""
+    """Check that a method fits the training images: mixed, without labels or classes."""
     needs, name = method.needs, method.label
     instead = "--method kd --alpha 0" if classes else "--method cosine or srd"
     problems = []
@@ -284,10 +282,6 @@ def check_data_requirements(
         problems.append(f"{name} {reason}: leave data.target out, or use kd or dist")
     elif unlabeled and (reason := _why_not_unlabeled(method)):
         problems.append(f"{name} {reason}: leave data.unlabeled out, or use kd or dist")
-    if needs.batch_size and images < batch_size:
-        problems.append(
-            f"{name} needs full batches, and {images} images do not fill one of {batch_size}: lower training.batch_size"
-        )
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -298,7 +292,7 @@ def _why_not_unlabeled(method: Method) -> str | None:
         "needs the label of every image": needs.labels,
         "has a memory of the labeled samples": needs.index,
         "compares images of the same class": needs.second == "same class",
-        "needs a fixed number of images in every batch": needs.batch_size,
+        "has layers for the labeled images of a batch alone": needs.batch_size,
         "has no teacher or peer to learn from on unlabeled images": not (needs.teacher or needs.peers),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -366,8 +360,6 @@ def check_all(
         method,
         mixes=augment.mixes,
         unlabeled=splits.unlabeled is not None,
-        images=len(splits.train),
-        batch_size=recipe.stage_training("student").batch_size,
         target=splits.target is not None,
         labeled=recipe.data.labeled,
         classes=splits.has_classes,
@@ -430,7 +422,8 @@ def load_and_stage(
 def training_squares(recipe: Recipe, planned: Sequence[PlannedStage], augment: AugmentSettings | None) -> set[Square]:
     """Return the squares that the training images of these stages are decoded to, as far as networks are known."""
     random_crops = augment is not None and augment.crop_scale is not None
-    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, planned)}
+    trained = [stage for stage in planned if trains_network(recipe, stage)]
+    return {decoded_square(spec, random_crops=random_crops) for _, _, spec in _known_specs(recipe, trained)}
 
 
 def _known_specs(recipe: Recipe, planned: Sequence[PlannedStage]) -> Iterator[tuple[str, StageSettings, InputSpec]]:

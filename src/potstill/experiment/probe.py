@@ -31,10 +31,15 @@ from potstill.distillation.teacher_inference import InferenceSettings, convert_f
 from potstill.distillation.teachers import ExtractionRequest, FeatureExtractor, FoldHeads
 from potstill.errors import ArtifactError, NonFiniteError, UsageError
 from potstill.evaluation.metrics import StreamingMetrics
-from potstill.evaluation.predictions import check_complete, evaluation_mode
+from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, check_complete, evaluation_mode
 from potstill.experiment.builders import InitialNetwork, split_loader
 from potstill.experiment.plan import PlannedStage, derive_seed
-from potstill.experiment.teacher_cache import names_digest, open_embedding_cache, read_or_run
+from potstill.experiment.teacher_cache import (
+    names_digest,
+    open_embedding_cache,
+    open_prediction_cache,
+    read_or_run,
+)
 from potstill.features.stages import find_stages
 from potstill.formatting import format_count, format_duration, format_percent
 from potstill.io import read_bytes, sha256_hex, write_bytes
@@ -157,7 +162,7 @@ def fit_probe(
     for strength in strengths:
         with _threads(1 if rows.numel() <= _SMALL else None):
             solver.solve(strength)
-            top1, nll = solver.evaluate(own)
+            top1, nll = solver.evaluate(rows, targets, own)
         since += 1
         if best is None or nll < best[0]:
             best, since = (nll, top1, strength, solver.weight.detach().clone(), solver.bias.detach().clone()), 0
@@ -197,10 +202,10 @@ def _learning_curve(
         if any(int(targets[column].bincount(minlength=classes).min()) == 0 for column in fitted.T):
             continue
         weights = fitted.float() if class_weights is None else fitted * class_weights.to(fold.device)[targets][:, None]
-        solver = _Solver(rows, targets, weights, classes)
+        solver = _Solver(rows[chosen], targets[chosen], weights[chosen], classes)
         with _threads(1 if rows.numel() <= _SMALL else None):
             solver.solve(strength)
-            found[int(chosen.sum())] = solver.evaluate(fold)[0]
+            found[int(chosen.sum())] = solver.evaluate(rows, targets, fold)[0]
     return found
 
 
@@ -253,24 +258,23 @@ class _Solver:
         optimizer.step(loss)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def evaluate(self, fold: Tensor) -> tuple[float, float]:
-        """Accuracy and cross-entropy of each image by the head that has not seen it; ``fold``: [N]."""
+    def evaluate(self, rows: Tensor, targets: Tensor, fold: Tensor) -> tuple[float, float]:
+        """Accuracy and cross-entropy of images [N, D] by the heads that have not seen them; ``fold``: [N]."""
         right, total = 0, 0.0
-        for at in range(0, len(self.rows), self.block):
+        for at in range(0, len(rows), self.block):
             part = slice(at, at + self.block)
-            logits = self._logits(part)[torch.arange(len(fold[part]), device=fold.device), fold[part]]
-            right += int((logits.argmax(dim=1) == self.targets[part]).sum())
-            total += float(F.cross_entropy(logits, self.targets[part], reduction="sum"))
-        return right / len(self.rows), total / len(self.rows)
+            logits = self._logits(rows[part])[torch.arange(len(fold[part]), device=fold.device), fold[part]]
+            right += int((logits.argmax(dim=1) == targets[part]).sum())
+            total += float(F.cross_entropy(logits, targets[part], reduction="sum"))
+        return right / len(rows), total / len(rows)
 
-    def _logits(self, part: slice) -> Tensor:
-        rows = self.rows[part]
+    def _logits(self, rows: Tensor) -> Tensor:
         found = F.linear(rows, self.weight.view(-1, rows.shape[1]), self.bias.view(-1))
         return found.view(len(rows), self.count, self.classes)
 
     def _cross_entropies(self, part: slice) -> Tensor:
         """[B, H]."""
-        logits = self._logits(part)
+        logits = self._logits(self.rows[part])
         targets = self.targets[part, None].expand(-1, self.count)
         return F.cross_entropy(logits.permute(0, 2, 1), targets, reduction="none")
 
@@ -385,6 +389,16 @@ def probe_teacher(
     assert fitted is not None  # the first process has fitted it
     probe, figures = fitted
     _set_head(model.module, layer, probe)
+    if recipe.network(stage.name).head != "finetune" and inference.dtype == torch.float32:  # else others, or rounded
+        for split in ("train", "val"):  # for the evaluation, which would run the encoder again
+            if len(labels[split]) * len(data.class_names) <= MAX_VALUES_IN_MEMORY:
+                rows = probe.logits(embeddings[split]).softmax(dim=1) if embeddings else None
+                loader = split_loader(data, split, model.input, recipe, settings, compute, network=model.module)
+                predictions = open_prediction_cache(
+                    model, loader, split, stage=stage.name, recipe=recipe, data=data, folder=folder, compute=compute,
+                    warn=observer.warn,
+                )  # fmt: skip
+                read_or_run(predictions, lambda rows=rows: rows, observer.warn, compute)  # type: ignore[misc]
     heads = FoldHeads(layer, probe.weight, probe.bias, probe.fold)
     content = safetensors.torch.save(dict(heads.state_dict()))
     if compute.processes.first:

@@ -25,7 +25,7 @@ class Requirements:
     pooled: bool = False  # the embedding must be the mean of the last map over its places
     classes: bool = False  # the number of classes before the first step
     index: bool = False  # sample ids, and the labels of the whole training set before the first step
-    batch_size: bool = False  # a fixed number of images per step
+    batch_size: bool = False  # the largest number of images per step, before the first
     second: SecondImageChoice = "none"  # a second image for each: a strongly augmented view, or one of the same class
     second_gradient: bool = True
     epoch: bool = False  # where training stands
@@ -87,7 +87,7 @@ class Requirements:
             "pooled": "average pooling before the head",
             "classes": "number of classes",
             "index": "sample index",
-            "batch_size": "fixed batch size",
+            "batch_size": "batch size",
             "epoch": "epoch progress",
             "prepare": "a pass over the data before training",
             "labels": "labels of every image",

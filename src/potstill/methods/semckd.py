@@ -4,7 +4,8 @@ Chen, Mei, Zhang, Wang, Wang, Feng and Chen, "Cross-Layer Distillation with Sema
 https://arxiv.org/abs/2012.03236
 The form of the released code, which divides energies by ``softness`` and not by the root of the dimension.  Its
 experiments add KD with weight 1: combine with ``kd`` for that.  Queries and keys are computed from rows of the B x B
-similarity matrix, so that the number of images per step is part of the architecture.  There are as many projections as
+similarity matrix, so that the number of images per step is part of the architecture; in a smaller last batch, which
+the released code leaves out, the images that are missing resemble none.  There are as many projections as
 pairs of stages, each twice as wide as the teacher's stage: wide teachers make it the most expensive method here.
 """
 
@@ -63,6 +64,7 @@ class Embedding(nn.Module):
         self.linear2 = nn.Linear(2 * dimension, dimension)
 
     def forward(self, similarity: Tensor) -> Tensor:
+        similarity = F.pad(similarity, (0, self.linear1.in_features - len(similarity)))
         vectors = at_least_float32(self.linear2(torch.relu(self.linear1(similarity))))
         return F.normalize(vectors, dim=1)
 
@@ -145,10 +147,10 @@ class SemCKD(Method):
         self.calibration = Calibration(ours, theirs, batch=self.batch_size, factor=factor)
 
     def distill(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        if len(batch) != self.batch_size:
+        if len(batch) > self.batch_size:
             raise UsageError(
-                f"semckd was built for {self.batch_size} images a step and got {len(batch)}: "
-                "its layers read rows of a B x B matrix. Leave out a smaller last batch"
+                f"semckd was built for {self.batch_size} images a step and got {len(batch)}: its layers read rows of a "
+                "B x B matrix. Give an example batch of the largest size"
             )
         attention = self.calibration.attention(student.maps, teacher.maps, self.softness)
         projected, targets = self.calibration(student.maps, teacher.maps)

@@ -205,7 +205,7 @@ def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
     """Within the block, matplotlib has the report's settings; ``name`` seeds the SVG ids."""
     import matplotlib as mpl
 
-    original, log = dict.copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
+    original, log = _copy(mpl.rcParams), logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)  # a font with a single weight is reported at each use
     with warnings.catch_warnings():
@@ -217,7 +217,7 @@ def _style(name: str = "", families: Sequence[str] = ()) -> Iterator[None]:
             dict.update(mpl.rcParams, settings)  # type: ignore[misc]
             yield
         finally:
-            dict.update(mpl.rcParams, original)
+            dict.update(mpl.rcParams, original)  # type: ignore[misc]
             log.setLevel(level)
 
 
@@ -227,8 +227,13 @@ def _settings() -> dict[str, Any]:
     import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
-        settings = dict.copy(matplotlib.rcParams)
+        settings = _copy(matplotlib.rcParams)
     return {key: value for key, value in settings.items() if not key.startswith("backend")}
+
+
+def _copy(settings: Any) -> dict[str, Any]:
+    """Return a plain copy: ``dict.copy`` looks "backend" up, which imports pyplot, half a second."""
+    return dict(dict.items(settings))
 
 
 def draw_figure(draw: DrawFunction, size: tuple[float, float]) -> "Figure":
