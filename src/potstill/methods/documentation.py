@@ -210,7 +210,8 @@ def _traps_from_requirements(needs: Requirements) -> list[str]:
         "index": "Remembers training images by their ids, so mixup and cutmix are refused.",
         "training_only": "Val curves show the label term alone: the others mean nothing on images that are not those "
         "of training.",
-        "batch_size": "Its layers are sized by the batch size: the last, smaller batch of an epoch is left out.",
+        "batch_size": "Its layers are sized by the batch size: in a smaller last batch they read zeros for the missing "
+        "images.",
         "several": "Its terms look at the images of a batch together: they depend on the batch size, and one image "
         "alone is refused.",
         "labels": "Reads the label of every image: unlabeled images are refused.",
