@@ -28,6 +28,16 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Return whether rows of outputs [B, K] are not negative and sum to 1, as a network's do that ends in a softmax.
+
+    Example:
+        >>> are_probabilities(torch.tensor([[0.2, 0.8]])), are_probabilities(torch.tensor([[0.2, 0.8]]).log())
+        (True, False)
+    """
+    return bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on MPS, which has no float64.
 

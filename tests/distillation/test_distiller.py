@@ -71,6 +71,19 @@ def test_without_need_no_teacher_is_kept_or_run():
     assert not hasattr(teacher, "images")
 
 
+def test_a_softmax_at_the_end_is_named_once():
+    for student, teacher, name in (
+        (nn.Sequential(Seen(), nn.Softmax(1)), Seen(), "student"),
+        (Seen(), nn.Sequential(Seen(), nn.Softmax(1)), "teacher"),
+    ):
+        distiller = Distiller(student, teacher, KD())
+        with pytest.warns(UserWarning, match=f"the {name} returns probabilities .* all losses want logits"):
+            distiller(IMAGES, LABELS)
+        distiller(IMAGES, LABELS)
+    distiller = Distiller(Seen(), nn.Sequential(Seen(), nn.LogSoftmax(1)), KD())
+    distiller(IMAGES, LABELS)
+
+
 def test_logits_must_be_a_matrix():
     with pytest.raises(UsageError, match=r"must return logits \[B, K\]"):
         Distiller(nn.Identity(), None, Supervised())(IMAGES, LABELS)

@@ -116,6 +116,14 @@ def test_the_teacher_is_shown_what_the_student_is_where_nothing_is_said(plain, t
         ({"teacher": nn.Linear(2, 2)}, "python/teacher cannot take images of 16 px"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))}, r"gives \(1, 4\) instead of \(1, 3\)"),
         ({"student": lambda: None}, "python/student.* returned None"),
+        (
+            {"teacher": nn.Sequential(by_colour(), nn.Softmax(1)), "teacher_input": EXACT},
+            "python/teacher returns probabilities: the 3 numbers of an image sum to 1",
+        ),
+        (
+            {"student": lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes), nn.Softmax(1))},
+            "python/student.* returns probabilities",
+        ),
     ],
 )
 def test_what_is_no_network_is_refused_before_training(plain, tmp_path, wrong, message):

@@ -22,7 +22,7 @@ from potstill.errors import UsageError
 from potstill.input_spec import InputSpec
 from potstill.methods.base import Method, NetworkInfo, Scaling, TrainingInfo
 from potstill.methods.wrappers import wrap_per_teacher
-from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step, widest_float
+from potstill.types import UNLABELED, Batch, InputConverter, Outputs, Step, are_probabilities, widest_float
 
 # At the start of an epoch; each costs a backward pass for each term on hidden layers, and one more.
 MEASURED_STEPS = 4
@@ -90,6 +90,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self._enlarged = ""
+        self._looked_for_softmax = False
         networks = _as_list(teacher, nn.Module) if method.needs.teacher else []
         if method.needs.teacher and not networks:
             raise UsageError(f"{method.label} needs a teacher, got None")
@@ -156,6 +157,18 @@ class Distiller(nn.Module):
                 self._enlarged = ""
             teacher = self.run_teacher(images, second, index=index if self.training else None)
         _check_shapes(student.logits, teacher, labels)
+        if not self._looked_for_softmax and torch.is_grad_enabled() and images.device.type in ("cpu", "cuda"):
+            self._looked_for_softmax = True  # once: to look makes a GPU wait
+            for name, outputs in (
+                ("student", student.logits),
+                ("teacher", None if teacher is None else teacher.logits),
+            ):
+                if outputs is not None and are_probabilities(outputs):
+                    warnings.warn(
+                        f"the {name} returns probabilities (the outputs of each image sum to 1), and all losses want "
+                        "logits: leave out the softmax at its end, or take the logarithm",
+                        stacklevel=2,
+                    )
         terms = self.method(student, teacher, batch)
         if self.scaling is not None:
             terms = self.scaling(terms, names, student.logits, batch, list(self.student.parameters()))

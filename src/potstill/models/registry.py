@@ -26,6 +26,7 @@ from potstill.input_spec import InputSpec, Triple
 from potstill.models import cifar
 from potstill.models.families import library_models, opaque_models, open_clip_models, own_models
 from potstill.models.pretrained import PACKAGED_WEIGHTS
+from potstill.types import are_probabilities
 
 
 class Family(Protocol):
@@ -190,6 +191,16 @@ def try_forward(module: nn.Module, name: str, num_classes: int, *, size: int, in
             f"{name} is no classifier of {num_classes} classes: one image gives {shape} instead of (1, {num_classes})"
             f"{advice}"
         )
+    _check_logits(logits, name)
+
+
+def _check_logits(outputs: torch.Tensor, name: str) -> None:
+    if are_probabilities(outputs):
+        raise UsageError(
+            f"{name} returns probabilities: the {outputs.shape[1]} numbers of an image sum to 1. A network has to "
+            "return logits: leave out the softmax at its end. A teacher may also be given as a function, lambda images: "
+            "network(images), which may return either"
+        )
 
 
 def output_count(module: nn.Module, name: str, *, size: int) -> int:
@@ -198,6 +209,7 @@ def output_count(module: nn.Module, name: str, *, size: int) -> int:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UsageError(f"{name} is no classifier: one image gives {shape} instead of logits (1, K)")
+    _check_logits(logits, name)
     return int(logits.shape[1])
 
 

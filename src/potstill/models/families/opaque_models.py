@@ -37,9 +37,9 @@ from potstill.models.exported_files import (
     parse_metadata,
     read_properties,
 )
+from potstill.types import are_probabilities
 
 _PIXELS = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # mean and std that give pixels from 0 to 255
-_TOLERANCE = 1e-3  # of a sum of probabilities
 _TINY = float(np.finfo(np.float32).tiny)
 _ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(uint8)": torch.uint8}
 
@@ -69,8 +69,7 @@ class OpaqueNetwork(nn.Module, ABC):
     def examine(self, size: int) -> int:
         """Run two images of noise; return K, and note whether the outputs are probabilities."""
         outputs = self._outputs(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
-        sums = outputs.sum(dim=1)
-        self.gives_probabilities = bool((outputs >= 0).all() and ((sums - 1).abs() < _TOLERANCE).all())
+        self.gives_probabilities = are_probabilities(outputs)
         return int(outputs.shape[1])
 
     @abstractmethod
