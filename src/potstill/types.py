@@ -31,11 +31,13 @@ def at_least_float32(values: Tensor) -> Tensor:
 def are_probabilities(outputs: Tensor) -> bool:
     """Return whether rows of outputs [B, K] are not negative and sum to 1, as a network's do that ends in a softmax.
 
+    False for tensors without values (device "meta").
+
     Example:
         >>> are_probabilities(torch.tensor([[0.2, 0.8]])), are_probabilities(torch.tensor([[0.2, 0.8]]).log())
         (True, False)
     """
-    return bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
+    return not outputs.is_meta and bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
 def widest_float(device: torch.device) -> torch.dtype:

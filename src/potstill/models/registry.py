@@ -198,8 +198,8 @@ def _check_logits(outputs: torch.Tensor, name: str) -> None:
     if are_probabilities(outputs):
         raise UsageError(
             f"{name} returns probabilities: the {outputs.shape[1]} numbers of an image sum to 1. A network has to "
-            "return logits: leave out the softmax at its end. A teacher may also be given as a function, lambda images: "
-            "network(images), which may return either"
+            "return logits: leave out the softmax at its end. A teacher may also be given as a function, "
+            "lambda images: network(images), which may return either"
         )
 
 
