@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -64,6 +64,21 @@ class Stopped(BaseException):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal, self.exit_code = signal, 128 + signal
+
+
+RESUME = "--resume continues a run from its last checkpoint"
+REPEAT = "the same command continues from here"
+
+
+@contextmanager
+def advising(advice: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Add a note on how to continue, if there is what to continue, to a signal or the loss of a process."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt, WorkerError) as error:
+        if when():
+            error.add_note(advice)
+        raise
 
 
 class RemoteFailure(BaseException):
