@@ -128,6 +128,19 @@ def storing(what: str) -> Iterator[None]:
         raise StorageError(f"cannot {what}: {error.strerror or error}") from error
 
 
+def check_argument(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    """Raise UsageError unless an argument of a Python function has one of the types.
+
+    Example:
+        >>> check_argument("recipe", "photos", (str,), "a name")
+        >>> check_argument("recipe", None, (str,), "a name")
+        Traceback (most recent call last):
+        potstill.errors.UsageError: recipe must be a name, got NoneType
+    """
+    if not isinstance(value, types):
+        raise UsageError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 300 characters, or its type.
 
