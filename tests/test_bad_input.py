@@ -1,12 +1,18 @@
 """What a user gets wrong: one clear message, the right exit code, no traceback, nothing lost."""
 
+import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import potstill
 from potstill.cli import main
+from potstill.data.datasets import from_torch
+from potstill.errors import UsageError
 
 SMALL = [
     *(
@@ -176,3 +182,40 @@ def check(arguments, code, says, capsys):
     assert len(message.strip().splitlines()) <= 8
     for part in says:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: potstill.run(None),
+            "recipe must be the name of a recipe, a YAML file or its content as a dict, got None",
+        ),
+        (lambda: potstill.run("quickstart", overrides=3), "overrides must be a list or tuple of KEY=VALUE, got int"),
+        (lambda: potstill.run("quickstart", overrides=[3]), "each of overrides must be a text, KEY=VALUE, got int"),
+        (lambda: potstill.run("quickstart", name=Path("x")), "name must be a text or None, got PosixPath"),
+        (lambda: potstill.run("quickstart", output_dir=None), "output_dir must be a folder, got NoneType"),
+        (lambda: potstill.fit("photos", under=5), "under must be a text such as '5ms,2MB', or None, got int"),
+        (lambda: potstill.fit("photos", within=5), "within must be a text such as '30min', or None, got int"),
+        (lambda: potstill.shrink(None), "run must be a run folder, got NoneType"),
+        (lambda: potstill.shrink("runs/x", max_loss="1"), "max_loss must be a number of points, got str"),
+        (lambda: potstill.load(None), "path must be a run folder or a model folder, got NoneType"),
+        (lambda: potstill.predict("runs/x", None), "inputs must be paths of images and folders, got NoneType"),
+        (lambda: potstill.predict("runs/x", [None]), "each of inputs must be a path, got NoneType"),
+        (lambda: potstill.predict("runs/x", "no.png"), "no such image or folder: no.png"),
+        (
+            lambda: potstill.predict(None, [__file__]),
+            "model must be a run folder, a model or an exported file, got None",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_one_message(call, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        call()
+
+
+def test_splits_of_python_hold_image_sets():
+    images = [(np.zeros((8, 8, 3), dtype=np.uint8), at % 2) for at in range(20)]
+    data = replace(from_torch(images), unlabeled=images)
+    with pytest.raises(UsageError, match=r"data\.unlabeled must be an ImageSet, such as from_torch.* got list"):
+        potstill.run("quickstart", data=data)

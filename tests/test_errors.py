@@ -6,7 +6,16 @@ import sys
 import pytest
 
 from potstill.data.entries import name_problem
-from potstill.errors import StorageError, did_you_mean, root_cause_line, storage_error
+from potstill.errors import (
+    Stopped,
+    StorageError,
+    UsageError,
+    WorkerError,
+    advising,
+    did_you_mean,
+    root_cause_line,
+    storage_error,
+)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EMFILE])
@@ -31,3 +40,16 @@ def test_a_name_that_only_this_locale_cannot_read(monkeypatch: pytest.MonkeyPatc
     assert "rename it" in str(name_problem(name))
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     assert "set PYTHONUTF8=1" in str(name_problem(name))
+
+
+@pytest.mark.parametrize("error", [Stopped(15), KeyboardInterrupt(), WorkerError("a process has died")])
+def test_what_can_be_continued_says_how(error: BaseException) -> None:
+    with pytest.raises(type(error)) as found, advising("--resume continues", lambda: False):
+        raise error
+    assert not hasattr(found.value, "__notes__")
+    with pytest.raises(type(error)) as found, advising("--resume continues"):
+        raise error
+    assert found.value.__notes__ == ["--resume continues"]
+    with pytest.raises(UsageError) as other, advising("--resume continues"):
+        raise UsageError("u")
+    assert not hasattr(other.value, "__notes__")

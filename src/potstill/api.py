@@ -1,7 +1,8 @@
 """Whole experiments from Python: ``potstill run`` and loading of trained models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from potstill.code_references import allowed_code
 from potstill.config.recipe import load_recipe
 from potstill.data.splits import DataSplits
-from potstill.errors import UsageError
+from potstill.errors import UsageError, check_argument
 from potstill.experiment import pipeline
 from potstill.experiment.run_folder import find_model
 from potstill.hub import model_path
@@ -24,6 +25,28 @@ from potstill.sweep.halving import FRESH_SEEDS
 from potstill.sweep.shrink import Finetuning
 from potstill.sweep.shrink import shrink as search_smallest
 from potstill.training.callbacks import Observer
+
+# name -> types of an argument, in words; of all functions here
+_ARGUMENTS: dict[str, tuple[tuple[type, ...], str]] = {
+    "recipe": ((str, Path, Mapping), "the name of a recipe, a YAML file or its content as a dict"),
+    "overrides": ((Collection,), "a list or tuple of KEY=VALUE"),
+    "output_dir": ((str, Path), "a folder"),
+    "name": ((str, NoneType), "a text or None"),
+    "under": ((str, NoneType), "a text such as '5ms,2MB', or None"),
+    "within": ((str, NoneType), "a text such as '30min', or None"),
+    "run": ((str, Path), "a run folder"),
+    "path": ((str, Path), "a run folder or a model folder"),
+    "max_loss": ((int, float), "a number of points"),
+}
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for an argument of another type; ``given``: ``locals()`` at the beginning of a function."""
+    for name, (types, wanted) in _ARGUMENTS.items():
+        if name in given:
+            check_argument(name, given[name], types, wanted)
+    for each in given.get("overrides", ()):
+        check_argument("each of overrides", each, (str,), "a text, KEY=VALUE")
 
 
 def run(
@@ -72,11 +95,15 @@ def run(
     Raises:
         PotstillError: any error that the user can correct.
     """
+    _check_arguments(locals())
     if data is not None and not isinstance(data, DataSplits):
         raise UsageError(
             f"data must be DataSplits, got {type(data).__name__}: from_torch of potstill.data.datasets makes them of "
             "data sets, and a folder goes into the recipe: overrides=('data.source=DIR',)"
         )
+    if data is not None and data.unlabeled is not None and not hasattr(data.unlabeled, "names"):
+        kind = type(data.unlabeled).__name__
+        raise UsageError(f"data.unlabeled must be an ImageSet, such as from_torch(images).train, got {kind}")
     given, flags = _name_networks(teacher, student, teacher_input, student_input)
     taken = [f"{key}.model" for key in ("teacher", "student") if f"--{key}" in flags]
     if twice := [key for key in taken if any(each.partition("=")[0].strip() == key for each in overrides)]:
@@ -139,6 +166,7 @@ def fit(
         UsageError: limits that no network meets, or a budget that is too small for one candidate.
         PotstillError: any other error that the user can correct.
     """
+    _check_arguments(locals())
     if not isinstance(data, str | Path):
         raise UsageError(
             f"fit takes a folder, a manifest or a name as data, got {type(data).__name__}; data of Python can come "
@@ -197,6 +225,7 @@ def shrink(
         ArtifactError: no candidate loses as little.
         PotstillError: any other error that the user can correct.
     """
+    _check_arguments(locals())
     with allowed_code(allow_code):
         finetuning = Finetuning(epochs, overrides, data, int8)
         folder, _ = search_smallest(Path(run), stage, max_loss, finetuning, observer=observer)
@@ -253,5 +282,6 @@ def load(path: str | Path, *, module: torch.nn.Module | None = None, allow_code:
         ArtifactError: there is no model, it is damaged, or it names code and ``allow_code`` is False.
         UsageError: the repository cannot be read.
     """
+    _check_arguments(locals())
     with allowed_code(allow_code):
         return load_model(find_model(model_path(path)), module=module)

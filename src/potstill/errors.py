@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -66,6 +66,21 @@ class Stopped(BaseException):
         self.signal, self.exit_code = signal, 128 + signal
 
 
+RESUME = "--resume continues a run from its last checkpoint"
+REPEAT = "the same command continues from here"
+
+
+@contextmanager
+def advising(advice: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Add a note on how to continue, if there is what to continue, to a signal or the loss of a process."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt, WorkerError) as error:
+        if when():
+            error.add_note(advice)
+        raise
+
+
 class RemoteFailure(BaseException):
     """Another process of the run has failed and reported why; this one ends silently.
 
@@ -111,6 +126,19 @@ def storing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"cannot {what}: {error.strerror or error}") from error
+
+
+def check_argument(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    """Raise UsageError unless an argument of a Python function has one of the types.
+
+    Example:
+        >>> check_argument("recipe", "photos", (str,), "a name")
+        >>> check_argument("recipe", None, (str,), "a name")
+        Traceback (most recent call last):
+        potstill.errors.UsageError: recipe must be a name, got NoneType
+    """
+    if not isinstance(value, types):
+        raise UsageError(f"{name} must be {wanted}, got {type(value).__name__}")
 
 
 def first_line(error: BaseException) -> str:

@@ -156,6 +156,11 @@ def test_a_path_that_does_not_exist_is_a_usage_error(
     assert captured.err.count("\n") == 1
 
 
+def _noted(error: BaseException, note: str) -> BaseException:
+    error.add_note(note)
+    return error
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
@@ -169,8 +174,10 @@ def test_a_path_that_does_not_exist_is_a_usage_error(
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "error: No space left on device: runs/x\n"),
         (OSError(errno.EIO, "Input/output error", "runs/x"), 5, "error: Input/output error: runs/x\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 5, "error: Permission denied: x\n"),
-        (errors.Stopped(15), 143, "error: interrupted; --resume continues a run from its last checkpoint\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted; --resume continues a run from its last checkpoint\n"),
+        (errors.Stopped(15), 143, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (_noted(errors.Stopped(2), "--resume continues"), 130, "error: interrupted; --resume continues\n"),
+        (_noted(errors.WorkerError("w"), "--resume continues"), 7, "error: w\n--resume continues\n"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
             5,

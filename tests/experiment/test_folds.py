@@ -210,6 +210,9 @@ def test_more_seeds_continue_every_fold_and_overwrite_begins_again(whole, made, 
                 for each in own]  # fmt: skip
         assert [each["top1"][name] for each in found["folds"]] == pytest.approx(tops)
         assert found["stages"][name]["over_folds"]["top1"]["mean"] == pytest.approx(np.mean(tops))
+        pooled = np.mean([(found["stages"] | found["repeats"])[one]["test"]["top1"] for one in (name, f"{name}-2")])
+        assert found["comparison"]["folds"]["top1"][name] == pytest.approx(pooled)
+        assert f"{name} {100 * pooled:.1f} %" in found["comparison"]["verdict"]
     assert "distilled over their 2 seeds too" in render(copy).read_text(encoding="utf-8")
     assert "(baseline and distilled: mean over the seeds)" in found["comparison"]["verdict"]
     with pytest.raises(UsageError, match="--resume needs the same recipe"):

@@ -13,6 +13,7 @@ from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
 from potstill.sweep import parse_space
 from potstill.sweep.worker import Sweep, with_chosen_cache
+from potstill.training.callbacks import SilentObserver
 
 from ..forked import Forked, forked
 
@@ -36,6 +37,16 @@ def make(source, folder, over=OVER, sets=(), **options):
     options.setdefault("grid", space.listed)
     options.setdefault("confirm_seeds", 0)
     return Sweep(source, sets, {}, space, folder=folder, **options)
+
+
+class Recorder(SilentObserver):
+    def __init__(self):
+        self.texts = []
+
+    def note(self, message):
+        self.texts.append(message)
+
+    warn = note
 
 
 def test_all_trainings_have_the_cache_of_the_teacher(tmp_path):
@@ -63,10 +74,13 @@ def command(source, folder, *more, through=("-m", "potstill")):
 
 def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
     folder = tmp_path / "sweep"
-    work = make(source, folder)
+    shown = Recorder()
+    work = make(source, folder, observer=shown)
     assert work.work()
     found = rows(folder)
     assert len(found) == 4
+    assert any("teacher" in text for text in shown.texts)
+    assert len(shown.texts) == len(set(shown.texts))  # those of all trials once
     final = work.winner()
     assert final["value"] == max(row["value"] for row in found)
     assert not list(folder.rglob("results.json"))

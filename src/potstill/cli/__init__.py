@@ -29,7 +29,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as in shells
 _HELP = ["-h", "--help"]
-_INTERRUPTED = "interrupted; --resume continues a run from its last checkpoint"
+_INTERRUPTED = "interrupted"
 
 app = typer.Typer(
     name="potstill",
@@ -120,10 +120,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         return code if isinstance(code, int) else 0
     except (BrokenPipeError, SystemExit):  # the parser turns a BrokenPipeError inside a command into SystemExit
         return CLOSED_PIPE
-    except KeyboardInterrupt:
-        return _print_error(_INTERRUPTED, INTERRUPTED)
-    except Stopped as stopped:
-        return _print_error(_INTERRUPTED, stopped.exit_code) if is_first_process() else stopped.exit_code
+    except (KeyboardInterrupt, Stopped) as stopped:
+        code = getattr(stopped, "exit_code", INTERRUPTED)
+        return _print_error("; ".join([_INTERRUPTED, *_notes(stopped)]), code) if is_first_process() else code
     except RemoteFailure as error:
         return error.exit_code
     except PotstillError as error:
@@ -232,7 +231,12 @@ _CHOICE = re.compile(r"'([^']+)'")  # in typer's message on an unknown one
 
 def _message_with_rank(error: PotstillError) -> str:
     """Return the message with the rank; without it for usage errors, which all ranks have, and for lost ranks."""
-    return str(error) if isinstance(error, UsageError | RankLost) else f"{rank_prefix()}{error}"
+    message = "\n".join([str(error), *_notes(error)])
+    return message if isinstance(error, UsageError | RankLost) else f"{rank_prefix()}{message}"
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _print_error(message: str, code: int) -> int:

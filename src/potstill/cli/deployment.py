@@ -13,7 +13,7 @@ import typer
 from potstill.cli.check import FollowLinks, SkipBad, print_skipped
 from potstill.code_references import allowed_code
 from potstill.console import Progress, escape_control, print_next_command, print_section, silence_native_stderr
-from potstill.errors import DataError, RemoteFailure, Stopped, UsageError
+from potstill.errors import REPEAT, DataError, RemoteFailure, Stopped, UsageError, advising
 from potstill.formatting import format_duration, format_scaled
 from potstill.io import read_checksummed_json
 from potstill.training.callbacks import SignalHandler
@@ -308,7 +308,7 @@ def export(
 
             check_all_options(options)  # before the fine-tuning, which takes long
             target, finetuning = parse_target(prune), Finetuning(epochs, tuple(settings or ()), data, int8)
-            with SignalHandler() as stopping, Progress() as progress:
+            with advising(REPEAT), SignalHandler() as stopping, Progress() as progress:
                 run = prune_run(run, model, target, finetuning, observer=progress, stopping=stopping)
             model = None
             _note(f"pruned: {run}")
@@ -350,7 +350,7 @@ def shrink(
     from potstill.sweep.shrink import shrink as search
 
     finetuning = Finetuning(epochs, tuple(settings or ()), data, int8)
-    with allowed_code(allow_code), SignalHandler() as stopping, Progress() as progress:
+    with allowed_code(allow_code), advising(REPEAT), SignalHandler() as stopping, Progress() as progress:
         folder, found = search(run, model, max_loss, finetuning, observer=progress, stopping=stopping)
     page, lines = render_shrink(folder)
     print_section(f"shrink {folder}: {page}", lines)

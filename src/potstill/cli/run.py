@@ -15,7 +15,7 @@ from potstill.code_references import is_code_reference
 from potstill.console import Progress, print_next_command, print_report_path, print_section
 from potstill.data.concurrency import usable_cores
 from potstill.distributed import is_torchrun_launched, restart_count
-from potstill.errors import RemoteFailure, UsageError, WorkerError
+from potstill.errors import RESUME, RemoteFailure, UsageError, WorkerError, advising
 from potstill.training.callbacks import SignalHandler
 
 if TYPE_CHECKING:
@@ -482,12 +482,18 @@ def _run_pipeline(
 
         # These imports load torch, which takes seconds.
         from potstill.experiment.pipeline import run as run_pipeline
+        from potstill.experiment.run_folder import RunFolder
 
         if stages is not None:
             folder["stages"] = stages
             name = f"{recipe.name}-{stages[0]}" if name is None else name
         resume_after_restart(folder, recipe.name if name is None else name)
-        with SignalHandler() as stopping, Progress() if is_first_process() else nullcontext() as progress:
+        started = RunFolder(folder["output_dir"] / (recipe.name if name is None else name))
+        with (
+            advising(RESUME, lambda: started.known),
+            SignalHandler() as stopping,
+            Progress() if is_first_process() else nullcontext() as progress,
+        ):
             if progress is not None:
                 for line in _overridden_flags(recipe, flags, stages):
                     progress.note(line)

@@ -33,7 +33,7 @@ from potstill.cli.run import (
     to_arguments,
 )
 from potstill.console import Progress, print_next_command, print_section
-from potstill.errors import UsageError, WorkerError
+from potstill.errors import REPEAT, UsageError, WorkerError, advising
 from potstill.training.callbacks import SignalHandler
 
 
@@ -98,7 +98,7 @@ def sweep(
     flags = recipe_flags(locals()) | {"--allow-code": allow_code}
     from potstill.config.recipe import load_recipe
     from potstill.sweep import parse_space
-    from potstill.sweep.study import MAX_NAME, check_name, require_optuna
+    from potstill.sweep.study import MAX_NAME, SWEEP_FILE, check_name, require_optuna
 
     require_optuna()
     overrides = settings or []
@@ -125,7 +125,7 @@ def sweep(
     from potstill.sweep.worker import Sweep
 
     folder = output_dir / name
-    with SignalHandler() as stopping, Progress() as progress:
+    with advising(REPEAT, (folder / SWEEP_FILE).exists), SignalHandler() as stopping, Progress() as progress:
 
         def print_trial(found: dict[str, Any]) -> None:
             for line in trial_table(found["trials"], found["measure"], last=1):

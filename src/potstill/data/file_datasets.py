@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -271,7 +272,7 @@ def load_files(
         listing, more = drop_small_classes(listing, settings)
         skipped += more
     division, findings = assign_splits(listing, settings)
-    raise_refused(settings, [*listing.findings, *findings], listing.shown_root)
+    raise_refused(settings, [*listing.findings, *findings], listing.shown_root, skipped)
     images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
     if not contents:
         _expect_squares(staged, images.names, division)
@@ -346,8 +347,14 @@ def drop_bad_entries(listing: Listing, bad: Sequence[Finding]) -> tuple[Listing,
     folders = tuple(f"{each.path}/" for each in skipped if each.kind == "name" and each.path not in names)
     kept = [each for each in listing.entries if not (each.name in dropped or each.name.startswith(folders))]
     rest = [each for each in listing.findings if not FINDING_KINDS[each.kind].skippable]
+    counts = Counter(each.label for each in listing.entries if each.label)
+    empty = [
+        Finding("empty-class", name, f"none of the {counts[name]:,} files of class {name!r} can be used")
+        for name in sorted(counts.keys() - {each.label for each in kept})
+    ]
     # Classes that are missing in a split are reported by ``drop_small_classes``.
-    return replace(listing, entries=kept, findings=rest), [each for each in skipped if each.kind != "missing-class"]
+    skipped = [each for each in skipped if each.kind != "missing-class"]
+    return replace(listing, entries=kept, findings=rest), skipped + empty
 
 
 def drop_small_classes(listing: Listing, settings: DataSettings) -> tuple[Listing, list[Finding]]:
@@ -366,12 +373,14 @@ def list_images(root: Path, settings: DataSettings) -> tuple[list[str], list[Fin
     return [entry.name for entry in listing.entries], skipped
 
 
-def raise_refused(settings: DataSettings, findings: list[Finding], root: Path) -> None:
+def raise_refused(settings: DataSettings, findings: list[Finding], root: Path, skipped: Sequence[Finding] = ()) -> None:
     """Raise one error for all findings that a run refuses, if there are any."""
     refused = [each for each in findings if FINDING_KINDS[each.kind].refused]
-    raise_problems(
-        settings.source, format_refused(refused, root), hints=suggest_fixes(refused, skip_bad=settings.skip_bad)
-    )
+    hints = list(suggest_fixes(refused, skip_bad=settings.skip_bad))
+    if skipped:
+        first = skipped[0]
+        hints.append(f"--skip-bad left out {len(skipped):,} files and classes, such as {first.path}: {first.reason}")
+    raise_problems(settings.source, format_refused(refused, root), hints=hints)
 
 
 def to_skipped(findings: Sequence[Finding]) -> tuple[SkippedFile, ...]:

@@ -123,6 +123,7 @@ def _over_folds(correct: Mapping[str, Array], teacher: Array | None, folds: Arra
             for fold, images in enumerate(own)
         ],
         "figures": {"top1": figures},
+        "top1": {"baseline": float(before.mean()), "distilled": float(after.mean())},  # over all images and seeds
         "top1_gain": {**whole._asdict(), "looks": looks},
     }
     return found | _gap_over(teacher, before, after, whole.value, folds)

@@ -107,7 +107,7 @@ from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
-from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
+from potstill.training.callbacks import Observer, OnceObserver, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
 from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
 
@@ -327,14 +327,14 @@ def _write_beginning(
     folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
 
 
-class _FoldObserver(ForwardingObserver):
+class _FoldObserver(OnceObserver):
     """Shows the fold with each stage, the time of all folds, and every note and warning once."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(observer)
         self.fold = 0
         self.estimate: Callable[[], Mapping[str, float]] = dict
-        self._shown, self._expected = set[str](), False
+        self._expected = False
 
     def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
         """Report the time of all folds, when the first begins; the estimate of a fold is not used."""
@@ -347,16 +347,6 @@ class _FoldObserver(ForwardingObserver):
 
     def stage_end(self, name: str, seconds: float) -> None:
         super().stage_end(self._label(name), seconds)
-
-    def note(self, message: str) -> None:
-        if message not in self._shown:
-            self._shown.add(message)
-            super().note(message)
-
-    def warn(self, message: str) -> None:
-        if message not in self._shown:
-            self._shown.add(message)
-            super().warn(message)
 
     def _label(self, name: str) -> str:
         return f"fold {self.fold}/{name}"

@@ -164,6 +164,8 @@ def accuracy_sentence(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
     """Return top-1 of each stage on test, and of several teachers together."""
     top1 = ((repeats_of(comparison) or {}).get("figures") or {}).get("top1") or {}
     means = {"baseline": finite_figure(top1, "mean_a"), "distilled": finite_figure(top1, "mean_b")}
+    if folds_of(comparison):  # of all images: folds differ in size, so their mean is another number
+        means |= {name: finite_figure((repeats_of(comparison) or {}).get("top1"), name) for name in means}
     sentences = []
     for name in sort_stages(stages):
         share = means.get(name)

@@ -20,7 +20,7 @@ from potstill.data.image_io import Pixels, decode
 from potstill.data.image_structure import IMAGE_HEAD, begins_as_image, has_image_suffix
 from potstill.data.preprocessing import decoded_side
 from potstill.data.sources import walk_images
-from potstill.errors import ArtifactError, DataError, StorageError, UsageError
+from potstill.errors import ArtifactError, DataError, StorageError, UsageError, check_argument
 from potstill.evaluation.cascade import CONFIDENCE, Cascade
 from potstill.export.onnx import ONNX_SUFFIX, load_onnx
 from potstill.formatting import format_names
@@ -300,12 +300,14 @@ def _open_torch(
     import torch
 
     from potstill.data.transforms import preprocess
+    from potstill.models.model_file import Classifier
     from potstill.training.devices import create_compute
     from potstill.training.settings import TrainingSettings
 
     classifier = (
         load_classifier(model, classes=classes, note=note)[0] if isinstance(model, (str, os.PathLike)) else model
     )
+    check_argument("model", classifier, (Classifier,), "a run folder, a model or an exported file")
     classifier.module.to(create_compute(TrainingSettings(device=device)).device)
 
     def probabilities(images: list[Any]) -> list[list[float]]:
@@ -401,7 +403,12 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterator[Seque
 
 def find_images(inputs: Sequence[Path | str], *, follow_links: bool = False) -> FoundImages:
     """Return the given files, and all files in folders that are images by name or signature, but not videos."""
-    given = [Path(each).expanduser() for each in inputs]
+    listed = [inputs] if isinstance(inputs, str | Path) else inputs
+    check_argument("inputs", listed, (Iterable,), "paths of images and folders")
+    given = []
+    for each in listed:
+        check_argument("each of inputs", each, (str, Path), "a path")
+        given.append(Path(each).expanduser())
     missing = [str(path) for path in given if not path.exists()]
     if missing:
         near = nearest_name(Path(missing[0])) if len(missing) == 1 else ""

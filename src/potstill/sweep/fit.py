@@ -16,7 +16,7 @@ from typing import Any
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
 from potstill.data.splits import DataSplits
-from potstill.errors import UsageError, did_you_mean, storing
+from potstill.errors import UsageError, advising, did_you_mean, storing
 from potstill.experiment.plan import choose_networks, lengthen_short_trainings, plan_stages, scale_training
 from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.formatting import format_milliseconds, format_scaled
@@ -44,7 +44,7 @@ from potstill.sweep.halving import (
     Trained,
 )
 from potstill.sweep.worker import best_on_val, train_again, train_teachers, with_chosen_cache
-from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, OnceObserver, SignalHandler, SilentObserver
 from potstill.training.settings import TrainingSettings
 
 
@@ -68,6 +68,7 @@ class RecipeTrainings:
 
         self.source, self.flags, self.folder, self.int8 = source, dict(flags), folder, int8
         self.observer, self.stopping = observer or SilentObserver(), stopping
+        self.in_trainings = OnceObserver(self.observer)
         recipe = load_recipe(source, sets, flags=flags)
         refuse_test_curves(recipe)
         if not recipe.data.labeled:
@@ -170,14 +171,14 @@ class RecipeTrainings:
 
     def train_teacher(self) -> None:
         """Train the teacher, unless it is trained."""
-        self._teachers = train_teachers(self.recipe, self.folder, self.observer, self.stopping)
+        self._teachers = train_teachers(self.recipe, self.folder, self.in_trainings, self.stopping)
 
     def train(self, role: str, student: Student, settings: Mapping[str, str], epochs: int, name: str) -> Trained:
         """Train "distilled" or "baseline" in the folder ``trials/name``, or resume its training."""
         from potstill.experiment.pipeline import run
 
         self.train_teacher()
-        times = _EpochTimes(role, self.observer)
+        times = _EpochTimes(role, self.in_trainings)
         folder = run(
             self.student_recipe(student, settings, epochs),
             output_dir=self.folder / "trials",
@@ -207,7 +208,7 @@ class RecipeTrainings:
             role: self.student_recipe(student, settings, epochs, more)
             for role, (student, settings) in trainings.items()
         }
-        train_again(recipes, self.folder, self.observer, self.stopping, evaluate=evaluate)
+        train_again(recipes, self.folder, self.in_trainings, self.stopping, evaluate=evaluate)
 
     def export(self) -> dict[str, Any]:
         """Export the better of the two on val; return role, path, milliseconds and bytes."""
@@ -383,7 +384,7 @@ def fit(
     description = {"recipe": settings, "data": trainings.data.fingerprint, "space": [], "grid": True}
     with storing(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder):
+    with RunLock(folder), advising("--resume continues the search", (folder / FIT_FILE).exists):
         search = HalvingSearch(
             trainings,
             folder,

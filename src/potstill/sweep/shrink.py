@@ -26,7 +26,7 @@ from potstill.formatting import format_loss, format_milliseconds, format_percent
 from potstill.io import check_exists, read_checksummed_json, write_checksummed_json
 from potstill.models.exported_files import ExportMetadata, create_onnx_predictor
 from potstill.models.model_table import Limits, parse_limits
-from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
+from potstill.training.callbacks import Observer, OnceObserver, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
     from potstill.export.formats import Predictor
@@ -96,6 +96,7 @@ class PrunedStudent:
         check_exists(run, "a run folder, such as runs/NAME")
         self.run, self.finetuning = RunFolder(run), finetuning
         self.observer, self.stopping = observer or SilentObserver(), stopping
+        self._in_trainings = OnceObserver(self.observer)
         if not self.run.recipe.is_file():
             raise UsageError(
                 f"{run} is no run folder, and pruning fine-tunes by a run's recipe, with its teacher: give the folder "
@@ -279,7 +280,7 @@ class PrunedStudent:
                 name=FINETUNED,
                 resume=home.known,
                 stages=("teacher", "distilled") if self.role == "distilled" else ("baseline",),
-                observer=self.observer,
+                observer=self._in_trainings,
                 stopping=self.stopping,
                 evaluate=False,
             )

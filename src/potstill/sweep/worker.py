@@ -15,7 +15,7 @@ from potstill.experiment.run_folder import RunFolder, RunLock
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.methods import needs_teacher
 from potstill.sweep import Space, baseline_space, recipe_values, study
-from potstill.training.callbacks import ForwardingObserver, Observer, SignalHandler, SilentObserver
+from potstill.training.callbacks import ForwardingObserver, Observer, OnceObserver, SignalHandler, SilentObserver
 
 if TYPE_CHECKING:
     import optuna
@@ -195,6 +195,7 @@ class Sweep:
             stopping,
             on_trial,
         )
+        self.in_trainings = OnceObserver(self.observer)
         self.grid = grid
         self.combinations = space.grid() if grid else []
         self.trials = trials if trials is not None else len(self.combinations) or DEFAULT_TRIALS
@@ -269,7 +270,7 @@ class Sweep:
         if self.student == "baseline" or not self.recipe.teacher_list:
             return ()
         recipe = self._recipe_with_teacher()
-        return () if recipe is None else train_teachers(recipe, self.folder, self.observer, self.stopping)
+        return () if recipe is None else train_teachers(recipe, self.folder, self.in_trainings, self.stopping)
 
     def _recipe_with_teacher(self) -> Recipe | None:
         """Return the recipe for training the teacher: the first of the space that needs one."""
@@ -364,7 +365,7 @@ class Sweep:
                 trial,
                 measure=self.measure,
                 student=self.student,
-                observer=self.observer,
+                observer=self.in_trainings,
                 stopping=self.stopping,
             )
         except Pruned:
@@ -444,7 +445,7 @@ class Sweep:
         with self._locked():
             if (self.folder / study.CONFIRMATION_FILE).exists():
                 return True
-            train_again(recipes, self.folder, self.observer, self.stopping)
+            train_again(recipes, self.folder, self.in_trainings, self.stopping)
             facts = {"seeds": self.confirm_seeds, "first_seed": self.recipe.seed + 1, "trials": baseline_sweep.trials}
             write_checksummed_json(self.folder / study.CONFIRMATION_FILE, {"schema": 1, **facts})
         return True
@@ -452,7 +453,7 @@ class Sweep:
     def baseline_sweep(self) -> "Sweep":
         """Return the search of the baseline's settings, with as many trials."""
         space = baseline_space(self.space, self.recipe, self.trials)
-        return Sweep(
+        found = Sweep(
             self.source,
             self.sets,
             self.flags,
@@ -465,6 +466,8 @@ class Sweep:
             student="baseline",
             confirm_seeds=0,
         )
+        found.in_trainings = self.in_trainings
+        return found
 
 
 _WAITING = object()

@@ -89,6 +89,24 @@ class ForwardingObserver:
         self.observer.stage_end(name, seconds)
 
 
+class OnceObserver(ForwardingObserver):
+    """Forwards each note and warning once: those of the first of several trainings are those of all."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(observer)
+        self._shown = set[str]()
+
+    def note(self, message: str) -> None:
+        if message not in self._shown:
+            self._shown.add(message)
+            super().note(message)
+
+    def warn(self, message: str) -> None:
+        if message not in self._shown:
+            self._shown.add(message)
+            super().warn(message)
+
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 
 

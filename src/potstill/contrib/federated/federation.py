@@ -28,7 +28,7 @@ from potstill.contrib.federated.server import (
 )
 from potstill.data.datasets import load_data
 from potstill.data.splits import DataSplits
-from potstill.errors import UsageError
+from potstill.errors import RESUME, UsageError, advising
 from potstill.experiment.builders import build_network, split_loader
 from potstill.experiment.plan import derive_seed
 from potstill.experiment.preflight import describe_skipped
@@ -169,7 +169,10 @@ def federate(
     check_recipe(recipe, options.algorithms)
     observer = observer or SilentObserver()
     name = f"{recipe.name[:54]}-federated" if name is None else name
-    with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
+    with (
+        RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder,
+        advising(RESUME, lambda: folder.known),
+    ):
         with silence_native_stderr():
             data = load_data(recipe.data, data, progress=observer)
         augment = recipe.data.augment or data.augment
