@@ -46,7 +46,9 @@ from potstill.data.splits import (
     check_splits,
     find_small_classes,
     fingerprint,
+    keep_copies_together,
     stratified_split,
+    unite_copies,
 )
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -192,7 +194,14 @@ def load_without_labels(
     images = UnlabeledFileSet(root, names)
     images.expect(contents, staged)
     found = stratified_split(names, np.zeros(len(names), np.int64), shares, settings.split_seed, ["the images"])
-    parts: dict[str, ImageSet] = {split: Subset(images, index) for split, index in found.items()}
+    splits = np.zeros(len(names), np.int8)
+    for split, index in found.items():
+        splits[index] = SPLITS.index(split)
+    groups = [contents[name].split()[1] for name in names]
+    splits = unite_copies(names, np.zeros(len(names), np.int64), splits, groups)
+    parts: dict[str, ImageSet] = {
+        split: Subset(images, np.flatnonzero(splits == SPLITS.index(split))) for split in found
+    }
     known = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     if tests is not None:
         parts["test"], known["test"] = tests, [test_contents[name] for name in tests.names]
@@ -285,6 +294,7 @@ def load_files(
             staged=staged,
         )
     images.expect(contents, staged)
+    division = keep_copies_together(division, listing, contents)
     parts = split_sets(images, division)
     images.range = resolve_range(parts["train"].names, contents, settings.range)
     check_splits(division.class_names, parts, settings.source)

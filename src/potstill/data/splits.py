@@ -137,6 +137,39 @@ def stratified_split(
     return {part: np.sort(np.concatenate(found)) for part, found in parts_found.items()}
 
 
+def unite_copies(
+    names: Sequence[str], labels: Index, splits: NDArray[np.int8], groups: Sequence[object]
+) -> NDArray[np.int8]:
+    """Return the splits [N] of images with those of a group in one: that of its first by name, or the next, so that no
+    class loses its last image of a split; where that cannot be, they stay.  ``groups``: None of images to leave alone.
+
+    Example:
+        >>> splits = np.array([0, 1, 0, 0, 1], np.int8)
+        >>> names, groups = ["a", "b", "c", "d", "e"], ["x", "x", "y", "z", None]
+        >>> unite_copies(names, np.zeros(5, np.int64), splits, groups).tolist()
+        [0, 0, 0, 0, 1]
+    """
+    splits, members = splits.copy(), dict[object, list[int]]()
+    counts = Counter(zip(labels.tolist(), splits.tolist(), strict=True))
+    for i, group in enumerate(groups):
+        if group is not None:
+            members.setdefault(group, []).append(i)
+    for group in sorted(members, key=str):
+        found = members[group]
+        if len(set(splits[found].tolist())) == 1:
+            continue
+        # By name: the first by hash is rarely one of train, which would shrink.
+        for split in dict.fromkeys(int(splits[i]) for i in sorted(found, key=names.__getitem__)):
+            moved = [i for i in found if splits[i] != split]
+            left = Counter((int(labels[i]), int(splits[i])) for i in moved)
+            if all(counts[cell] > count for cell, count in left.items()):
+                counts.subtract(left)
+                counts.update((int(labels[i]), split) for i in moved)
+                splits[moved] = split
+                break
+    return splits
+
+
 def pool_splits(data: DataSplits) -> DataSplits:
     """Return the data with all images of its splits as ``pool``, in which every name must differ."""
     if data.pool is not None:
@@ -228,10 +261,13 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
         in_test = own == fold - 1
         origin = f"fold {fold} of {folds}: its {int(in_test.sum()):,} images are test in this fold only"
     rest = np.flatnonzero(~in_test)
-    parts = stratified_split(
-        [names[i] for i in rest.tolist()], labels[rest], {"val": settings.val}, settings.split_seed, data.class_names
-    )
-    index = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": np.flatnonzero(in_test)}
+    others = [names[i] for i in rest.tolist()]
+    parts = stratified_split(others, labels[rest], {"val": settings.val}, settings.split_seed, data.class_names)
+    splits = np.zeros(len(rest), np.int8)
+    splits[parts["val"]] = 1
+    if copies is not None:
+        splits = unite_copies(others, labels[rest], splits, copies[rest].tolist())
+    index = {"train": rest[splits == 0], "val": rest[splits == 1], "test": np.flatnonzero(in_test)}
     lines = (f"{split}\0{names[i]}" for split, found in index.items() for i in found.tolist())
     text = "\n".join([data.fingerprint, *lines]).encode("utf-8", "surrogateescape")
     given = not data.origin.startswith("made here") or "are pooled" in data.origin
@@ -351,6 +387,18 @@ def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssign
     if not settings.labeled:
         return division, findings
     return division, findings + _find_missing_classes(division, listing) + _find_imbalance(division)
+
+
+def keep_copies_together(division: SplitAssignment, listing: Listing, contents: Mapping[str, str]) -> SplitAssignment:
+    """Return the splits with files of equal content in one, as far as they were made here; ``contents`` by name."""
+    if listing.ready or not division.split or {"val", "test"} <= {entry.split for entry in listing.entries}:
+        return division
+    groups = [
+        contents[entry.name].split()[1] if entry.split in (None, "train") and entry.name in contents else None
+        for entry in listing.entries
+    ]
+    names = [entry.name for entry in listing.entries]
+    return replace(division, splits=unite_copies(names, division.labels, division.splits, groups))
 
 
 def _fill_splits(
