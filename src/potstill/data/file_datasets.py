@@ -48,7 +48,6 @@ from potstill.data.splits import (
     fingerprint,
     keep_copies_together,
     stratified_split,
-    unite_copies,
 )
 from potstill.errors import DataError, UsageError, did_you_mean
 from potstill.formatting import format_names
@@ -193,15 +192,9 @@ def load_without_labels(
         )
     images = UnlabeledFileSet(root, names)
     images.expect(contents, staged)
-    found = stratified_split(names, np.zeros(len(names), np.int64), shares, settings.split_seed, ["the images"])
-    splits = np.zeros(len(names), np.int8)
-    for split, index in found.items():
-        splits[index] = SPLITS.index(split)
-    groups = [contents[name].split()[1] for name in names]
-    splits = unite_copies(names, np.zeros(len(names), np.int64), splits, groups)
-    parts: dict[str, ImageSet] = {
-        split: Subset(images, np.flatnonzero(splits == SPLITS.index(split))) for split in found
-    }
+    labels, groups = np.zeros(len(names), np.int64), [contents[name].split()[1] for name in names]
+    found = stratified_split(names, labels, shares, settings.split_seed, ["the images"], groups)
+    parts: dict[str, ImageSet] = {split: Subset(images, index) for split, index in found.items()}
     known = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     if tests is not None:
         parts["test"], known["test"] = tests, [test_contents[name] for name in tests.names]
@@ -419,7 +412,9 @@ def split_from_train(parts: dict[str, ImageSet], class_names: Sequence[str], set
     if not shares:
         return ""
     pool = parts["train"]
-    made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, class_names)
+    digests = file_digests(pool)
+    groups = None if digests is None else [each.tobytes().hex() for each in digests]
+    made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, class_names, groups)
     parts |= {split: Subset(pool, index) for split, index in made.items()}
     return f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
 

@@ -103,14 +103,19 @@ class DataSplits:
 
 
 def stratified_split(
-    names: Sequence[str], labels: Index, shares: Mapping[str, float], seed: int, class_names: Sequence[str]
+    names: Sequence[str],
+    labels: Index,
+    shares: Mapping[str, float],
+    seed: int,
+    class_names: Sequence[str],
+    groups: Sequence[object] | None = None,
 ) -> dict[str, Index]:
     """Split images into parts with the same class proportions; return part -> sorted positions, one of each class or
     more.
 
     Within a class, images are ordered by SHA-256 of (seed, name): the result does not depend on the order of the files,
     a library's version, or other classes.  ``shares`` of each class are together below 1; "train" gets the rest.
-    DataError: a class with fewer images than parts.
+    ``groups`` [N] are kept together as by ``unite_copies``.  DataError: a class with fewer images than parts.
     """
     if sum(shares.values()) >= 1:
         wanted = " + ".join(f"{part} {share:g}" for part, share in shares.items())
@@ -134,7 +139,12 @@ def stratified_split(
             parts_found[part].append(members[start : start + size])
             start += size
         parts_found["train"].append(members[start:])
-    return {part: np.sort(np.concatenate(found)) for part, found in parts_found.items()}
+    splits = np.zeros(len(names), np.int8)
+    for at, found in enumerate(parts_found.values()):
+        splits[np.concatenate(found)] = at
+    if groups is not None:
+        splits = unite_copies(names, labels, splits, groups)
+    return {part: np.flatnonzero(splits == at) for at, part in enumerate(parts_found)}
 
 
 def unite_copies(
@@ -261,13 +271,9 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
         in_test = own == fold - 1
         origin = f"fold {fold} of {folds}: its {int(in_test.sum()):,} images are test in this fold only"
     rest = np.flatnonzero(~in_test)
-    others = [names[i] for i in rest.tolist()]
-    parts = stratified_split(others, labels[rest], {"val": settings.val}, settings.split_seed, data.class_names)
-    splits = np.zeros(len(rest), np.int8)
-    splits[parts["val"]] = 1
-    if copies is not None:
-        splits = unite_copies(others, labels[rest], splits, copies[rest].tolist())
-    index = {"train": rest[splits == 0], "val": rest[splits == 1], "test": np.flatnonzero(in_test)}
+    others, groups = [names[i] for i in rest.tolist()], None if copies is None else copies[rest].tolist()
+    parts = stratified_split(others, labels[rest], {"val": settings.val}, settings.split_seed, data.class_names, groups)
+    index = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": np.flatnonzero(in_test)}
     lines = (f"{split}\0{names[i]}" for split, found in index.items() for i in found.tolist())
     text = "\n".join([data.fingerprint, *lines]).encode("utf-8", "surrogateescape")
     given = not data.origin.startswith("made here") or "are pooled" in data.origin
