@@ -21,9 +21,7 @@ from potstill.io import read_checksummed_json
 from potstill.report import canvas
 from potstill.report.canvas import as_png
 
-COLOURS = dict(
-    zip(ALGORITHMS, (canvas.BASELINE, canvas.DISTILLED, canvas.VAL, canvas.TEACHER, canvas.TEST), strict=True)
-)
+COLOURS = dict(zip(ALGORITHMS, (canvas.BASELINE, canvas.DISTILLED, canvas.TEACHER), strict=True))
 
 
 def main() -> None:

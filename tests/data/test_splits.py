@@ -15,6 +15,7 @@ from potstill.data.splits import (
     pool_splits,
     stratified_split,
     stratified_subset,
+    unite_copies,
 )
 from potstill.errors import DataError, UsageError
 
@@ -29,6 +30,22 @@ def test_parts_are_stratified_disjoint_and_exhaustive() -> None:
     assert np.sort(np.concatenate(list(parts.values()))).tolist() == list(range(200))
     counts = {part: np.bincount(LABELS[index]).tolist() for part, index in parts.items()}
     assert counts == {"train": [60, 36, 24], "val": [15, 9, 6], "test": [25, 15, 10]}
+
+
+def test_copies_are_in_one_split_unless_a_class_would_lose_its_last_image() -> None:
+    parts = stratified_split(NAMES, LABELS, SHARES, 0, CLASSES)
+    splits = np.zeros(200, np.int8)
+    splits[parts["val"]], splits[parts["test"]] = 1, 2
+    assert np.array_equal(unite_copies(NAMES, LABELS, splits, list(range(200))), splits)
+    groups = [i % 60 if i < 120 else None for i in range(200)]  # pairs, also of two labels
+    united = unite_copies(NAMES, LABELS, splits, groups)
+    assert np.array_equal(united[:60], united[60:120])
+    assert np.array_equal(united[120:], splits[120:])
+    assert np.bincount(united).tolist() == pytest.approx([120, 30, 50], abs=12)
+    few = np.array([0, 0, 1, 2], np.int8)
+    found = unite_copies(NAMES, np.zeros(4, np.int64), few, ["x", None, "x", None])
+    assert found.tolist() == [1, 0, 1, 2]  # val has one image
+    assert np.array_equal(unite_copies(NAMES, np.zeros(4, np.int64), few, ["x"] * 4), few)
 
 
 def test_seed_decides_and_the_order_of_files_does_not() -> None:

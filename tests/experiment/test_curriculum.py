@@ -181,5 +181,5 @@ def test_several_teachers_are_asked_as_one(monkeypatch):
     made = load_recipe({**BASE, "teachers": {"combine": "probabilities"}, "curriculum": {}})
     data = SimpleNamespace(train=SimpleNamespace(names=["a"], labels=[0]), class_names=("a", "b"))
     compute = Compute(torch.device("cpu"), bf16=False, channels_last=False)
-    found = module._predict_difficulty(data, {"teacher": teacher, "teacher-2": teacher}, made, compute)
+    found = module._predict_difficulty(data, {"teacher": teacher, "teacher-2": teacher}, {}, made, compute)
     assert found == pytest.approx([0.693147], abs=1e-6)  # -ln 0.5

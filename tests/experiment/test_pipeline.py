@@ -457,3 +457,20 @@ def test_label_smoothing_reaches_the_loss(recipe, class_balance):
     normaliser = math.log(math.exp(2) + 2)
     by_hand = 0.8 * (normaliser - 2) + 0.2 * normaliser  # 0.7 + 0.1 of class 0, 0.1 of each other one
     assert loss(logits, torch.tensor([0])).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+class Counting(SilentObserver):
+    def __init__(self):
+        self.epochs, self.current = {}, ""
+
+    def stage(self, name, detail):
+        self.current = name
+
+    def epoch_start(self, epoch, epochs, steps, images):
+        self.epochs.setdefault(self.current, []).append((steps, images))
+
+
+def test_a_method_with_layers_of_the_batchs_size_sees_the_batches_of_its_baseline(module_recipe, tmp_path):
+    recipe, counting = module_recipe.model_copy(update={"method": {"name": "semckd"}}), Counting()
+    pipeline.run(recipe, output_dir=tmp_path, observer=counting, evaluate=False)
+    assert counting.epochs["baseline"] == counting.epochs["distilled"] == [(3, 42)] * 2  # 16, 16 and 10 images

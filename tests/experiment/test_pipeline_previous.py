@@ -77,18 +77,18 @@ def test_the_previous_model_is_taken_as_it_is_and_heard_beside_the_teacher(run):
 
 
 def test_teachers_with_weights_teach_and_order_images_without_the_previous_model(photographs, tmp_path, monkeypatch):
-    asked, predict = [], curriculum.predict_together
+    asked, predict = [], curriculum.predict_images
 
-    def note(models, *others):
-        asked.append(list(models))
-        return predict(models, *others)
+    def note(model, loader, compute, what):
+        asked.append(what)
+        return predict(model, loader, compute, what)
 
-    monkeypatch.setattr(curriculum, "predict_together", note)
+    monkeypatch.setattr(curriculum, "predict_images", note)
     one = {"model": "cifar/resnet8", "training": {"epochs": 1}}
     changes = {"teacher": [one, one], "teachers": {"weights": [1, 2]}, "born_again_generations": 2, "curriculum": {}}
     recipe = load_recipe(settings(photographs, **changes), flags={"--previous": deployed(tmp_path / "old")})
     pipeline.run(recipe, output_dir=tmp_path, stages=("teacher", "distilled"), evaluate=False)
-    assert asked == [["teacher", "teacher-2"], ["generation-1"]]
+    assert asked == ["the teacher on train", "the teacher-2 on train", "the generation-1 on train"]
 
 
 def test_a_method_without_teacher_has_the_previous_model_alone(photographs, tmp_path):

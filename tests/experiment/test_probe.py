@@ -9,7 +9,7 @@ import torch
 from potstill.cli import main
 from potstill.distillation.teachers import FoldHeads, Teachers
 from potstill.errors import ArtifactError, UsageError
-from potstill.experiment import pipeline, probe
+from potstill.experiment import curriculum, pipeline, probe
 from potstill.experiment.cache_verification import verify_cache
 from potstill.models.factory import create_model
 from potstill.models.model_file import load_model
@@ -223,6 +223,16 @@ def test_training_images_are_answered_by_heads_that_have_not_seen_them(probing, 
     assert asked == set(range(train))
     assert None in indices.seen  # val
     assert teacher.facts["head"]["fold_heads"]["sha256"]
+
+
+def test_a_curriculum_judges_images_by_heads_that_have_not_seen_them(probing, tmp_path, monkeypatch):
+    seen, own = [], curriculum.image_difficulty
+    monkeypatch.setattr(curriculum, "image_difficulty", lambda *rows: seen.append(rows) or own(*rows))
+    monkeypatch.setattr(curriculum, "_BLOCK", 20)
+    run = pipeline.run(probing(curriculum="{}"), output_dir=tmp_path, stages=ALONE)
+    teacher, ((probabilities, labels),) = results(run)["stages"]["teacher"], seen
+    assert own(probabilities, labels).mean() == pytest.approx(teacher["head"]["cross_validated"]["nll"], rel=1e-3)
+    assert teacher["train"]["nll"] < 0.9 * teacher["head"]["cross_validated"]["nll"]
 
 
 def test_caches_hold_the_folds_answers_and_resuming_goes_on_with_them(probing, tmp_path):

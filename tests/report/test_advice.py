@@ -18,7 +18,7 @@ def run(stages: dict[str, dict[str, Any]] | None = None, *, recipe: str | None =
         name: StageResult(
             name,
             Path("runs/made") / name,
-            {key: facts.get(key) for key in ("training", "head")},
+            {key: facts.get(key) for key in ("training", "head", "model")},
             metrics={split: facts[split] for split in ("train", "val", "test") if split in facts},
         )
         for name, facts in (stages or {}).items()
@@ -177,6 +177,13 @@ def test_students_from_scratch_that_gained_nothing_by_kd_get_another_method() ->
     assert found is not None
     assert "correlate" in found.action
     assert find(student="{model: resnet10t, weights: pretrained}") is None
+    given, hidden = "{model: python/teach, weights: given}", {"teacher": {"model": {"parameters": None}}}
+    for stages, title in (({}, "embeddings"), (hidden, "Another method")):  # a module, a function
+        made = run(stages, recipe=f"name: made\nteacher: {given}\nstudent: {{model: resnet10t}}\n",
+                   comparison=gain(0.0, -0.01, 0.01), method={"name": "kd"})  # fmt: skip
+        found = advice.other_method(made)
+        assert found is not None
+        assert title in found.title
     assert find(method={"name": "srd"}) is None
     assert find(comparison=several(3, 0.001, 0.1)) is None
     assert find(comparison=None) is None

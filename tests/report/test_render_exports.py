@@ -40,6 +40,21 @@ def test_a_row_for_each_file(build_run: Callable[..., Any]) -> None:
     text = render_page(read_run(folder))
     assert 'id="exports"' in text
     assert "&lt;b&gt;.onnx" in text
+    assert "Each compared with the original on test images" in text
+
+
+def test_files_that_cannot_be_run_here_are_named(build_run: Callable[..., Any]) -> None:
+    folder = build_run(3).write()
+    (folder / "distilled" / "export").mkdir()
+    apple = FACTS | {"format": "coreml", "parity": None, "latency_ms": None, "files": {"model.mlpackage": {"bytes": 1}}}
+    write_checksummed_json(folder / "distilled" / "export" / "apple.json", apple)
+    alone = render_page(read_run(folder))
+    assert "Not compared with the original, as they run on other machines only: distilled: model.mlpackage." in alone
+    assert "Each other file" not in alone
+    write_checksummed_json(folder / "distilled" / "export" / "model.json", FACTS)
+    assert "model.mlpackage. Each other file was, on test images before it was written. Latency" in render_page(
+        read_run(folder)
+    )
 
 
 def test_reports_of_shrink_are_linked(build_run: Callable[..., Any]) -> None:

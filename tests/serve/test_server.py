@@ -1,9 +1,13 @@
 """What the API answers."""
 
 import json
+import math
+import os
 import random
+import time
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -11,6 +15,7 @@ from PIL import Image
 from potstill.data.image_structure import FORMATS
 from potstill.errors import UsageError
 from potstill.export.predict import predict
+from potstill.serve import model_worker
 from potstill.serve.middleware import ServerLimits
 from potstill.serve.model_worker import WorkerClient, WorkerUnavailable, _load_models
 from potstill.serve.server import _model_folders
@@ -47,6 +52,34 @@ def test_while_models_are_loaded_again_nobody_is_sent_to_other_images(tmp_path):
                 worker.predict(b"image", top=1, gradcam=False)
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "looks"),
+    [
+        ([0, 0], 1),  # it stands still
+        ([0, 0.4, 0.8, 1.2], 3),  # it computes, for a second of CPU time in all
+        ([0, 0.4, 0.4], 2),
+        ([0, 1.5], 1),
+        ([math.nan, math.nan], 1),  # unknown: by the clock
+    ],
+)
+def test_a_slow_worker_is_killed_by_its_cpu_time(monkeypatch, cpu, looks):
+    seen, killed = iter(cpu), []
+    monkeypatch.setattr(model_worker, "_cpu_seconds", lambda pid: next(seen))
+    done = SimpleNamespace(wait=lambda seconds: killed.append("look"))
+    worker = SimpleNamespace(pid=1, kill=lambda: killed.append("kill"))
+    model_worker._watch(worker, 0.0, 1.0, done)
+    assert killed == ["look"] * looks + ["kill"]
+    done.wait = lambda seconds: True
+    seen = iter([0])
+    model_worker._watch(worker, 0.0, 1.0, done)
+    assert killed.count("kill") == 1
+
+
+def test_the_cpu_time_of_a_process():
+    assert model_worker._cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.2)
+    assert math.isnan(model_worker._cpu_seconds(2**30))
 
 
 def test_the_page_offers_all_formats_that_are_read():

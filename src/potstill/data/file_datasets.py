@@ -47,6 +47,7 @@ from potstill.data.splits import (
     check_splits,
     find_small_classes,
     fingerprint,
+    keep_copies_together,
     stratified_split,
 )
 from potstill.errors import DataError, UsageError, did_you_mean
@@ -192,7 +193,8 @@ def load_without_labels(
         )
     images = UnlabeledFileSet(root, names)
     images.expect(contents, staged)
-    found = stratified_split(names, np.zeros(len(names), np.int64), shares, settings.split_seed, ["the images"])
+    labels, groups = np.zeros(len(names), np.int64), [contents[name].split()[1] for name in names]
+    found = stratified_split(names, labels, shares, settings.split_seed, ["the images"], groups)
     parts: dict[str, ImageSet] = {split: Subset(images, index) for split, index in found.items()}
     known = {split: [contents[name] for name in part.names] for split, part in parts.items()}
     if tests is not None:
@@ -286,6 +288,7 @@ def load_files(
             staged=staged,
         )
     images.expect(contents, staged)
+    division = keep_copies_together(division, listing, contents)
     parts = split_sets(images, division)
     images.range = resolve_range(parts["train"].names, contents, settings.range)
     check_splits(division.class_names, parts, settings.source)
@@ -418,7 +421,9 @@ def split_from_train(parts: dict[str, ImageSet], class_names: Sequence[str], set
     if not shares:
         return ""
     pool = parts["train"]
-    made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, class_names)
+    digests = file_digests(pool)
+    groups = None if digests is None else [each.tobytes().hex() for each in digests]
+    made = stratified_split(pool.names, pool.labels, shares, settings.split_seed, class_names, groups)
     parts |= {split: Subset(pool, index) for split, index in made.items()}
     return f"; {' and '.join(shares)} split from train here, stratified, split seed {settings.split_seed}"
 

@@ -103,14 +103,19 @@ class DataSplits:
 
 
 def stratified_split(
-    names: Sequence[str], labels: Index, shares: Mapping[str, float], seed: int, class_names: Sequence[str]
+    names: Sequence[str],
+    labels: Index,
+    shares: Mapping[str, float],
+    seed: int,
+    class_names: Sequence[str],
+    groups: Sequence[object] | None = None,
 ) -> dict[str, Index]:
     """Split images into parts with the same class proportions; return part -> sorted positions, one of each class or
     more.
 
     Within a class, images are ordered by SHA-256 of (seed, name): the result does not depend on the order of the files,
     a library's version, or other classes.  ``shares`` of each class are together below 1; "train" gets the rest.
-    DataError: a class with fewer images than parts.
+    ``groups`` [N] are kept together as by ``unite_copies``.  DataError: a class with fewer images than parts.
     """
     if sum(shares.values()) >= 1:
         wanted = " + ".join(f"{part} {share:g}" for part, share in shares.items())
@@ -134,7 +139,45 @@ def stratified_split(
             parts_found[part].append(members[start : start + size])
             start += size
         parts_found["train"].append(members[start:])
-    return {part: np.sort(np.concatenate(found)) for part, found in parts_found.items()}
+    splits = np.zeros(len(names), np.int8)
+    for at, found in enumerate(parts_found.values()):
+        splits[np.concatenate(found)] = at
+    if groups is not None:
+        splits = unite_copies(names, labels, splits, groups)
+    return {part: np.flatnonzero(splits == at) for at, part in enumerate(parts_found)}
+
+
+def unite_copies(
+    names: Sequence[str], labels: Index, splits: NDArray[np.int8], groups: Sequence[object]
+) -> NDArray[np.int8]:
+    """Return the splits [N] of images with those of a group in one: that of its first by name, or the next, so that no
+    class loses its last image of a split; where that cannot be, they stay.  ``groups``: None of images to leave alone.
+
+    Example:
+        >>> splits = np.array([0, 1, 0, 0, 1], np.int8)
+        >>> names, groups = ["a", "b", "c", "d", "e"], ["x", "x", "y", "z", None]
+        >>> unite_copies(names, np.zeros(5, np.int64), splits, groups).tolist()
+        [0, 0, 0, 0, 1]
+    """
+    splits, members = splits.copy(), dict[object, list[int]]()
+    counts = Counter(zip(labels.tolist(), splits.tolist(), strict=True))
+    for i, group in enumerate(groups):
+        if group is not None:
+            members.setdefault(group, []).append(i)
+    for group in sorted(members, key=str):
+        found = members[group]
+        if len(set(splits[found].tolist())) == 1:
+            continue
+        # By name: the first by hash is rarely one of train, which would shrink.
+        for split in dict.fromkeys(int(splits[i]) for i in sorted(found, key=names.__getitem__)):
+            moved = [i for i in found if splits[i] != split]
+            left = Counter((int(labels[i]), int(splits[i])) for i in moved)
+            if all(counts[cell] > count for cell, count in left.items()):
+                counts.subtract(left)
+                counts.update((int(labels[i]), split) for i in moved)
+                splits[moved] = split
+                break
+    return splits
 
 
 def pool_splits(data: DataSplits) -> DataSplits:
@@ -228,9 +271,8 @@ def fold_splits(data: DataSplits, settings: DataSettings) -> DataSplits:
         in_test = own == fold - 1
         origin = f"fold {fold} of {folds}: its {int(in_test.sum()):,} images are test in this fold only"
     rest = np.flatnonzero(~in_test)
-    parts = stratified_split(
-        [names[i] for i in rest.tolist()], labels[rest], {"val": settings.val}, settings.split_seed, data.class_names
-    )
+    others, groups = [names[i] for i in rest.tolist()], None if copies is None else copies[rest].tolist()
+    parts = stratified_split(others, labels[rest], {"val": settings.val}, settings.split_seed, data.class_names, groups)
     index = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": np.flatnonzero(in_test)}
     lines = (f"{split}\0{names[i]}" for split, found in index.items() for i in found.tolist())
     text = "\n".join([data.fingerprint, *lines]).encode("utf-8", "surrogateescape")
@@ -351,6 +393,18 @@ def assign_splits(listing: Listing, settings: DataSettings) -> tuple[SplitAssign
     if not settings.labeled:
         return division, findings
     return division, findings + _find_missing_classes(division, listing) + _find_imbalance(division)
+
+
+def keep_copies_together(division: SplitAssignment, listing: Listing, contents: Mapping[str, str]) -> SplitAssignment:
+    """Return the splits with files of equal content in one, as far as they were made here; ``contents`` by name."""
+    if listing.ready or not division.split or {"val", "test"} <= {entry.split for entry in listing.entries}:
+        return division
+    groups = [
+        contents[entry.name].split()[1] if entry.split in (None, "train") and entry.name in contents else None
+        for entry in listing.entries
+    ]
+    names = [entry.name for entry in listing.entries]
+    return replace(division, splits=unite_copies(names, division.labels, division.splits, groups))
 
 
 def _fill_splits(

@@ -1,24 +1,31 @@
 """Curriculum of a distilled student: its images in the order of their difficulty for its teachers."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from potstill.config import stage_role
 from potstill.config.recipe import CurriculumSettings, Recipe
-from potstill.data.loader import Loader
 from potstill.data.samplers import Curriculum, curriculum_order, curriculum_share, uniform
 from potstill.data.splits import DataSplits, EpochSampling
+from potstill.distillation.teacher_inference import InferenceSettings
+from potstill.distillation.teachers import FoldHeads
 from potstill.experiment.builders import split_loader
-from potstill.experiment.ensembles import predict_together
+from potstill.experiment.ensembles import average_probabilities, predict_images
 from potstill.experiment.plan import PlannedStage, derive_seed
+from potstill.experiment.probe import embed_images
 from potstill.models.model_file import Classifier
-from potstill.training.callbacks import Observer
+from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute
 
 Array = NDArray[np.float64]
+_BLOCK = 4096  # images
 
 
 def apply_curriculum(
@@ -28,18 +35,21 @@ def apply_curriculum(
     recipe: Recipe,
     compute: Compute,
     observer: Observer,
+    fold_heads: Mapping[str, FoldHeads | None] = MappingProxyType({}),
 ) -> DataSplits:
     """Return the data with the sampling of a stage's curriculum; unchanged without curriculum or distillation.
 
     The teachers run once on each image, without augmentation.  The order depends on their outputs only (for "random":
-    on the seed), so a resumed run has the same; an epoch has as many steps as without curriculum.
+    on the seed), so a resumed run has the same; an epoch has as many steps as without curriculum.  ``fold_heads``: of
+    probed teachers, which have seen the labels: an image is judged by the head that has not seen its own, as it is
+    taught.
     """
     settings = recipe.curriculum
     if settings is None or not stage.distils:
         return data
     labels = np.asarray(data.train.labels)
     teachers = {name: models[name] for name in stage.teachers if stage_role(name) != "previous"}
-    difficulty = _predict_difficulty(data, teachers, recipe, compute)
+    difficulty = _predict_difficulty(data, teachers, fold_heads, recipe, compute)
     if settings.order == "random":
         seed = derive_seed(recipe.seed, f"{stage.seed}/curriculum")
         difficulty = uniform(seed, "curriculum", np.arange(len(labels), dtype=np.int64), 0)
@@ -64,18 +74,36 @@ def image_difficulty(probabilities: Array, labels: NDArray[np.int64]) -> Array:
 
 
 def _predict_difficulty(
-    data: DataSplits, teachers: Mapping[str, Classifier], recipe: Recipe, compute: Compute
+    data: DataSplits,
+    teachers: Mapping[str, Classifier],
+    fold_heads: Mapping[str, FoldHeads | None],
+    recipe: Recipe,
+    compute: Compute,
 ) -> Array:
-    settings = recipe.stage_training("student")
+    settings, found = recipe.stage_training("student"), list[Array]()
+    for name, teacher in teachers.items():
+        loader = split_loader(data, "train", teacher.input, recipe, settings, compute, network=teacher.module)
+        what, heads = f"the {name} on train", fold_heads.get(name)
+        if heads is None:
+            rows = predict_images(teacher, loader, compute, what)
+        else:
+            module, how = teacher.module.to(compute.device), InferenceSettings(memory_format=compute.memory_format)
+            module.to(memory_format=compute.memory_format)
+            embeddings = embed_images(module, how, heads.layer, loader, what, SilentObserver(), compute)
+            rows = None if embeddings is None else _probabilities(heads, embeddings)
+        found += [] if rows is None else [rows]
+    difficulty = None
+    if found:
+        difficulty = image_difficulty(average_probabilities(found, recipe.teachers), np.asarray(data.train.labels))
+    difficulty = compute.processes.share(difficulty)
+    assert difficulty is not None  # the first process has computed it
+    return difficulty
 
-    def loader(teacher: Classifier) -> Loader:
-        return split_loader(data, "train", teacher.input, recipe, settings, compute, network=teacher.module)
 
-    mean = predict_together(teachers, loader, recipe.teachers, compute, "train")
-    difficulty = None if mean is None else image_difficulty(mean, np.asarray(data.train.labels))
-    found: Array | None = compute.processes.share(difficulty)
-    assert found is not None  # the first process has computed it
-    return found
+def _probabilities(heads: FoldHeads, embeddings: Tensor) -> Array:
+    """Return the probabilities [N, K] of training images, in blocks: the logits of all heads may not fit."""
+    heads, parts = copy.deepcopy(heads).cpu(), torch.arange(len(embeddings)).split(_BLOCK)  # type: ignore[no-untyped-call]
+    return torch.cat([heads(embeddings[ids], ids).softmax(dim=1) for ids in parts]).numpy()
 
 
 def _describe_curriculum(settings: CurriculumSettings, counts: Sequence[int], difficulty: Array) -> str:

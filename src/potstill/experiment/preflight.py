@@ -219,7 +219,7 @@ class _RandomImages:
         compute: Compute,
     ) -> None:
         self.data, self.size, self.augment, self.needs, self.compute = data, size, augment, method.needs, compute
-        self.count = settings.batch_size if self.needs.batch_size else min(settings.batch_size, DRY_RUN_IMAGES)
+        self.count = min(settings.batch_size, DRY_RUN_IMAGES)
 
     def batch(self) -> Batch:
         device, classes = self.compute.device, len(self.data.class_names)

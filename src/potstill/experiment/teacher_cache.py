@@ -32,7 +32,7 @@ from potstill.distillation.teacher_inference import InferenceSettings
 from potstill.distillation.teachers import TeacherViews
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
 from potstill.errors import ArtifactError, StorageError, UsageError
-from potstill.formatting import format_scaled
+from potstill.formatting import format_many, format_scaled
 from potstill.input_spec import InputSpec
 from potstill.io import cache_folder
 from potstill.methods import describe_method
@@ -93,9 +93,9 @@ def plan_views(recipe: Recipe, method: Method, data: DataSplits) -> ViewPlan:
         return ViewPlan(views, kind, True)
     seeds = f" of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
     note = (
-        f"teacher outputs are not cached: {_views_shown(recipe)} views{seeds} take "
-        f"{format_scaled(needed, 'B')}, more than a "
-        f"quarter of the free disk of {cache_root(recipe)}; the teacher runs in every step, on the same views"
+        f"teacher outputs are not cached: those of {format_many(_views_shown(recipe), 'view')}{seeds} take "
+        f"{format_scaled(needed, 'B')}, more than a quarter of the free disk of {cache_root(recipe)}; the teacher runs "
+        "in every step, on the same views"
     )
     if kind != "top16" and top16_suffices(method, classes):
         smaller = recipe.seeds * _bytes_of_seed(recipe, method, data, "top16")

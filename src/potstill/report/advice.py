@@ -402,6 +402,8 @@ def other_method(run: Run) -> Advice | None:
     teacher, student = recipe_setting(run, "teacher"), recipe_setting(run, "student")
     if method != "kd" or run.comparison is None or effect_of(run.comparison) == "helped":
         return None
+    if "teacher" in run.stages and run.stages["teacher"].model.get("parameters", 0) is None:
+        teacher = None  # a function, a table or a file, whose layers are hidden: methods that read logits
     chosen = {"teacher": teacher, "student": student, "method": {"name": "auto"}}
     choose_method(chosen, len(run.class_names))
     texts = {

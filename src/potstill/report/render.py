@@ -91,7 +91,9 @@ def exports_context(run: Run) -> dict[str, Any] | None:
     ]
     if not found and not shrunk:
         return None
-    return {"rows": [_export_row(path, facts) for path, facts in found], "shrunk": shrunk}
+    rows = [_export_row(path, facts) for path, facts in found]
+    unchecked = [name for (name, _), (_, facts) in zip(rows, found, strict=True) if not facts.get("parity")]
+    return {"rows": rows, "unchecked": unchecked, "shrunk": shrunk}
 
 
 def _shrink_sentence(found: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ import base64
 import contextlib
 import io
 import json
+import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -154,6 +156,29 @@ class WorkerUnavailable(Exception):
     """There is no response now, but another try may succeed."""
 
 
+def _watch(worker: "BaseProcess", end: float, limit: float, done: threading.Event) -> None:
+    """Kill a worker that is not ``done`` at ``end``, unless it computes and has had less than ``limit`` seconds of CPU
+    time: on a busy machine it would never answer its first image, killed again and again.
+    """
+    wait = max(0.0, end - time.monotonic())
+    before = last = _cpu_seconds(worker.pid)
+    while not done.wait(wait):
+        used = _cpu_seconds(worker.pid)
+        if not (used - before < limit and used - last > 0.01 * wait):  # also of NaN, where it is unknown
+            worker.kill()
+            return
+        last, wait = used, max(0.1, limit - (used - before))
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    """Return the CPU time of a process; NaN where the system has no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return math.nan
+
+
 class WorkerClient:
     """A worker process with the models, for one image at a time."""
 
@@ -202,9 +227,8 @@ class WorkerClient:
     def _exchange(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any] | None:
         assert self._pipe is not None
         assert self._worker is not None
-        watch = threading.Timer(max(0.0, end - time.monotonic()), self._worker.kill)  # sending can hang as well
-        watch.daemon = True
-        watch.start()
+        done = threading.Event()  # in a thread: sending can hang as well
+        threading.Thread(target=_watch, args=(self._worker, end, self.limits.answer_seconds, done), daemon=True).start()
         try:
             self._pipe.send_bytes(json.dumps(head).encode())
             self._pipe.send_bytes(image)
@@ -213,7 +237,7 @@ class WorkerClient:
         except (OSError, EOFError, ValueError):
             return None
         finally:
-            watch.cancel()
+            done.set()
 
     def _respawn(self) -> None:
         try:

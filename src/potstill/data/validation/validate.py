@@ -37,7 +37,7 @@ from potstill.data.preprocessing import crop_notes
 from potstill.data.scan import MIN_SIDE, FileIndex, ImageScan, Scanner, file_scanner, format_mismatch, image_set_scanner
 from potstill.data.settings import DataSettings
 from potstill.data.sources import walk_images
-from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits
+from potstill.data.splits import SPLITS, DataSplits, SplitAssignment, assign_splits, keep_copies_together
 from potstill.data.validation import (
     Duplicates,
     HashedImages,
@@ -287,6 +287,8 @@ def validate_listing(
         odd = [each for each in odd if each.path in kept]
         names = [entry.name for entry in listing.entries]
         division, findings = assign_splits(listing, settings)
+    if not listing.ready:
+        division = keep_copies_together(division, listing, _contents(listing, table))
     findings = [*listing.findings, *findings, *similar_classes(division.class_names), *bad, *odd]
     ends, ranges = check_ranges(names, division, table, settings.range)
     findings += ranges
