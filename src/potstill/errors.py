@@ -72,10 +72,10 @@ REPEAT = "the same command continues from here"
 
 @contextmanager
 def advising(advice: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Add a note on how to continue, if there is what to continue, to a signal or the loss of a process."""
+    """Add a note on how to continue, if there is what to continue: after a signal, a lost process, a full disk."""
     try:
         yield
-    except (Stopped, KeyboardInterrupt, WorkerError) as error:
+    except (Stopped, KeyboardInterrupt, WorkerError, StorageError) as error:
         if when():
             error.add_note(advice)
         raise
