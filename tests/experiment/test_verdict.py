@@ -97,13 +97,16 @@ def test_what_makes_the_figures_void_comes_first() -> None:
     made = of_seeds(-0.02, -0.03, -0.01)
     stages = {"teacher": network(), "baseline": network(), "distilled": network(0.103, at_chance=True)}
     first, second, *_ = verdict_sentences(made, stages)
-    assert first.startswith("The distilled student is not clearly better than chance on test: top-1 10.3 %")
+    assert first.startswith(
+        "The distilled student (first of 3 seeds) is not clearly better than chance on test: top-1 10.3"
+    )
     assert "the most frequent class gives 11.2 %" in first
     assert second == headline(made)
     stages |= {"teacher": network(0.103, at_chance=True), "distilled": network(never_predicted=["cat", "dog"])}
     first, second, *_ = verdict_sentences(made, stages)
     assert first.startswith("The teacher is not clearly better than chance")
-    assert second == "The distilled student never predicts 2 classes of the test split: cat, dog."
+    assert second == "The distilled student (first of 3 seeds) never predicts 2 classes of the test split: cat, dog."
+    assert verdict_sentences(comparison(0.0, -0.01, 0.01), stages)[1].startswith("The distilled student never predicts")
     assert verdict_sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
 
 

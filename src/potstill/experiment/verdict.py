@@ -119,9 +119,11 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
     """Return sentences on what invalidates the results, the worst first: chance, missing classes, a weak teacher."""
     tests = {name: (stages.get(name) or {}).get("test") or {} for name in sort_stages(stages)}
     judged = {name: test for name, test in tests.items() if stage_role(name) in ("teacher", "baseline", "distilled")}
-    at_chance = [name for name, test in judged.items() if test.get("at_chance")]
+    at_chance, seeds = [name for name, test in judged.items() if test.get("at_chance")], seeds_count(comparison)
+    first = f" (first of {seeds} seeds)" if seeds > 1 else ""
+    labels = {name: name if stage_role(name) == "teacher" else f"{_stage_label(name)}{first}" for name in judged}
     sentences = [
-        f"The {_stage_label(name)} is not clearly better than chance on test: top-1 "
+        f"The {labels[name]} is not clearly better than chance on test: top-1 "
         f"{format_percent(judged[name].get('top1'))}, where always "
         f"predicting the most frequent class gives {format_percent(judged[name].get('largest_class'))}; "
         + (
@@ -136,7 +138,7 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
         if missing:
             listed = format_names(list(map(str, missing)), MAX_CLASSES_NAMED)
             classes = "one class" if len(missing) == 1 else f"{len(missing)} classes"
-            sentences.append(f"The {_stage_label(name)} never predicts {classes} of the test split: {listed}.")
+            sentences.append(f"The {labels[name]} never predicts {classes} of the test split: {listed}.")
     for each in comparison.get("teacher_below_baseline") or []:
         if each.get("teacher") not in at_chance:
             teacher, baseline = each.get("teacher_val_top1"), each.get("baseline_val_top1")
