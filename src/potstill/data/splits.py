@@ -164,7 +164,7 @@ def unite_copies(
     for i, group in enumerate(groups):
         if group is not None:
             members.setdefault(group, []).append(i)
-    for group in sorted(members, key=str):
+    for group in sorted((group for group, found in members.items() if len(found) > 1), key=str):
         found = members[group]
         if len(set(splits[found].tolist())) == 1:
             continue
