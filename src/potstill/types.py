@@ -28,16 +28,22 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def are_probabilities(outputs: Tensor) -> bool:
-    """Return whether rows of outputs [B, K] are not negative and sum to 1, as a network's do that ends in a softmax.
+def are_probabilities(outputs: Tensor, *, zeros: bool = False) -> bool:
+    """Return whether rows of outputs [B, K] are positive and sum to 1, as a network's do that ends in a softmax.
 
+    ``zeros``: some may be 0, as in answers that name one class; logits that look so are more likely in a network.
     False for tensors without values (device "meta").
 
     Example:
         >>> are_probabilities(torch.tensor([[0.2, 0.8]])), are_probabilities(torch.tensor([[0.2, 0.8]]).log())
         (True, False)
+        >>> are_probabilities(torch.tensor([[0.0, 1.0]])), are_probabilities(torch.tensor([[0.0, 1.0]]), zeros=True)
+        (False, True)
     """
-    return not outputs.is_meta and bool((outputs >= 0).all() and ((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
+    if outputs.is_meta:
+        return False
+    positive = (outputs >= 0 if zeros else outputs > 0).all()
+    return bool(positive and ((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
 def widest_float(device: torch.device) -> torch.dtype:

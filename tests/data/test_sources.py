@@ -42,6 +42,7 @@ BAD = {
     "a/8.png": "truncated", "a/text.jpg": "no-image", "b/zero.png": "empty-file", "b/out.png": "link-out",
     "b/gone.png": "link-broken", "b/new\nline.png": "name", "small": "too-few", "empty": "empty-class",
     "broken/0.png": "no-image", "broken/1.png": "no-image", "broken/2.png": "no-image",
+    "broken": "empty-class",
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_a_weight_of_zero_leaves_a_teacher_out():
 
 def test_each_teacher_gets_its_own_images():
     specs = [InputSpec(8, (0.0,) * 3, (1.0,) * 3), InputSpec(16, (0.5,) * 3, (0.25,) * 3)]
-    teachers = [Constant(1.0, 0.0), Constant(0.0, 1.0)]
+    teachers = [Constant(2.0, 0.0), Constant(0.0, 2.0)]
     distiller = Distiller(Constant(0.0, 0.0), teachers, KD(), student_input=specs[0], teacher_input=specs)
     with pytest.warns(UserWarning, match="the teacher of 16 px gets the student's images of 8 px, enlarged"):
         distiller(IMAGES, LABELS)

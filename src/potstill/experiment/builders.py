@@ -664,7 +664,8 @@ def build_distiller(
     several = len(teachers) > 1
     for name, network in zip((planned.name, *planned.teachers), (student, *teachers), strict=True):
         compute.place(network.module, name)
-        network.module.to(memory_format=compute.memory_format)
+        used = compute.for_training(network.module) if network is student else compute
+        network.module.to(memory_format=used.memory_format)
     with example_answers(teacher.module for teacher in teachers):
         distiller = Distiller(
             student.module,

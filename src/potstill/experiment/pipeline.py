@@ -650,7 +650,7 @@ class _Experiment:
         if stage.distils and data is not self.data:
             model.facts["domain"] = self.domains.facts()
         settings = recipe.stage_training(stage.name)
-        compute = create_compute(settings, self.compute.processes).for_training(model.module)
+        compute = create_compute(settings, self.compute.processes)
         data = apply_curriculum(data, stage, self.models, recipe, compute, self.observer, self.fold_heads)
         train = train_loader(
             stage, method.needs, model.input, recipe=recipe, data=data, compute=compute, observer=self.observer

@@ -173,7 +173,7 @@ def train_stage(
             train,
             others["val"],
             settings,
-            compute,
+            compute.for_training(student.module),  # of the student alone: the layout of teachers is in the cache's key
             folder=folder,
             observer=observer,
             classes=len(data.class_names),

@@ -69,7 +69,7 @@ class OpaqueNetwork(nn.Module, ABC):
     def examine(self, size: int) -> int:
         """Run two images of noise; return K, and note whether the outputs are probabilities."""
         outputs = self._outputs(torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
-        self.gives_probabilities = are_probabilities(outputs)
+        self.gives_probabilities = are_probabilities(outputs, zeros=True)
         return int(outputs.shape[1])
 
     @abstractmethod
