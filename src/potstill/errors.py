@@ -72,10 +72,10 @@ REPEAT = "the same command continues from here"
 
 @contextmanager
 def advising(advice: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Add a note on how to continue, if there is what to continue: after a signal, a lost process, a full disk."""
+    """Add a note on how to continue, if there is what to continue: after a signal, a lost process."""
     try:
         yield
-    except (Stopped, KeyboardInterrupt, WorkerError, StorageError) as error:
+    except (Stopped, KeyboardInterrupt, WorkerError) as error:
         if when():
             error.add_note(advice)
         raise
