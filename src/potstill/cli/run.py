@@ -4,6 +4,7 @@ import enum
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,10 +35,14 @@ def rank_prefix() -> str:
     return "" if is_first_process() else f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: "
 
 
+_FIRST_SPEAKS = 10.0  # seconds in which the first process starts and writes its message
+
+
 def check_torchrun_command(arguments: list[str]) -> None:
     """Raise an error if torchrun starts a command that does not train."""
     if is_torchrun_launched() and arguments and arguments[0] not in DISTRIBUTED_COMMANDS:
         if not is_first_process():
+            time.sleep(_FIRST_SPEAKS)  # torchrun ends all processes as soon as one has ended
             raise RemoteFailure(UsageError.exit_code)
         raise UsageError(
             f"torchrun has started `potstill {arguments[0]}` {os.environ['WORLD_SIZE']} times; "
