@@ -72,7 +72,7 @@ REPEAT = "the same command continues from here"
 
 @contextmanager
 def advising(advice: str, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Add a note on how to continue, if there is what to continue: after a signal, a lost process."""
+    """Add a note on how to continue, if there is what to continue, to a signal or the loss of a process."""
     try:
         yield
     except (Stopped, KeyboardInterrupt, WorkerError) as error:

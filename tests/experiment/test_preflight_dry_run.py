@@ -4,13 +4,16 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from potstill.data.datasets import load_data
+from potstill.distillation import distiller
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.plan import plan_stages
 from potstill.experiment.preflight import dry_run
 from potstill.models.factory import create_model
+from potstill.models.families.own_models import given_networks
 from potstill.training.callbacks import SilentObserver
 
 
@@ -95,6 +98,28 @@ def test_a_rehearsal_draws_nothing_from_the_random_stream(method, recipe):
     texts = dry_run(made, plan_stages(made), data)
     assert torch.equal(torch.randn(4), expected)
     assert list(texts) == ["generation-1", "distilled"]
+
+
+def test_its_images_have_the_layout_that_the_student_is_trained_in(recipe, monkeypatch):
+    """In channels last, the backward pass of its narrow strided layer is written out of bounds."""
+
+    def narrow(num_classes):
+        layers = (nn.Conv2d(3, 7, 3), nn.Conv2d(7, 12, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(12, num_classes))
+
+    seen = []
+    original = distiller._freeze_unused_parameters
+    monkeypatch.setattr(
+        distiller,
+        "_freeze_unused_parameters",
+        lambda network, example: seen.append(example) or original(network, example),
+    )
+    for student in ("python/narrow", "cifar/resnet8"):
+        made = recipe(method="{name: simkd}")
+        made = made.model_copy(update={"student": made.student.model_copy(update={"model": student})})
+        with given_networks({"python/narrow": (narrow, None)}):
+            dry_run(made, plan_stages(made), load_data(made.data))
+    assert [each.is_contiguous() for each in seen] == [True, False]
 
 
 def test_the_last_image_of_an_epoch_is_not_left_alone(recipe, tmp_path):

@@ -159,11 +159,8 @@ class Distiller(nn.Module):
         _check_shapes(student.logits, teacher, labels)
         if not self._looked_for_softmax and torch.is_grad_enabled() and images.device.type in ("cpu", "cuda"):
             self._looked_for_softmax = True  # once: to look makes a GPU wait
-            for name, outputs in (
-                ("student", student.logits),
-                ("teacher", None if teacher is None else teacher.logits),
-            ):
-                if outputs is not None and are_probabilities(outputs):
+            for name, outputs in (("student", student), ("teacher", teacher)):
+                if outputs is not None and are_probabilities(outputs.logits):
                     warnings.warn(
                         f"the {name} returns probabilities (the outputs of each image sum to 1), and all losses want "
                         "logits: leave out the softmax at its end, or take the logarithm",

@@ -126,7 +126,8 @@ def _dry_run_stage(
                 f"method {describe_method(recipe.method)} reads more of the {name} than its logits, and {hidden.label} "
                 f"gives nothing else; methods that work: {', '.join(list_logit_methods())}"
             )
-    images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, compute)
+    layout = compute.for_training(student.module)
+    images = _RandomImages(data, student.input.size, settings, recipe.data.augment or data.augment, method, layout)
     distiller = build_distiller(
         stage,
         student,
