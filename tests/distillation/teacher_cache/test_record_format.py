@@ -121,6 +121,14 @@ def test_top16_keeps_the_shares_of_the_16_largest_and_the_mass_of_the_others(cla
         assert row[rest][0] <= row[~rest].min()  # and none has moved among the largest
 
 
+def test_of_equal_logits_the_lower_class_is_kept():
+    """As with a teacher in bfloat16, whose logits have eight bits: several classes are as large as the 16th."""
+    logits = realistic(200, 100).round(0)
+    found = RecordFormat("top16", 100).encode(logits)
+    index = np.ascontiguousarray(found[:, : 2 * TOP]).view("<u2")
+    np.testing.assert_array_equal(index, np.argsort(-logits, axis=1, kind="stable")[:, :TOP])
+
+
 @pytest.mark.parametrize(("temperature", "error"), [(1.5, 0.02), (3, 0.01), (6, 0.01), (20, 0.01), (1000, 0.01)])
 def test_top16_between_the_kept_temperatures(temperature, error):
     logits = realistic(50, 1000)

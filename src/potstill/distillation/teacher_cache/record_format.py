@@ -54,13 +54,17 @@ def top16_fields(classes: int) -> list[tuple[str, str, int]]:
 def encode_top16(differences: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Encode ``z - max z`` [B, K]: the classes of the 16 largest, in order, their values, and the tail's log m(T)."""
     top = np.argpartition(-differences, TOP_CLASSES - 1, axis=1)[:, :TOP_CLASSES]
-    order = np.lexsort(
-        (top, -np.take_along_axis(differences, top, axis=1)), axis=1
-    )  # of equal logits, the lower class first
-    top = np.take_along_axis(top, order, axis=1)
-    largest = np.take_along_axis(differences, top, axis=1)
     others = differences.copy()
     np.put_along_axis(others, top, -np.inf, axis=1)
+    # Of equal logits, the lower class: which of several 16th largest a partition keeps depends on NumPy and the CPU.
+    tied = others.max(axis=1) == np.take_along_axis(differences, top, axis=1).min(axis=1)
+    if tied.any():
+        top[tied] = np.argsort(-differences[tied], axis=1, kind="stable")[:, :TOP_CLASSES]
+        others[tied] = differences[tied]
+        np.put_along_axis(others, top, -np.inf, axis=1)
+    order = np.lexsort((top, -np.take_along_axis(differences, top, axis=1)), axis=1)
+    top = np.take_along_axis(top, order, axis=1)
+    largest = np.take_along_axis(differences, top, axis=1)
     highest = others.max(axis=1, keepdims=True)
     power = np.exp((others - highest) / TAIL_TEMPERATURES[-1])
     masses = []
