@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from potstill.data.augment import POLICIES, STRONG_POLICY, AugmentPolicy
 from potstill.data.samplers import CounterRNG, uniform
@@ -32,7 +32,7 @@ def slow(policy: AugmentPolicy, given: torch.Tensor, seed: int, view: int) -> to
             magnitude = 0.0 if levels is None else float(levels[place])
             if signed and draw(f"sign {number}") < 0.5:
                 magnitude = -magnitude
-            image = peer._apply_image_or_video_transform(image, name, magnitude, "nearest", {})
+            image = peer._apply_image_or_video_transform(image, name, magnitude, InterpolationMode.NEAREST, {})
         found.append(image)
     return torch.stack(found)
 

@@ -17,7 +17,7 @@ from potstill.data.image_io import decode, silence_pillow, to_rgb
 from potstill.data.preprocessing import resize_to_square
 from potstill.errors import DataError
 
-from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL
+from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL, needs_pillow_13
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -26,6 +26,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@needs_pillow_13
 def test_corpus_has_the_expected_outcomes(corpus: Path) -> None:
     wrong, slow = [], []
     lines = (corpus / "MANIFEST.tsv").read_text().splitlines()

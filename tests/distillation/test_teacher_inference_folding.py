@@ -35,16 +35,16 @@ def check(network, images=IMAGES, *, folded, left):
 
 
 def test_by_hand():
-    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0.0)).eval()
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=1.0)).eval()
     with torch.no_grad():
         for tensor, value in zip(
             (network[0].weight, network[0].bias, network[1].weight, network[1].bias), (3.0, 1.0, 2.0, 5.0), strict=True
         ):
             tensor.fill_(value)
         network[1].running_mean.fill_(7.0)
-        network[1].running_var.fill_(4.0)
+        network[1].running_var.fill_(3.0)
     assert fold_batch_norms(network, torch.rand(2, 1, 2, 2)) == 1
-    # 2 (3x + 1 - 7) / 2 + 5 = 3x - 1
+    # 2 (3x + 1 - 7) / sqrt(3 + 1) + 5 = 3x - 1
     assert (network[0].weight.item(), network[0].bias.item()) == (3.0, -1.0)
 
 

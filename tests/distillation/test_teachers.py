@@ -150,7 +150,7 @@ def test_a_compiled_teacher_gives_the_same_and_one_that_cannot_be_compiled_goes_
     graphs = []
 
     def backend(graph, inputs):
-        if len(inputs) < 3:  # that of Constant
+        if not any("conv" in str(node.target) for node in graph.graph.nodes):  # that of Constant
             raise ValueError("no such kernel\nmore")
         graphs.append(graph)
         return graph.forward

@@ -14,8 +14,10 @@ from PIL import Image
 
 from potstill.data.image_structure import has_image_suffix
 
-from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL
+from ..conftest import READ_THOUGH_EXPECTED_TO_FAIL, needs_pillow_13
 from ..forked import forked
+
+pytestmark = needs_pillow_13
 
 MOST_KILOBYTES = 200_000  # beyond what the command needs on two harmless images
 LONG = 1200  # seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ...conftest import READ_THOUGH_EXPECTED_TO_FAIL
+from ...conftest import READ_THOUGH_EXPECTED_TO_FAIL, needs_pillow_13
 
 OF_FILES = {"unreadable", "empty-file", "truncated", "damaged", "no-image", "oversize"}
 
@@ -35,6 +35,7 @@ def as_data(corpus: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return tmp_path / "data", expected
 
 
+@needs_pillow_13
 def test_the_corpus_goes_through_check(as_data: tuple[Path, dict[str, str]]) -> None:
     folder, expected = as_data
     command = [sys.executable, "-c", _SCRIPT, "check", str(folder), "--json"]
