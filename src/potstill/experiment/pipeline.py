@@ -324,7 +324,7 @@ def _write_beginning(
         {**describe_environment(recipe, text, data.fingerprint, compute), **facts, **before, **chosen}
     )
     folder.write_splits(data.as_rows())
-    folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
+    folder.write_skipped(data.all_skipped)
 
 
 class _FoldObserver(OnceObserver):
