@@ -1,5 +1,7 @@
 """Evaluation of a trained model on labelled images; classes are matched by name."""
 
+import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,10 @@ from typing import Any
 from potstill.code_references import permit_code, resolve_reference
 from potstill.config.recipe import load_recipe
 from potstill.data.entries import SkippedFile
-from potstill.errors import DataError, did_you_mean
+from potstill.errors import ArtifactError, DataError, did_you_mean
 from potstill.export.loading import find_model_folder, load_classifier
 from potstill.formatting import format_names
-from potstill.io import read_checksummed_text
+from potstill.io import read_bytes, read_checksummed_text, unescape_cell
 
 BATCH_SIZE = 64
 
@@ -104,6 +106,8 @@ def _test_images(
             raise DataError(
                 f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
             )
+        if run_settings is not None and recorded is not None and model is not None:
+            check_unseen(model.parent, splits, run_settings, is_target=run_settings.source != recorded.source)
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, splits.class_names, subset, splits.skipped
     if is_shards(source):
@@ -127,6 +131,27 @@ def _test_images(
     if not contents:
         check_files(listing.root, images.names, source, place=listing.place)
     return images, class_names, subset, to_skipped(skipped)
+
+
+def check_unseen(run: Path, splits: Any, settings: Any, *, is_target: bool) -> None:
+    """Refuse test images that the run has used in train or val: a split that is made anew of changed data has such."""
+    try:
+        rows = csv.reader(io.StringIO(read_bytes(run / "splits.csv").decode("utf-8", "replace")))
+        known = {
+            unescape_cell(row[1]): row[0].removeprefix("target ")
+            for row in rows
+            if len(row) == 3 and row[0].startswith("target ") == is_target
+        }
+    except (ArtifactError, csv.Error):  # of a model folder alone
+        return
+    # Images whose labels were hidden are in no split.
+    used = ("train", "val", *([None] if settings.labels_per_class is not None else []))
+    if seen := [name for name in splits.test.names if known.get(name) in used]:
+        raise DataError(
+            f"{settings.source} has changed since {run} was trained on it: {len(seen):,} of its {len(splits.test):,} "
+            f"test images were used in that training, such as {seen[0]}, and metrics would be too high\n"
+            "Restore the former images, or give images that are not among them: --data DIR"
+        )
 
 
 def run_data_settings(model: Path) -> Any:

@@ -26,6 +26,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
 from potstill.evaluation.cost import THREAD_CLOCK, measure_latency
 from potstill.experiment.run_folder import find_model
+from potstill.export.evaluate import check_unseen, run_data_settings
 from potstill.export.formats import (
     ExportedFiles,
     ExportFormat,
@@ -314,7 +315,10 @@ class Exporter:
         if (what := LABELS.get(classifier.architecture)) is not None:
             raise UsageError(f"{label} is {what} and cannot be exported: give the student, or use the file as it is")
         self.metadata = create_metadata(self.classifier, options)
-        self.splits = load_data(export_data_settings(folder, options.data)).measured
+        settings, own = export_data_settings(folder, options.data), run_data_settings(folder)
+        self.splits = load_data(settings).measured
+        if options.int8 and own is not None and settings.source == own.source:  # whose accuracy is measured
+            check_unseen(folder.parent, self.splits, own, is_target=own.target is not None)
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
                 f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "
