@@ -1,7 +1,5 @@
 """Evaluation of a trained model on labelled images; classes are matched by name."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,10 @@ from typing import Any
 from potstill.code_references import permit_code, resolve_reference
 from potstill.config.recipe import load_recipe
 from potstill.data.entries import SkippedFile
-from potstill.errors import ArtifactError, DataError, did_you_mean
+from potstill.errors import DataError, did_you_mean
 from potstill.export.loading import find_model_folder, load_classifier
 from potstill.formatting import format_names
-from potstill.io import read_bytes, read_checksummed_text, unescape_cell
+from potstill.io import read_checksummed_text
 
 BATCH_SIZE = 64
 
@@ -135,18 +133,10 @@ def _test_images(
 
 def check_unseen(run: Path, splits: Any, settings: Any, *, is_target: bool) -> None:
     """Refuse test images that the run has used in train or val: a split that is made anew of changed data has such."""
-    try:
-        rows = csv.reader(io.StringIO(read_bytes(run / "splits.csv").decode("utf-8", "replace")))
-        known = {
-            unescape_cell(row[1]): row[0].removeprefix("target ")
-            for row in rows
-            if len(row) == 3 and row[0].startswith("target ") == is_target
-        }
-    except (ArtifactError, csv.Error):  # of a model folder alone
-        return
-    # Images whose labels were hidden are in no split.
-    used = ("train", "val", *([None] if settings.labels_per_class is not None else []))
-    if seen := [name for name in splits.test.names if known.get(name) in used]:
+    from potstill.experiment.resume import images_used_before
+
+    hidden = settings.labels_per_class is not None
+    if seen := images_used_before(run, splits, is_target=is_target, hidden=hidden):
         raise DataError(
             f"{settings.source} has changed since {run} was trained on it: {len(seen):,} of its {len(splits.test):,} "
             f"test images were used in that training, such as {seen[0]}, and metrics would be too high\n"
