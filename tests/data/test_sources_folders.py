@@ -304,3 +304,12 @@ def test_settings_of_folders_are_refused_for_other_data() -> None:
         load(Path("digits"), keep_splits="none")
     with pytest.raises(UsageError, match=r"data\.class_folder: 2 is for folders"):
         load(Path("x.tar"), class_folder=2)
+
+
+def test_small_classes_and_unreadable_files_are_one_message(make_folder) -> None:
+    folder = make_folder({"cat": 4, "dog": 4, "owl": 2})
+    (folder / "dog" / "9.png").write_bytes(b"no image")
+    message = refused(folder)
+    assert "'owl' has 2" in message
+    assert "dog/9.png: " in message
+    assert "the bad files and the classes that are too small" in message

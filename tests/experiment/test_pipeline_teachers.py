@@ -232,3 +232,20 @@ def test_layers_and_adapters_are_written_and_shown(recipe, tmp_path):
     assert total == sum(counts.values())
     assert total >= 32 * 64
     assert not (path / "baseline" / "layers.txt").exists()
+
+
+def test_a_teacher_that_was_trained_on_images_that_are_test_now_is_named(recipe, tmp_path):
+    class Listener(SilentObserver):
+        def warn(self, message):
+            heard.append(message)
+
+    def train(name, observer=None, **changes):
+        changes |= {"teacher.training.epochs": 1, "data.keep_splits": "none"}
+        options = {"output_dir": tmp_path, "name": name, "stages": ("teacher",), "evaluate": False}
+        return pipeline.run(recipe(**changes), observer=observer, **options)
+
+    teacher = train("one") / "teacher"
+    for seed, warned in ((0, False), (1, True)):
+        heard = []
+        train(f"two-{seed}", Listener(), **{"data.split_seed": seed, "teacher.weights": str(teacher)})
+        assert any("test images" in each and "in another split" in each for each in heard) == warned

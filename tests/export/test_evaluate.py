@@ -10,6 +10,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from potstill.cli import main
 from potstill.code_references import allowed_code
+from potstill.data.datasets import load_data
+from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
 from potstill.export.evaluate import evaluate
 from potstill.export.predict import predict
@@ -82,10 +84,22 @@ def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: 
     data = {"source": str(folder), "test": 0.2, "unlabeled": str(tmp_path / "gone")}  # which evaluation does not need
     recipe = {"name": "r", "data": data, "teacher": {"model": "a"}}
     write_checksummed_text(model.parent / "recipe.yaml", json.dumps(recipe | {"student": {"model": "b"}}))
+    splits = model.parent / "splits.csv"
     try:
         metrics = evaluate(model.parent, f"{folder}/../d")
+        rows = load_data(DataSettings(**data | {"unlabeled": None})).as_rows()
+        splits.write_text("".join(f"{','.join(row)}\n" for row in rows), encoding="utf-8")
+        assert evaluate(model.parent, str(folder)) == metrics | {"data": f"{folder}, test split of the run"}
+        pictures(tmp_path / "more", 40)
+        for image in (tmp_path / "more").glob("*/*.png"):
+            image.rename(folder / image.parent.name / f"more{image.name}")
+        with pytest.raises(DataError, match=r"has changed since .* test images were used in that training"):
+            evaluate(model.parent, str(folder))
+        (model.parent / "recipe.yaml").unlink()  # now it is a model of other data
+        assert evaluate(model.parent, str(folder))["count"] == 150
     finally:
-        (model.parent / "recipe.yaml").unlink()
+        for each in (splits, model.parent / "recipe.yaml"):
+            each.unlink(missing_ok=True)
 
     assert metrics["count"] == 6  # a fifth of 10 in each of 3 classes
     assert "test split of the run" in metrics["data"]

@@ -507,3 +507,34 @@ def test_metadata_of_another_network_are_refused(plain: Path, tmp_path: Path, ch
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=rf"edited\.onnx.*{message}"):
         load_onnx(path)
+
+
+def test_latency_is_measured_with_the_threads_that_are_faster(run: Path, tmp_path: Path, monkeypatch) -> None:
+    create, engines = exporter.create_torch_predictor, []
+
+    def create_predictor(*arguments):
+        predict = create(*arguments)
+
+        def on_busy_cores(images: NDArray[Any]) -> NDArray[Any]:
+            time.sleep(0.01 * (torch.get_num_threads() > 1))  # two threads wait for each other
+            return predict(images)
+
+        return on_busy_cores
+
+    def open_engine(files, *, threads: int):
+        engines.append(threads)
+        return onnx_format.open(files, threads=threads)
+
+    onnx_format = FORMATS["onnx"]
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(onnx_format, open=open_engine))
+    monkeypatch.setattr(exporter, "create_torch_predictor", create_predictor)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        written = exported(run, output=tmp_path / "model.onnx")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    times = read_checksummed_json(tmp_path / f"{written.name}.json")["latency_ms"]
+    assert [times[name]["threads"] for name in ("pytorch", "onnx")] == [1, 1]
+    assert engines == [1]

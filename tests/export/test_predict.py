@@ -140,7 +140,7 @@ def test_nothing_in_a_folder_is_left_out_without_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
-    [([], 3, "error: 1 of 2 images could not be read"), (["--skip-bad"], 0, "1 file is left out\n  {0}/bad.jpg: ")],
+    [([], 3, "error: 1 of 2 images could not be read"), (["--skip-bad"], 0, "1 file is unreadable\n  {0}/bad.jpg: ")],
 )
 def test_the_verb_names_what_it_leaves_out(run: Path, tmp_path: Path, capsys, flags, code: int, words: str) -> None:
     folder = tmp_path / "images"

@@ -105,9 +105,12 @@ def test_several_seeds_are_means_with_deviations_and_a_row_each(build_run: Build
         names = ("baseline-2", "distilled-2")
         results["repeats"] = {name: results["stages"].pop(name) for name in names}
         results["comparison"] = {"top1_gain": 0.01, "top1_gain_low": -0.01, "top1_gain_high": 0.03}
+        results["looks"] = {"test_evaluations": 2}
         seeds(results)
 
+    assert "On test, which was read once, at the end" in render_page(read_run(folder))
     made = read_run(change(folder, edit))
+    assert "On test, which was read 2 times, as the run was extended" in render_page(made)
     assert list(made.stages) == ["teacher", "baseline", "distilled"]
     assert list(made.repeats) == ["baseline-2", "distilled-2"]
     found = rows(folder)

@@ -8,7 +8,9 @@ import pytest
 
 from potstill.config.recipe import dump_recipe, load_recipe
 from potstill.config.yaml import dump_yaml
+from potstill.data.entries import SkippedFile
 from potstill.errors import UsageError
+from potstill.experiment.run_folder import RunFolder
 from potstill.io import read_checksummed_json, write_checksummed_json
 from potstill.report.sweep import render_sweep
 from potstill.sweep import parse_space
@@ -93,6 +95,8 @@ def test_an_unconfirmed_search_never_reads_test(source, tmp_path):
     assert "elped" not in text
     assert "--confirm-seeds 5 trains it again" in text
     described = read_checksummed_json(folder / "sweep.json")
+    RunFolder(folder).write_skipped([SkippedFile("cat/9.png", "damaged", "no image")])
+    assert "left out of the data: 1, listed in skipped.csv" in render_sweep(folder)[0].read_text(encoding="utf-8")
     write_checksummed_json(folder / "sweep.json", described | {"recipe": "data: {labeled: false}"})
     assert "--confirm-seeds" not in "\n".join(render_sweep(folder)[1])  # there is no baseline
     write_checksummed_json(folder / "sweep.json", described)

@@ -29,10 +29,10 @@ FollowLinks = Annotated[
 MAX_SHOWN = 20  # files that are listed
 
 
-def print_skipped(source: str, skipped: Sequence[Sequence[str]]) -> None:
-    """List on stderr the files that are left out."""
+def print_skipped(source: str, skipped: Sequence[Sequence[str]], what: str = "left out") -> None:
+    """List on stderr the files that are left out, or ``what`` else they are."""
     number = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
-    lines = [f"{source}: {number} left out", *(f"  {path}: {reason}" for path, reason in skipped[:MAX_SHOWN])]
+    lines = [f"{source}: {number} {what}", *(f"  {path}: {reason}" for path, reason in skipped[:MAX_SHOWN])]
     if len(skipped) > MAX_SHOWN:
         lines.append(f"  and {len(skipped) - MAX_SHOWN:,} more")
     sys.stderr.write("".join(f"{escape_control(line)}\n" for line in lines))

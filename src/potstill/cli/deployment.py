@@ -71,7 +71,9 @@ def predict(
     risk: Risk = None,
     classes: Classes = None,
     allow_code: AllowCode = False,
-    skip_bad: SkipBad = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Exit with 0 though files cannot be read; they have an error as result.")
+    ] = False,
     follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,11 +116,13 @@ def predict(
     if cascade:
         _note(f"cascade: the teacher answered {counted.deferred:,} of {counted.images:,} images")
     if counted.broken and skip_bad:
-        print_skipped(label, [(path, reason.removeprefix(f"{path}: ")) for path, reason in counted.broken])
+        broken = [(path, reason.removeprefix(f"{path}: ")) for path, reason in counted.broken]
+        print_skipped(label, broken, "unreadable")
     elif counted.broken:
         lines = "".join(f"\n{escape_control(reason)}" for _, reason in counted.broken)
         raise DataError(
-            f"{len(counted.broken)} of {counted.images} images could not be read:{lines}\nTo leave them out: --skip-bad"
+            f"{len(counted.broken)} of {counted.images} images could not be read:{lines}\n"
+            "For the exit code 0 all the same: --skip-bad"
         )
 
 

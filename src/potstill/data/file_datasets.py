@@ -274,7 +274,15 @@ def load_files(
         listing, more = drop_small_classes(listing, settings)
         skipped += more
     division, findings = assign_splits(listing, settings)
-    raise_refused(settings, [*listing.findings, *findings], listing.shown_root, skipped)
+    findings = [*listing.findings, *findings]
+    refused = [each for each in findings if FINDING_KINDS[each.kind].refused]
+    if refused and not contents and all(FINDING_KINDS[each.kind].skippable for each in refused):
+        bad: dict[str, str] = {}  # so that one message names them, too
+        check_files(
+            listing.root, [entry.name for entry in listing.entries], settings.source, progress=progress, bad=bad
+        )
+        findings += unreadable_findings(listing.root, bad)
+    raise_refused(settings, findings, listing.shown_root, skipped)
     images = FileSet(listing.root, [entry.name for entry in listing.entries], division.labels)
     if not contents:
         _expect_squares(staged, images.names, division)

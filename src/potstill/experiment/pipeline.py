@@ -88,6 +88,7 @@ from potstill.experiment.resume import (
     describe_test_evaluations,
     describe_view_difference,
     extended_stages,
+    images_used_before,
     record_test_evaluation,
     recorded_test_evaluations,
 )
@@ -324,7 +325,7 @@ def _write_beginning(
         {**describe_environment(recipe, text, data.fingerprint, compute), **facts, **before, **chosen}
     )
     folder.write_splits(data.as_rows())
-    folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
+    folder.write_skipped(data.all_skipped)
 
 
 class _FoldObserver(OnceObserver):
@@ -626,6 +627,8 @@ class _Experiment:
             self._warn_about_scale(stage, count_parameters(start.module))
         if stage.role == "previous":
             self._check_previous_data(start)
+        elif stage.role == "teacher" and start.facts.get("weights"):
+            self._check_teacher_data(str(start.facts["weights"]))
         if stage.role in ("teacher", "previous") and start.ready:
             self.observer.stage(stage.name, f"{start.architecture}, not trained: {start.facts['weights']}")
             if (table := find_table(model.module)) is not None:
@@ -710,6 +713,21 @@ class _Experiment:
                 f"{start.facts['weights']} was not trained on these images in this split: images that it was trained "
                 "on may be in test here, where it would look better, and have more negative flips counted, than on new "
                 "images"
+            )
+
+    def _check_teacher_data(self, weights: str) -> None:
+        """Warn if a teacher was trained by a run on images of the same data that are test here."""
+        run = next((each for each in (Path(weights), Path(weights).parent) if (each / "splits.csv").is_file()), None)
+        if run is None or not (run / "recipe.yaml").is_file() or self.data.target is not None:
+            return
+        source = load_recipe(run / "recipe.yaml", data_needed=False, recorded=True).data.source
+        if Path(source).resolve() != Path(self.data.source).resolve():  # whose images may have the same names
+            return
+        if seen := images_used_before(run, self.data):
+            self.warn(
+                f"{weights} was trained on {len(seen):,} of the {len(self.data.test):,} test images, such as "
+                f"{seen[0]}, in another split of these images: its accuracy on test and its lead are too high. Train "
+                "the teacher on this split"
             )
 
     def _probe(self, stage: PlannedStage, model: Classifier, start: InitialNetwork) -> ProbedTeacher | None:

@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from potstill.code_references import digest_code
@@ -17,7 +18,7 @@ from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_names
 from potstill.hub import model_path
-from potstill.io import as_csv, read_bytes, read_checksummed_json
+from potstill.io import as_csv, read_bytes, read_checksummed_json, unescape_cell
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 
@@ -208,6 +209,25 @@ def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> l
     }
     lines = [f"  {what}: {format_names(sorted(names), _MAX_IMAGES)}" for what, names in changes.items() if names]
     return lines or ["  the names are the same, but the content of an image differs"]
+
+
+def images_used_before(run: Path, data: DataSplits, *, is_target: bool = False, hidden: bool = False) -> list[str]:
+    """Return the test images that a run has used in train or val, by the names in its splits.csv; none without it.
+
+    ``is_target``: whether ``data`` is its target domain; ``hidden``: whether it had images whose labels were hidden,
+    which are in no split.
+    """
+    try:
+        rows = csv.reader(io.StringIO(read_bytes(run / "splits.csv").decode("utf-8", "replace")))
+        known = {
+            unescape_cell(row[1]): row[0].removeprefix("target ")
+            for row in rows
+            if len(row) == 3 and row[0].startswith("target ") == is_target
+        }
+    except (ArtifactError, csv.Error):
+        return []
+    used = ("train", "val", *([None] if hidden else []))
+    return [name for name in data.test.names if known.get(name) in used]
 
 
 def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:

@@ -48,6 +48,7 @@ from potstill.io import (
 )
 
 if TYPE_CHECKING:
+    from potstill.data.entries import SkippedFile
     from potstill.evaluation.predictions import Predictions
 
 
@@ -263,9 +264,9 @@ class RunFolder:
         """Write splits.csv: (split, name, class) of each image."""
         self._write("splits.csv", encode_text(as_csv(("split", "name", "class"), rows)))
 
-    def write_skipped(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Write skipped.csv: (path, kind, reason) of each file and class that was left out, if any."""
-        listed = list(rows)
+    def write_skipped(self, skipped: "Iterable[SkippedFile]") -> None:
+        """Write skipped.csv: path, kind and reason of each file and class that was left out, if any."""
+        listed = [(each.path, each.kind, each.reason) for each in skipped]
         if listed:
             self._write("skipped.csv", encode_text(as_csv(("path", "kind", "reason"), listed)))
         else:  # a resumed run may have none any more

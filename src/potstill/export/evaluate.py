@@ -104,6 +104,8 @@ def _test_images(
             raise DataError(
                 f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
             )
+        if run_settings is not None and recorded is not None and model is not None:
+            check_unseen(model.parent, splits, run_settings, is_target=run_settings.source != recorded.source)
         subset = "test split of the run" if run_settings is not None else "test split"
         return splits.test, splits.class_names, subset, splits.skipped
     if is_shards(source):
@@ -127,6 +129,19 @@ def _test_images(
     if not contents:
         check_files(listing.root, images.names, source, place=listing.place)
     return images, class_names, subset, to_skipped(skipped)
+
+
+def check_unseen(run: Path, splits: Any, settings: Any, *, is_target: bool) -> None:
+    """Refuse test images that the run has used in train or val: a split that is made anew of changed data has such."""
+    from potstill.experiment.resume import images_used_before
+
+    hidden = settings.labels_per_class is not None
+    if seen := images_used_before(run, splits, is_target=is_target, hidden=hidden):
+        raise DataError(
+            f"{settings.source} has changed since {run} was trained on it: {len(seen):,} of its {len(splits.test):,} "
+            f"test images were used in that training, such as {seen[0]}, and metrics would be too high\n"
+            "Restore the former images, or give images that are not among them: --data DIR"
+        )
 
 
 def run_data_settings(model: Path) -> Any:

@@ -26,6 +26,7 @@ from potstill.data.splits import DataSplits
 from potstill.errors import ArtifactError, DataError, PotstillError, UsageError, did_you_mean
 from potstill.evaluation.cost import THREAD_CLOCK, measure_latency
 from potstill.experiment.run_folder import find_model
+from potstill.export.evaluate import check_unseen, run_data_settings
 from potstill.export.formats import (
     ExportedFiles,
     ExportFormat,
@@ -51,12 +52,13 @@ from potstill.export.options import (
     without_preprocessing,
 )
 from potstill.export.preprocessing import create_preprocessing
-from potstill.formatting import format_columns, format_names
+from potstill.formatting import format_columns, format_many, format_names
 from potstill.hub import is_hub_model, model_path
 from potstill.input_spec import InputSpec
 from potstill.io import check_exists, read_checksummed_json, sha256_hex, write_bytes, write_checksummed_json
 from potstill.models.exported_files import LABELS, ExportMetadata, create_onnx_predictor
 from potstill.models.model_file import Classifier, load_class_model
+from potstill.training.autotune import select_fastest
 
 
 def export(
@@ -313,7 +315,10 @@ class Exporter:
         if (what := LABELS.get(classifier.architecture)) is not None:
             raise UsageError(f"{label} is {what} and cannot be exported: give the student, or use the file as it is")
         self.metadata = create_metadata(self.classifier, options)
-        self.splits = load_data(export_data_settings(folder, options.data)).measured
+        settings, own = export_data_settings(folder, options.data), run_data_settings(folder)
+        self.splits = load_data(settings).measured
+        if options.int8 and own is not None and settings.source == own.source:  # whose accuracy is measured
+            check_unseen(folder.parent, self.splits, own, is_target=own.target is not None)
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
                 f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "
@@ -333,7 +338,13 @@ class Exporter:
     def files(self) -> tuple[ExportedFiles, dict[str, Any]]:
         """Return the files and the facts about them."""
         self.note(f"exporting {self.classifier.architecture} of {self.label} to {self.options.format}")
-        files, facts = self._export_int8() if self.options.int8 else self._plain()
+        threads, image = torch.get_num_threads(), _black_image(self.metadata.inside, self.classifier.input.size)
+        try:
+            # On busy cores PyTorch is a hundred times slower with all threads than with one.
+            select_fastest(lambda: self.reference(image), [threads, 1][:threads], apply=torch.set_num_threads)
+            files, facts = self._export_int8() if self.options.int8 else self._plain()
+        finally:
+            torch.set_num_threads(threads)
         return files, {
             "format": self.options.format,
             "stage": self.label if is_hub_model(self.label) else self.folder.name,
@@ -434,7 +445,8 @@ class Exporter:
         image = _black_image(self.metadata.inside, self.classifier.input.size)
         found = measure_exported_latency({"pytorch": self.reference, **exported}, image, self.classifier.input)
         for name, each in found.items():
-            self.note(f"{name:<12} {each['p50']:.2f} ms for one image (p50), {each['p95']:.2f} ms (p95)")
+            times = f"{each['p50']:.2f} ms for one image (p50), {each['p95']:.2f} ms (p95)"
+            self.note(f"{name:<12} {times}, {format_many(each['threads'], 'thread')}")
         return found
 
     def _versions(self) -> dict[str, str]:

@@ -258,6 +258,7 @@ def comparison_context(run: Run) -> dict[str, Any] | None:
     return {
         "stages": [(stage.name, stage.model.get("architecture") or MISSING) for stage in stages],
         "difference": {"baseline", "distilled"} <= set(run.stages),
+        "looks": int(format_number((run.results.get("looks") or {}).get("test_evaluations")) or 1),
         "several": 0 if folds_of(run.comparison) else len(_seeds_summary(run).get("seeds") or [0]),
         "folds": _fold_rows(run),
         "fold_seeds": seeds_count(run.comparison) if folds_of(run.comparison) else 0,

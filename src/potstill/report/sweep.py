@@ -1,5 +1,6 @@
 """The pages and tables of searches (sweep, fit, shrink) from their files; imports neither torch nor Optuna."""
 
+import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from potstill.experiment.run_folder import RunFolder
 from potstill.experiment.verdict import headline
 from potstill.formatting import (
     MISSING,
+    format_count,
     format_decimal,
     format_duration,
     format_loss,
@@ -50,9 +52,12 @@ def render_sweep(folder: Path) -> tuple[Path, list[str]]:
     values = {
         "title": folder.resolve().name,
         "kind": "Sweep" if fit is None else "Search for a student",
-        "subtitle": f"{len(trials)} of {sweep['trials']} trials"
-        if trials or fit is None
-        else "without trials, for lack of time",
+        "subtitle": (
+            f"{len(trials)} of {sweep['trials']} trials"
+            if trials or fit is None
+            else "without trials, for lack of time"
+        )
+        + _left_out(folder),
         "measure": sweep["measure"],
         "over": [each["text"] for each in sweep["space"]],
         "keys": [each["key"] for each in sweep["space"]],
@@ -106,6 +111,16 @@ def _trial_row(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, 
         "epochs": str(trial["epochs"]),
         "seconds": format_duration(trial["seconds"]),
     }
+
+
+def _left_out(folder: Path) -> str:
+    """Return a clause on what ``data.skip_bad`` has left out, if anything."""
+    try:
+        with (folder / "skipped.csv").open(encoding="utf-8", newline="") as file:
+            count = sum(1 for _ in csv.reader(file)) - 1
+    except OSError:
+        return ""
+    return f"; left out of the data: {format_count(count)}, listed in skipped.csv"
 
 
 def _read_final(folder: Path) -> dict[str, Any] | None:
@@ -243,7 +258,7 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
         "title": found["stage"],
         "kind": "Smaller files of a student",
         "subtitle": f"{found['architecture']}, {len(found['candidates'])} candidates, at most {found['max_loss']:g} "
-        "points of loss",
+        f"points of loss{_left_out(folder.parent.parent)}",
         "summary": summary,
         "bound": bound,
         "test": sentence,

@@ -451,6 +451,7 @@ def _write_report_files(folder: Path, trainings: RecipeTrainings, found: Mapping
     recipe = {"recipe": dump_recipe(trainings.recipe), "data": trainings.data.fingerprint}
     sweep = {"schema": 1, **recipe, "space": space, "grid": True, "trials": len(rows), "measure": trainings.measure}
     write_checksummed_json(folder / study.SWEEP_FILE, sweep)
+    RunFolder(folder).write_skipped(trainings.data.all_skipped)
     write_checksummed_json(folder / study.TRIALS_FILE, {"schema": 1, "trials": rows})
     final = {"trial": None, "folder": "", "value": None} if best is None else {
         "trial": best["number"], "folder": best["folder"], "value": best["value"],

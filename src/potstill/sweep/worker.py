@@ -249,6 +249,7 @@ class Sweep:
         wanted = study.describe_sweep(self.recipe, self.space, data.fingerprint, grid=self.grid, trials=self.trials)
         with self._locked():
             study.begin_or_join(self.folder, wanted)
+            RunFolder(self.folder).write_skipped(data.all_skipped)
             self.study = study.open_study(
                 self.folder,
                 minimize=self.measure == "nll",

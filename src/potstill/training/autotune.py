@@ -65,7 +65,7 @@ class ThreadChoice:
 
 
 def select_fastest(
-    step: Callable[[], None],
+    step: Callable[[], object],
     candidates: Sequence[Candidate],
     *,
     apply: Callable[[Candidate], None],

@@ -214,3 +214,11 @@ def test_a_run_tells_and_records_it(repeated: DataSettings) -> None:
         f"{repeated.source}: 1 x duplicates",
         f"{repeated.source}: the centre crop cuts off 17 % of the median image",  # of 12 x 10 pixels
     ]
+
+
+def test_a_run_warns_of_class_names_that_are_nearly_the_same(make_folder) -> None:
+    root = make_folder({"Cat": 3, "cat": 3, "dog": 3, "2": 3, "02": 3})
+    warnings, _ = summary_messages(quick_findings(load_data(DataSettings(source=str(root)))), "pets")
+    assert len(warnings) == 1
+    assert "most likely meant to be the same" in warnings[0]
+    assert "'02', '2'" in warnings[0]

@@ -190,7 +190,7 @@ def federate(
         folder.write_recipe(text)
         folder.write_environment(describe_environment(recipe, text, data.fingerprint, compute))
         folder.write_splits(run.data.as_rows())
-        folder.write_skipped((each.path, each.kind, each.reason) for each in data.all_skipped)
+        folder.write_skipped(data.all_skipped)
         if data.all_skipped:
             observer.warn(describe_skipped(data.all_skipped))
         results.update(run.describe())

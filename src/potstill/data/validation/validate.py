@@ -53,7 +53,8 @@ from potstill.data.validation import (
 from potstill.errors import ArtifactError, StorageError
 from potstill.io import cache_folder, read_checksummed, sha256_hex, write_checksummed
 
-FORMAT = 3
+FORMAT = 4
+_WARNED = ("low-contrast", "similar-names")  # findings of severity "warning" that a run warns of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def quick_findings(data: DataSplits) -> tuple[FindingSummary, ...]:
     """Return summaries of what ``potstill check`` found on this data, else of what is known from a few images."""
     found = load_summary(data.fingerprint)
     if found is None:
-        found = summarize_findings([*find_repeated_files(data), *find_low_contrast(data.train)])
+        names = similar_classes(data.class_names)
+        found = summarize_findings([*find_repeated_files(data), *names, *find_low_contrast(data.train)])
         save_summary(data.fingerprint, found)
     # Unused images are not part of the fingerprint, and may have changed.
     return (*(each for each in found if each.kind not in UNUSED_KINDS), *summarize_findings(data.doubts))
@@ -151,7 +153,7 @@ def find_low_contrast(images: ImageSet) -> list[Finding]:
 
 
 def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list[str], list[str]]:
-    """Return messages: a warning for each kind of error and for low contrast, and a note for all other findings."""
+    """Return messages: a warning for each kind of error and of ``_WARNED``, and a note for all other findings."""
     command = f"`potstill check {shlex.quote(source)}`"
     warnings = [
         f"{source}: {each.count:,} x {FINDING_KINDS[each.kind].what} ({FINDING_KINDS[each.kind].why}), such as "
@@ -162,13 +164,13 @@ def summary_messages(found: Sequence[FindingSummary], source: str) -> tuple[list
     warnings += [
         f"{source}: {FINDING_KINDS[each.kind].why}: {each.example}; details: {command}"
         for each in found
-        if each.kind == "low-contrast"
+        if each.kind in _WARNED
     ]
     others = [
         f"{each.count:,} x {FINDING_KINDS[each.kind].what}"
         + (f" ({each.example})" if each.kind in UNUSED_KINDS else "")
         for each in found
-        if FINDING_KINDS[each.kind].severity == "warning" and each.kind != "low-contrast"
+        if FINDING_KINDS[each.kind].severity == "warning" and each.kind not in _WARNED
     ]
     return warnings, [f"{source}: {', '.join(others)}; {command} lists them"] if others else []
 
