@@ -254,6 +254,7 @@ def _labeled_test(
 
 
 DEFAULT_AUGMENT = AugmentSettings(pad_crop=0.1, hflip=True)  # most objects may be mirrored
+_FEW_FILES = 1_000  # so many are decoded in seconds
 
 
 def list_source(settings: DataSettings, progress: ProgressReporter | None = None) -> Listing:
@@ -276,8 +277,9 @@ def load_files(
     division, findings = assign_splits(listing, settings)
     findings = [*listing.findings, *findings]
     refused = [each for each in findings if FINDING_KINDS[each.kind].refused]
-    if refused and not contents and all(FINDING_KINDS[each.kind].skippable for each in refused):
-        bad: dict[str, str] = {}  # so that one message names them, too
+    skippable = all(FINDING_KINDS[each.kind].skippable for each in refused)
+    if refused and skippable and not contents and len(listing.entries) <= _FEW_FILES:
+        bad: dict[str, str] = {}  # so that one message names them, too; many files would take minutes
         check_files(
             listing.root, [entry.name for entry in listing.entries], settings.source, progress=progress, bad=bad
         )
