@@ -21,6 +21,7 @@ from potstill.formatting import (
     format_decimal,
     format_duration,
     format_loss,
+    format_many,
     format_milliseconds,
     format_percent,
     format_points,
@@ -180,7 +181,7 @@ def _read_fit(folder: Path) -> dict[str, Any] | None:
     if exported is not None:
         chosen = ", ".join(f"{key}={text}" for key, text in found["winner"].items())
         lines += [
-            f"winner: {chosen}, {found['final_epochs']} epochs",
+            f"winner: {chosen}, {format_many(found['final_epochs'], 'epoch')}",
             f"exported: {exported['file']}, the {exported['role']} student, which is the better of the two on val: "
             f"{format_milliseconds(exported['ms'])} for one image on one thread, "
             f"{format_scaled(exported['bytes'], 'B')}",
@@ -232,8 +233,8 @@ def render_shrink(folder: Path) -> tuple[Path, list[str]]:
     summary = (
         f"{format_scaled(chosen['bytes'], 'B')} in place of {format_scaled(reference['bytes'], 'B')} "
         f"({reference['bytes'] / chosen['bytes']:.1f} times smaller), {format_milliseconds(chosen['ms'])} in place of "
-        f"{format_milliseconds(reference['ms'])}, with {chosen['weights'] / reference['weights']:.0%} of the weights, "
-        f"{kind}"
+        f"{format_milliseconds(reference['ms'])}, with "
+        f"{format_percent(chosen['weights'] / reference['weights'], 0)} of the weights, {kind}"
     )
     test, looks = found["test"], found["test"]["looks"]
     sentence = (

@@ -237,14 +237,14 @@ class PrunedStudent:
             ms, size = measure_network(candidate.module, candidate.architecture, candidate.input, splits, int8=int8)
             figures = f"{format_milliseconds(ms)} and {format_scaled(size, 'B')}"
             removed = 1 - count_weights(candidate.module) / count_weights(self.student.module)
-            self.observer.note(f"{removed:.0%} of the weights removed: {figures}")
+            self.observer.note(f"{format_percent(removed, 0)} of the weights removed: {figures}")
             excess = limits.excess(ms, size)
             if excess <= 1:
                 high, found = share, candidate
                 if share == 0 or excess >= 1 - _TOLERANCE:
                     break
             elif share >= high:
-                nearest = f"{figures}, with {removed:.0%} of the weights removed"
+                nearest = f"{figures}, with {format_percent(removed, 0)} of the weights removed"
                 break
             else:
                 low = share
@@ -326,7 +326,8 @@ def prune_run(
         pruned = work.prune_to(target, int8=finetuning.int8)
         before, after = count_weights(work.student.module), count_weights(pruned.module)
         work.observer.note(
-            f"pruned {pruned.architecture}: {after:,} of {before:,} weights are left ({after / before:.0%})"
+            f"pruned {pruned.architecture}: {after:,} of {before:,} weights are left "
+            f"({format_percent(after / before, 0)})"
         )
         return pruned
 
@@ -561,7 +562,7 @@ def _check_images(count: int, max_loss: float) -> None:
         needed = math.ceil(squared * (1 - share) / share)  # the bound of 0 changes among n is z^2 / (n + z^2)
         raise UsageError(
             f"--max-loss {max_loss:g}: {count} val images cannot show so small a loss: if not one image changes, up to "
-            f"{bound:.2g} points may be lost, with {confidence:.0%} confidence.\n"
+            f"{bound:.2g} points may be lost, with {format_percent(confidence, 0)} confidence.\n"
             f"Nearest: --max-loss {math.ceil(10 * bound) / 10:g}; or a run with at least {needed:,} val images"
         )
 
@@ -571,5 +572,5 @@ def _describe_row(row: Mapping[str, Any]) -> str:
         f"{row['how']}, {format_scaled(row['weights'])} weights: {format_scaled(row['bytes'], 'B')}, "
         f"{format_milliseconds(row['ms'])}, val top-1 {format_percent(row['val']['value'])}, "
         f"{format_loss(row['loss'])}, loses at most {format_points(row['bound'], signed=False)} points "
-        f"({row['confidence']:.0%})"
+        f"({format_percent(row['confidence'], 0)})"
     )
