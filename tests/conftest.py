@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +60,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: half as many again as cores, since a quarter of the time tests wait for processes they started.
+
+    Each further one takes 20 s of CPU to import and collect, and a gigabyte of memory.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist reads it
+    from potstill.data.concurrency import usable_cores
+
+    cores = usable_cores()
+    return max(2, cores + cores // 2)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -175,7 +188,7 @@ def few_digits() -> Iterator[None]:
 
 
 _ONCE = {"rounds": 1, "warmup": 0}
-_SECONDS = 1e-4  # of a step that is timed for an estimate
+_SECONDS = 1e-4  # in an estimate, of a step or of a forward pass
 _whole: list[None] = []  # as many as there are blocks of whole_runs
 
 
@@ -199,8 +212,8 @@ def _once_for_the_same_layers(name: str, cost: Callable[..., Any]) -> Callable[.
 def short_runs() -> Iterator[None]:
     """Runs without what their tests do not look at: half of a small one.
 
-    Blank pictures, each network's latency from one measurement in place of thirty, estimates from steps that only wait,
-    no example images, git is asked once about each folder, and FLOPs, memory and
+    Blank pictures, each network's latency from one measurement in place of thirty, estimates from one forward pass in
+    place of several and from no step, no example images, git is asked once about each folder, and FLOPs, memory and
     table of layers are those of the last network with the same layers.
     """
     from potstill.experiment import estimate, reproduce, results
@@ -216,7 +229,8 @@ def short_runs() -> Iterator[None]:
             instead(results, name, _once_for_the_same_layers(name, getattr(results, name)))
         instead(results, "describe_examples", lambda *_: None)
         instead(reproduce, "git_state", functools.cache(reproduce.git_state))
-        instead(estimate, "create_timed_step", lambda *_: lambda: time.sleep(_SECONDS))
+        instead(estimate, "create_timed_step", lambda *_: lambda: None)
+        instead(estimate, "_seconds_of", lambda call: call() or _SECONDS)  # a network that cannot answer is still found
         yield
 
 

@@ -108,7 +108,7 @@ def networks(method):
     student = create_model("cifar/resnet8", CLASSES, size=SIZE)
     if "head_dist" in method.student_taps:
         student = TwoHeads(student)
-    teachers = [create_model("cifar/resnet20", CLASSES, size=SIZE) for _ in range(2 if method.needs.members else 1)]
+    teachers = [create_model("cifar/resnet8", CLASSES, size=SIZE) for _ in range(2 if method.needs.members else 1)]
     return student, teachers
 
 
@@ -177,9 +177,11 @@ class Over(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "dot", "sgd"])
-@pytest.mark.parametrize("method", [Supervised, KD, AT])
-def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, optimizer, method):
+# A method's losses are the same for each optimizer, so not every pair is tried.
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [(Supervised, "adamw"), (KD, "adamw"), (AT, "adamw"), (KD, "dot"), (KD, "sgd")]
+)
+def test_no_step_of_the_loop_waits(tmp_path, monkeypatch, method, optimizer):
     distiller, _ = distil(method())
     loose = {"foreach": True} if optimizer == "sgd" else {}  # torch cannot fake its fused form
     settings = TrainingSettings(
