@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_xdist_auto_num_workers() -> int | None:
     """``-n auto``: half as many again as cores, since a quarter of the time tests wait for processes they started.
 
-    Each further one takes 20 s of CPU to import and collect, and a gigabyte of memory.
+    Each further one takes half a minute of CPU to import and collect, and a gigabyte of memory.
     """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist reads it

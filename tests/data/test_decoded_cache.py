@@ -409,7 +409,7 @@ def forked(work):
 AT_ONCE = (
     CHILDREN
     + """
-for word in range(4):
+for word in range(int(sys.argv[1])):
     def work():
         said = child(word, 0.001)
         os.write(1, f"{word} {'; '.join(said) or 'found'}\\n".encode())
@@ -461,9 +461,10 @@ def script(text: str, cache: Path, *arguments: str) -> str:
     return done.out
 
 
-def test_of_three_processes_at_once_one_decodes_and_all_have_the_pixels(cache: Path) -> None:
-    said = sorted(script(AT_ONCE, cache).splitlines())
-    for word in range(4):
+@pytest.mark.parametrize("times", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_of_three_processes_at_once_one_decodes_and_all_have_the_pixels(cache: Path, times: int) -> None:
+    said = sorted(script(AT_ONCE, cache, str(times)).splitlines())
+    for word in range(times):
         mine = [line.split(" ", 1)[1] for line in said if line.startswith(f"{word} ")]
         assert len(mine) == 3
         assert sum(line.startswith("decoding 40 images once") for line in mine) == 1, mine
