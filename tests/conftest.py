@@ -62,20 +62,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int | None:
-    """``-n auto``: half as many again as cores, since a quarter of the time tests wait for processes they started.
-
-    Each further one takes half a minute of CPU to import and collect, and a gigabyte of memory.
-    """
-    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
-        return None  # xdist reads it
-    from potstill.data.concurrency import usable_cores
-
-    cores = usable_cores()
-    return max(2, cores + cores // 2)
-
-
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection() -> Any:
     """What was collected stays until the end, so that the garbage collector need not look at a million objects."""
