@@ -71,7 +71,7 @@ def test_check_leaves_out_the_same(ill: Path) -> None:
 
 def test_without_it_the_message_names_it(ill: Path, make_folder, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"5 problems(.|\n)*\n.*follow_links=true \(of evaluate: --follow-links\)\n.*: --skip-bad$"
+        DataError, match=r"11 problems(.|\n)*\n.*follow_links=true \(of evaluate: --follow-links\)\n.*: --skip-bad$"
     ):
         load(ill, skip_bad=False)
     only_unreadable = make_folder({"a": 4, "b": 4}, tmp_path / "other")
