@@ -183,7 +183,7 @@ def connected(hub: Hub, patch: pytest.MonkeyPatch, cache: Any, token: str | None
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         patch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(cache / "no-token"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
         if token is None:
             patch.delenv("HF_TOKEN", raising=False)
         else:

@@ -61,6 +61,7 @@ def test_one_folder_of_classes(make_folder) -> None:
 def test_file_system_order_does_not_matter(make_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder({"a": 8, "b": 8})
     first = load(folder)
+    files = list(folder.rglob("*.png"))
     listed = os.scandir
 
     @contextlib.contextmanager
@@ -69,7 +70,7 @@ def test_file_system_order_does_not_matter(make_folder, tmp_path: Path, monkeypa
             yield reversed(list(entries))
 
     monkeypatch.setattr(os, "scandir", backwards)
-    for path in folder.rglob("*.png"):
+    for path in files:
         os.utime(path, (0, 0))
     second = load(folder)
     assert second.as_rows() == first.as_rows()

@@ -71,6 +71,7 @@ def test_the_learning_curve_has_the_accuracy_of_heads_fitted_on_fewer_images():
     assert list(probe.learning_curve) == [100, 200, 400]
     assert probe.learning_curve[400] == probe.top1 > probe.learning_curve[100]
     standard = ((embeddings - embeddings.mean(0)) / embeddings.std(0, correction=0)).numpy()
+    labels = labels.numpy()
     for images, found in probe.learning_curve.items():
         # Scikit-learn on other images, as many of each class as a head without a fold is fitted on.
         splits = StratifiedShuffleSplit(10, train_size=images * 4 // 5, random_state=0)

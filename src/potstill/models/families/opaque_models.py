@@ -263,7 +263,7 @@ class FileNetwork(OpaqueNetwork):
     def _open_torchscript(self, content: bytes) -> tuple[Callable[[Tensor], Any], str]:
         extra = {METADATA_KEY: ""}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # which advises whoever writes such files
+            warnings.simplefilter("ignore")  # which advises whoever writes such files
             load: Callable[..., Any] = torch.jit.load
             program = load(io.BytesIO(content), map_location=self.content.device, _extra_files=extra).eval()
         found: Any = extra[METADATA_KEY]
