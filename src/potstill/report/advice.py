@@ -204,7 +204,7 @@ def _round_up(value: float) -> str:
     return format_count(math.ceil(value / 10**digits) * 10**digits)
 
 
-LATE_BEST_EPOCH = 0.95  # of the epochs; a later best epoch indicates that training was too short
+LATE_BEST_EPOCH = 0.9  # of the epochs; a later best epoch indicates that training was too short
 MIN_EPOCHS = 5  # with fewer, the last is often the best by chance
 
 
