@@ -249,3 +249,5 @@ def test_a_teacher_that_was_trained_on_images_that_are_test_now_is_named(recipe,
         heard = []
         train(f"two-{seed}", Listener(), **{"data.split_seed": seed, "teacher.weights": str(teacher)})
         assert any("test images" in each and "in another split" in each for each in heard) == warned
+    (teacher.parent / "recipe.yaml").write_text("no: [recipe")  # is a reason to say nothing, and none to end a run
+    train("three", Listener(), **{"data.split_seed": 1, "teacher.weights": str(teacher)})

@@ -21,7 +21,7 @@ from potstill.data.loader import Loader
 from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import StorageError, UsageError
+from potstill.errors import PotstillError, StorageError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.significance import mcnemar
@@ -720,7 +720,10 @@ class _Experiment:
         run = next((each for each in (Path(weights), Path(weights).parent) if (each / "splits.csv").is_file()), None)
         if run is None or not (run / "recipe.yaml").is_file() or self.data.target is not None:
             return
-        source = load_recipe(run / "recipe.yaml", data_needed=False, recorded=True).data.source
+        try:
+            source = load_recipe(run / "recipe.yaml", data_needed=False, recorded=True).data.source
+        except PotstillError:  # edited, or of another version: no reason to end this run
+            return
         if Path(source).resolve() != Path(self.data.source).resolve():  # whose images may have the same names
             return
         if seen := images_used_before(run, self.data):
