@@ -263,7 +263,8 @@ class FileNetwork(OpaqueNetwork):
     def _open_torchscript(self, content: bytes) -> tuple[Callable[[Tensor], Any], str]:
         extra = {METADATA_KEY: ""}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # which advises whoever writes such files
+            for kind in (FutureWarning, DeprecationWarning):  # they advise whoever writes such files
+                warnings.simplefilter("ignore", kind)
             load: Callable[..., Any] = torch.jit.load
             program = load(io.BytesIO(content), map_location=self.content.device, _extra_files=extra).eval()
         found: Any = extra[METADATA_KEY]
