@@ -57,7 +57,7 @@ def test_rows_name_the_domain(source: Path, target: Path) -> None:
     data = load_data(settings(source, target))
     rows = data.as_rows()
     assert len(rows) == 18 + 24
-    splits = [split for split, _, _ in rows]
+    splits = [split for split, *_ in rows]
     assert {split: splits.count(split) for split in dict.fromkeys(splits)} == {
         "train": 12, "val": 3, "test": 3, "target train": 18, "target val": 3, "target test": 3,
     }  # fmt: skip

@@ -73,7 +73,7 @@ def test_a_folder_as_on_the_hub(tmp_path) -> None:
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [20, 4, 6]
     assert data.origin == "tables train, val, test"
     assert data.notes == ("columns of the tables that are not used: id",)
-    rows = {name: (split, label) for split, name, label in data.as_rows()}
+    rows = {name: (split, label) for split, name, label, _ in data.as_rows()}
     assert rows["data/train-00001-of-00002.parquet/3"] == ("train", "cat")
     at = data.test.names.index("data/test-00000-of-00001.parquet/5")
     with Image.open(io.BytesIO(image_bytes(35))) as image:

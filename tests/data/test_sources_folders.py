@@ -53,7 +53,7 @@ def test_one_folder_of_classes(make_folder) -> None:
     data = load(folder, val=0.1, test=0.2)
     assert data.counts() == {"train": {"a": 14, "b": 7}, "val": {"a": 2, "b": 1}, "test": {"a": 4, "b": 2}}
     assert data.origin == "made here: stratified 70/10/20, split seed 0"
-    rows = {split: {n for s, n, _ in data.as_rows() if s == split} for split in ("train", "val", "test")}
+    rows = {split: {n for s, n, *_ in data.as_rows() if s == split} for split in ("train", "val", "test")}
     assert len(set().union(*rows.values())) == 30 == sum(map(len, rows.values()))
     assert load(folder, val=0.1, test=0.2, split_seed=1).test.names != data.test.names
 

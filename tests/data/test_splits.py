@@ -96,10 +96,10 @@ def test_counts_and_rows() -> None:
     data = DataSplits(("a", "b"), train, val, test, "s", "o", "f", AugmentSettings())
     assert data.counts() == {"train": {"a": 1, "b": 2}, "val": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}
     assert data.as_rows()[:4] == [
-        ("train", "x/0", "a"),
-        ("train", "x/1", "b"),
-        ("train", "x/2", "b"),
-        ("val", "x/0", "a"),
+        ("train", "x/0", "a", ""),
+        ("train", "x/1", "b", ""),
+        ("train", "x/2", "b", ""),
+        ("val", "x/0", "a", ""),
     ]
 
 

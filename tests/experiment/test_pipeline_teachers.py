@@ -1,6 +1,8 @@
 """More than one teacher, assistants, generations, or no teacher at all: whole runs."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,5 +251,12 @@ def test_a_teacher_that_was_trained_on_images_that_are_test_now_is_named(recipe,
         heard = []
         train(f"two-{seed}", Listener(), **{"data.split_seed": seed, "teacher.weights": str(teacher)})
         assert any("test images" in each and "in another split" in each for each in heard) == warned
+    copy = tmp_path / "copy"  # whose images have other names
+    for image in sorted(Path(recipe().data.source).glob("*/*.png")):
+        (copy / image.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, copy / image.parent.name / f"x{image.name}")
+    heard = []
+    train("copied", Listener(), **{"data.source": str(copy), "teacher.weights": str(teacher)})
+    assert any("test images" in each and "blue/x" in each for each in heard)
     (teacher.parent / "recipe.yaml").write_text("no: [recipe")  # is a reason to say nothing, and none to end a run
     train("three", Listener(), **{"data.split_seed": 1, "teacher.weights": str(teacher)})

@@ -16,7 +16,7 @@ from potstill.report.run_reader import read_run
 
 def begin(run):
     run.write_environment({"python": "3.11"})
-    run.write_splits([("train", "a.png", "a")])
+    run.write_splits([("train", "a.png", "a", "00112233445566aa")])
     run.write_recipe("name: first\n")
 
 
@@ -227,8 +227,9 @@ def test_results_list_the_digests_of_what_was_written(tmp_path):
     assert list(files) == [
         "splits.csv", "teacher/metrics.json", "teacher/metrics.jsonl", "teacher/predictions_test.csv"
     ]  # fmt: skip
-    # sha256sum of "split,name,class\ntrain,a.png,a\n", and of "path,label,prediction,p:a\nx.png,a,a,1\n"
-    assert files["splits.csv"] == "6873b7a5dcbe96382c809e570bf932c1a57a5fd9173cdab3f5b52e4930cc9652"
+    # sha256sum of "split,name,class,sha256\ntrain,a.png,a,00112233445566aa\n",
+    # and of "path,label,prediction,p:a\nx.png,a,a,1\n"
+    assert files["splits.csv"] == "69017880ac6a621a805a470da6fdc2578076a7fcccd3e1a5527e02ca7968e8bf"
     assert files["teacher/predictions_test.csv"] == "287994911f214aee32d04a2546d3ad1bec016afe92077c147cdca15d5d992c94"
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from potstill.code_references import allowed_code
 from potstill.data.datasets import load_data
 from potstill.data.settings import DataSettings
 from potstill.errors import DataError, UsageError
+from potstill.experiment.run_folder import SPLITS_HEADER
 from potstill.export.evaluate import evaluate
 from potstill.export.predict import predict
 from potstill.input_spec import InputSpec
-from potstill.io import write_checksummed_text
+from potstill.io import as_csv, write_checksummed_text
 from potstill.models.model_file import Classifier, save_model
 
 CLASSES = ("red", "blue", "green")  # not in the order of the folders
@@ -33,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    draws = np.random.default_rng(0)
+def pictures(folder: Path, count: int, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Path:
+    draws = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)
         for i in range(count):
@@ -88,11 +90,16 @@ def test_the_runs_own_data_is_measured_on_its_test_split(model: Path, tmp_path: 
     try:
         metrics = evaluate(model.parent, f"{folder}/../d")
         rows = load_data(DataSettings(**data | {"unlabeled": None})).as_rows()
-        splits.write_text("".join(f"{','.join(row)}\n" for row in rows), encoding="utf-8")
+        splits.write_text(as_csv(SPLITS_HEADER, rows), encoding="utf-8")
         assert evaluate(model.parent, str(folder)) == metrics | {"data": f"{folder}, test split of the run"}
-        pictures(tmp_path / "more", 40)
+        notes: list[str] = []
+        shutil.copytree(folder, tmp_path / "copy")
+        assert evaluate(model.parent, str(tmp_path / "copy"), note=notes.append)["seen_in_training"] == 24
+        assert "24 of 30 images, such as blue/" in notes[0]
+        pictures(tmp_path / "more", 40, seed=1)
         for image in (tmp_path / "more").glob("*/*.png"):
             image.rename(folder / image.parent.name / f"more{image.name}")
+        assert "seen_in_training" not in evaluate(model.parent, str(pictures(tmp_path / "new", 3, seed=2)))
         with pytest.raises(DataError, match=r"has changed since .* test images were used in that training"):
             evaluate(model.parent, str(folder))
         (model.parent / "recipe.yaml").unlink()  # now it is a model of other data

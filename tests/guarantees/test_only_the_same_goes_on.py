@@ -288,7 +288,7 @@ SPLITS = st.sampled_from(["train", "val", "test"])
 CLASSES = st.sampled_from(["blue", "red"])
 SAID = {  # what the refusal says of each edit; None where the run goes on
     "add": ["new: ", "new.png"], "remove": ["gone: "], "rename": ["gone: ", "new: ", "renamed.png"],
-    "repaint": ["the names are the same, but the content of an image differs"], "other class": ["gone: ", "moved.png"],
+    "repaint": ["of other content: "], "other class": ["gone: ", "moved.png"],
     "other split": ["gone: ", "moved.png"], "rename class": ["gone: ", "new: ", "/green/"],
     "add class": ["new: ", "/green/"], "touch": None, "copy": None,
 }  # fmt: skip

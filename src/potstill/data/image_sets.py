@@ -428,6 +428,12 @@ def file_digests(images: ImageSet) -> NDArray[np.uint8] | None:
     return images.digests if isinstance(images, ContentSet) else None
 
 
+def short_digests(images: ImageSet) -> list[str]:
+    """Return the first 16 hexadecimal digits of each file's SHA-256; "" for images that are no files."""
+    digests = file_digests(images)
+    return [""] * len(images) if digests is None else [each.tobytes().hex() for each in digests[:, :8]]
+
+
 def value_ranges(images: ImageSet) -> list[ValueRange | None]:
     """Return the distinct value ranges of a set's files and PIL images."""
     ranges = [part.range for part in _leaf_sets(images) if isinstance(part, (ContentSet, TorchSet))]

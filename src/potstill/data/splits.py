@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from potstill.data.entries import Finding, Listing, SkippedFile
 from potstill.data.image_io import ValueRange
-from potstill.data.image_sets import ConcatenatedSet, ImageSet, Subset, file_digests
+from potstill.data.image_sets import ConcatenatedSet, ImageSet, Subset, file_digests, short_digests
 from potstill.data.samplers import Curriculum
 from potstill.data.settings import AugmentSettings, DataSettings
 from potstill.errors import DataError, UsageError
@@ -19,6 +19,7 @@ from potstill.formatting import format_names
 SPLITS = ("train", "val", "test")
 
 Index = NDArray[np.int64]
+SplitRow = tuple[str, str, str, str]  # split, image name, class name, content
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,20 @@ class DataSplits:
         counted = {name: np.bincount(ids[ids >= 0], minlength=len(self.class_names)) for name, ids in known.items()}
         return {name: dict(zip(self.class_names, found.tolist(), strict=True)) for name, found in counted.items()}
 
-    def as_rows(self) -> list[tuple[str, str, str]]:
-        """Return (split, image name, class name) of every image, "target train" and so on for the target."""
+    def as_rows(self) -> list[SplitRow]:
+        """Return (split, image name, class name, content) of every image, "target train" and so on for the target.
+
+        Contents are as of ``short_digests``.
+        """
         rows = [
-            (split, name, "" if split in self.teacher_labels else self.class_names[label])
+            (split, name, "" if split in self.teacher_labels else self.class_names[label], digest)
             for split in SPLITS
-            for name, label in zip(self.split(split).names, self.split(split).labels, strict=True)
+            for name, label, digest in zip(
+                self.split(split).names, self.split(split).labels, short_digests(self.split(split)), strict=True
+            )
         ]
         more = self.target.as_rows() if self.target is not None else []
-        return rows + [(f"target {split}", name, class_name) for split, name, class_name in more]
+        return rows + [(f"target {split}", name, class_name, digest) for split, name, class_name, digest in more]
 
 
 def stratified_split(

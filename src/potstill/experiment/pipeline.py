@@ -4,7 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -716,17 +716,15 @@ class _Experiment:
             )
 
     def _check_teacher_data(self, weights: str) -> None:
-        """Warn if a teacher was trained by a run on images of the same data that are test here."""
+        """Warn if a teacher was trained by a run on images that are test here."""
         run = next((each for each in (Path(weights), Path(weights).parent) if (each / "splits.csv").is_file()), None)
-        if run is None or not (run / "recipe.yaml").is_file() or self.data.target is not None:
+        if run is None or self.data.target is not None:
             return
-        try:
-            source = load_recipe(run / "recipe.yaml", data_needed=False, recorded=True).data.source
-        except PotstillError:  # edited, or of another version: no reason to end this run
-            return
-        if Path(source).resolve() != Path(self.data.source).resolve():  # whose images may have the same names
-            return
-        if seen := images_used_before(run, self.data):
+        same = False
+        with suppress(PotstillError):  # a recipe that was edited, or of another version, is no reason to end this run
+            recipe = load_recipe(run / "recipe.yaml", data_needed=False, recorded=True)
+            same = Path(recipe.data.source).resolve() == Path(self.data.source).resolve()
+        if seen := images_used_before(run, self.data.test, same_data=same):
             self.warn(
                 f"{weights} was trained on {len(seen):,} of the {len(self.data.test):,} test images, such as "
                 f"{seen[0]}, in another split of these images: its accuracy on test and its lead are too high. Train "

@@ -23,6 +23,7 @@ import potstill
 from potstill.code_references import digest_code
 from potstill.config import STAGES, sort_stages, stage_role
 from potstill.config.recipe import Recipe
+from potstill.data.splits import SplitRow
 from potstill.errors import ArtifactError, DataError, UsageError
 from potstill.experiment.resume import changed_images
 from potstill.experiment.run_folder import SPLITS, RunFolder
@@ -96,7 +97,7 @@ def check_other_folder(record: RunRecord, output_dir: Path, name: str) -> None:
         )
 
 
-def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[tuple[str, str, str]]) -> None:
+def check_same_images(record: RunRecord, fingerprint: str, rows: Sequence[SplitRow]) -> None:
     """Check that the data are those of the recorded run."""
     if record.environment.get("data_fingerprint") == fingerprint:
         return

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from potstill.config.overrides import WITHOUT_FILE
 from potstill.config.recipe import Recipe, dump_recipe, load_recipe
 from potstill.config.settings_errors import parse_settings
 from potstill.config.yaml import parse_yaml
-from potstill.data.splits import DataSplits
+from potstill.data.image_sets import ImageSet, short_digests
+from potstill.data.splits import DataSplits, SplitRow
 from potstill.errors import ArtifactError, UsageError
 from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
-from potstill.experiment.run_folder import RunFolder
+from potstill.experiment.run_folder import SPLITS_FILE, SPLITS_HEADER, RunFolder
 from potstill.formatting import format_names
 from potstill.hub import model_path
-from potstill.io import as_csv, read_bytes, read_checksummed_json, unescape_cell
+from potstill.io import as_csv, encode_text, read_bytes, read_checksummed_json, unescape_cell
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 
@@ -195,39 +197,48 @@ def changed_code(folder: RunFolder, recipe: Recipe) -> list[str]:
     ]
 
 
-def changed_images(folder: RunFolder, rows: Iterable[tuple[str, str, str]]) -> list[str]:
+def changed_images(folder: RunFolder, rows: Iterable[SplitRow]) -> list[str]:
     """Return lines on the differences between a run's splits.csv and the present images."""
     try:
-        known = _rows_by_name(read_bytes(folder.path / "splits.csv").decode("utf-8", "replace"))
-    except (ArtifactError, csv.Error):
+        known = _rows_by_name(read_bytes(folder.path / SPLITS_FILE))
+    except (ArtifactError, csv.Error, ValueError):
         return ["  the changed images are unknown: splits.csv cannot be read"]
-    found = _rows_by_name(as_csv(("split", "name", "class"), rows))
+    found = _rows_by_name(encode_text(as_csv(SPLITS_HEADER, rows)))
+    both = known.keys() & found.keys()
     changes = {
         "gone": known.keys() - found.keys(),
         "new": found.keys() - known.keys(),
-        "in another split or class": {name for name in known.keys() & found.keys() if known[name] != found[name]},
+        "in another split or class": {name for name in both if known[name][:2] != found[name][:2]},
+        "of other content": {name for name in both if known[name][2] != found[name][2]},
     }
     lines = [f"  {what}: {format_names(sorted(names), _MAX_IMAGES)}" for what, names in changes.items() if names]
     return lines or ["  the names are the same, but the content of an image differs"]
 
 
-def images_used_before(run: Path, data: DataSplits, *, is_target: bool = False, hidden: bool = False) -> list[str]:
-    """Return the test images that a run has used in train or val, by the names in its splits.csv; none without it.
+def images_used_before(
+    run: Path, tests: ImageSet, *, same_data: bool = False, is_target: bool = False, hidden: bool = False
+) -> list[str]:
+    """Return the names of the images of ``tests`` that a run has used in train or val; none without its splits.csv.
 
-    ``is_target``: whether ``data`` is its target domain; ``hidden``: whether it had images whose labels were hidden,
-    which are in no split.
+    Files are found by content, whatever their names are; with ``same_data``, other images by their names in the
+    run's data.  ``is_target``: whether ``tests`` are of the run's target domain; ``hidden``: whether it had images
+    whose labels were hidden, which are in no split.
     """
     try:
-        rows = csv.reader(io.StringIO(read_bytes(run / "splits.csv").decode("utf-8", "replace")))
-        known = {
-            unescape_cell(row[1]): row[0].removeprefix("target ")
-            for row in rows
-            if len(row) == 3 and row[0].startswith("target ") == is_target
-        }
-    except (ArtifactError, csv.Error):
+        rows = _rows_by_name(read_bytes(run / SPLITS_FILE))
+    except (ArtifactError, csv.Error, ValueError):
         return []
-    used = ("train", "val", *([None] if hidden else []))
-    return [name for name in data.test.names if known.get(name) in used]
+    known: dict[str, str] = {}
+    for name, (split, _, digest) in rows.items():
+        key = f"sha256 {digest}" if digest else f"name {unescape_cell(name)}"
+        if split.startswith("target ") == is_target and known.get(key) != "test":  # copies may be in two splits
+            known[key] = split.removeprefix("target ")
+    found = []
+    for name, digest in zip(tests.names, short_digests(tests), strict=True):
+        before = known.get(f"sha256 {digest}" if digest else f"name {name}")
+        if before in ("train", "val") or (hidden and before is None):
+            found.append((name, bool(digest)))
+    return [name for name, is_file in found if is_file or same_data]
 
 
 def check_weights_outside(folder: RunFolder, recipe: Recipe) -> None:
@@ -328,5 +339,7 @@ def flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _rows_by_name(text: str) -> dict[str, list[str]]:
-    return {row[1]: row for row in csv.reader(io.StringIO(text)) if len(row) == 3}
+def _rows_by_name(content: bytes) -> dict[str, tuple[str, str, str]]:
+    """Return name -> (split, class, sha256) of splits.csv."""
+    rows = csv.reader(io.StringIO(content.decode("utf-8", "replace")))
+    return {name: (split, label, digest) for split, name, label, digest in itertools.islice(rows, 1, None)}

@@ -49,6 +49,7 @@ from potstill.io import (
 
 if TYPE_CHECKING:
     from potstill.data.entries import SkippedFile
+    from potstill.data.splits import SplitRow
     from potstill.evaluation.predictions import Predictions
 
 
@@ -105,13 +106,15 @@ class RunLock:
 
 
 SPLITS = ("train", "val", "test")
+SPLITS_FILE = "splits.csv"
+SPLITS_HEADER = ("split", "name", "class", "sha256")
 
 _LOCKS = (LOCK_FILE, LOCK_HOLDER_FILE)
 _FILES_BEFORE_TRAINING = (  # files of a run that has not trained
     *_LOCKS,
     "recipe.yaml",
     "environment.json",
-    "splits.csv",
+    SPLITS_FILE,
     "skipped.csv",
 )
 _METRICS_FILE = "metrics.jsonl"
@@ -260,9 +263,9 @@ class RunFolder:
         """Add entries to environment.json."""
         self.write_environment(self.read_environment() | facts)
 
-    def write_splits(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Write splits.csv: (split, name, class) of each image."""
-        self._write("splits.csv", encode_text(as_csv(("split", "name", "class"), rows)))
+    def write_splits(self, rows: "Iterable[SplitRow]") -> None:
+        """Write splits.csv: (split, name, class, sha256) of each image."""
+        self._write(SPLITS_FILE, encode_text(as_csv(SPLITS_HEADER, rows)))
 
     def write_skipped(self, skipped: "Iterable[SkippedFile]") -> None:
         """Write skipped.csv: path, kind and reason of each file and class that was left out, if any."""

@@ -13,6 +13,7 @@ from potstill.formatting import format_names
 from potstill.io import read_checksummed_text
 
 BATCH_SIZE = 64
+_OWN_TEST_SPLIT = "test split of the run"
 
 
 def evaluate(
@@ -38,11 +39,13 @@ def evaluate(
         device: "auto", "cpu", "cuda", ...
         follow_links: follow links and paths that leave the data folder.
         skip_bad: leave out files that cannot be read.
-        note: is called with a line on each thing that was assumed of bare weights.
+        note: is called with a line on each thing that was assumed of bare weights, and on images that the model's run
+            was trained on.
 
     Returns:
         The metrics of a split as in results.json; ``model`` and ``data``, each a description; ``skipped``: path and
-        reason of each file that was left out.
+        reason of each file that was left out; ``seen_in_training``: the number of images, other than the run's own test
+        split, that were in its train or val, by the content of the files, if any.
 
     Raises:
         UsageError: the data do not exist.
@@ -66,12 +69,20 @@ def evaluate(
     classifier.module.to(resolved)
     loader = Loader(images, classifier.input, batch_size=BATCH_SIZE, device=resolved, workers="auto")
     count = len(classifier.class_names)
+    run = None if folder is None or subset == _OWN_TEST_SPLIT else folder.parent
+    seen = [] if run is None else _seen_in_training(run, images)
+    if seen:
+        note(
+            f"{len(seen):,} of {len(images):,} images, such as {seen[0]}, were in train or val of {run}: these metrics "
+            "are higher than on new images"
+        )
     predictions = predict_split(classifier.module, loader, classes=count, device=resolved, labels=labels)
     assert predictions is not None  # of a single process
     return {
         "model": f"{classifier.architecture} of {origin}",
         "data": f"{source}, {subset}",
         **({"skipped": [[each.path, each.reason] for each in skipped]} if skipped else {}),
+        **({"seen_in_training": len(seen)} if seen else {}),
         **split_metrics(predictions, classifier.class_names),
     }
 
@@ -105,8 +116,8 @@ def _test_images(
                 f"the images of {model} have no labels: give labeled ones, with --data DIR, a folder of class folders"
             )
         if run_settings is not None and recorded is not None and model is not None:
-            check_unseen(model.parent, splits, run_settings, is_target=run_settings.source != recorded.source)
-        subset = "test split of the run" if run_settings is not None else "test split"
+            check_unseen(model.parent, splits.test, run_settings, is_target=run_settings.source != recorded.source)
+        subset = _OWN_TEST_SPLIT if run_settings is not None else "test split"
         return splits.test, splits.class_names, subset, splits.skipped
     if is_shards(source):
         shard_classes, sets, _ = read_shards(settings)
@@ -126,19 +137,24 @@ def _test_images(
         raise DataError(f"{source} has splits, but no test images; to evaluate on others give their own folder")
     ids = {name: i for i, name in enumerate(class_names)}
     images = FileSet(listing.root, [entry.name for entry in entries], [ids[entry.label] for entry in entries])
-    if not contents:
-        check_files(listing.root, images.names, source, place=listing.place)
+    images.expect(contents or check_files(listing.root, images.names, source, place=listing.place))
     return images, class_names, subset, to_skipped(skipped)
 
 
-def check_unseen(run: Path, splits: Any, settings: Any, *, is_target: bool) -> None:
+def _seen_in_training(run: Path, images: Any) -> list[str]:
+    from potstill.experiment.resume import images_used_before
+
+    return [name for is_target in (False, True) for name in images_used_before(run, images, is_target=is_target)]
+
+
+def check_unseen(run: Path, tests: Any, settings: Any, *, is_target: bool) -> None:
     """Refuse test images that the run has used in train or val: a split that is made anew of changed data has such."""
     from potstill.experiment.resume import images_used_before
 
     hidden = settings.labels_per_class is not None
-    if seen := images_used_before(run, splits, is_target=is_target, hidden=hidden):
+    if seen := images_used_before(run, tests, same_data=True, is_target=is_target, hidden=hidden):
         raise DataError(
-            f"{settings.source} has changed since {run} was trained on it: {len(seen):,} of its {len(splits.test):,} "
+            f"{settings.source} has changed since {run} was trained on it: {len(seen):,} of its {len(tests):,} "
             f"test images were used in that training, such as {seen[0]}, and metrics would be too high\n"
             "Restore the former images, or give images that are not among them: --data DIR"
         )

@@ -318,7 +318,7 @@ class Exporter:
         settings, own = export_data_settings(folder, options.data), run_data_settings(folder)
         self.splits = load_data(settings).measured
         if options.int8 and own is not None and settings.source == own.source:  # whose accuracy is measured
-            check_unseen(folder.parent, self.splits, own, is_target=own.target is not None)
+            check_unseen(folder.parent, self.splits.test, own, is_target=own.target is not None)
         if tuple(self.splits.class_names) != tuple(self.classifier.class_names):
             raise DataError(
                 f"{self.splits.source} has the classes {format_names(self.splits.class_names)}, "

@@ -39,19 +39,19 @@ def test_each_image_is_in_the_split_of_a_run(make_folder) -> None:
     division, _ = assign_splits(listing, DataSettings())
     found = {(SPLITS[at], entry.name) for at, entry in zip(division.splits, listing.entries, strict=True)}
 
-    assert found == {(split, name) for split, name, _ in load_data(DataSettings(source=str(folder))).as_rows()}
+    assert found == {(split, name) for split, name, *_ in load_data(DataSettings(source=str(folder))).as_rows()}
 
 
 @pytest.mark.parametrize("places", [{"a": 30, "b": 30}, {"train/a": 30, "train/b": 30, "test/a": 2, "test/b": 2}])
 def test_files_of_equal_content_are_in_one_split_in_a_run_and_in_its_check(make_folder, places: dict) -> None:
     folder, first = make_folder(places), next(iter(places))
-    before = {name: split for split, name, _ in load_data(DataSettings(source=str(folder))).as_rows()}
+    before = {name: split for split, name, *_ in load_data(DataSettings(source=str(folder))).as_rows()}
     copies = {f"{first}/{i}.png": f"{first}/copy{i}.png" for i in range(0, 30, 2)}
     for name, copy in copies.items():
         shutil.copy(folder / name, folder / copy)
     settings = DataSettings(source=str(folder))
     data, report = load_data(settings), validate_data(settings)
-    found = {name: split for split, name, _ in data.as_rows()}
+    found = {name: split for split, name, *_ in data.as_rows()}
     assert all(found[name] == found[copy] for name, copy in copies.items())
     assert {found[name] for name in copies} >= {"train", "val"}
     assert {s: c.tolist() for s, c in report.division.counts().items()} == {
@@ -59,7 +59,7 @@ def test_files_of_equal_content_are_in_one_split_in_a_run_and_in_its_check(make_
     }
     for copy in copies.values():
         (folder / copy).unlink()
-    again = {name: split for split, name, _ in load_data(DataSettings(source=str(folder))).as_rows()}
+    again = {name: split for split, name, *_ in load_data(DataSettings(source=str(folder))).as_rows()}
     assert again == before
 
 
