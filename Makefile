@@ -1,6 +1,7 @@
 # Everything from a bare machine with Python 3.11+, pip and make.
 PYTHON ?= python3
 VENV ?= .venv
+SEEDS ?= 5
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Not locked: federated, wandb, mlflow, trackio. They bring eighty packages, and hold others back.
@@ -13,8 +14,8 @@ export UV_SYSTEM_CERTS ?= 1
 .PHONY: demo test check docs lock setup clean
 .DELETE_ON_ERROR:
 
-demo: setup  ## teacher, baseline and distilled student on real images, five seeds, in minutes
-	$(BIN)/potstill run few-labels --seeds 5 --overwrite
+demo: setup  ## teacher, baseline and distilled student on real images, five seeds (make demo SEEDS=1: fewer), in minutes
+	$(BIN)/potstill run few-labels --seeds $(SEEDS) --overwrite
 
 test: setup  ## unit and end-to-end tests
 	$(BIN)/python -m pytest -q -n auto
