@@ -1,4 +1,8 @@
+import shutil
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from potstill.contrib.federated import ALGORITHMS, parse_names
 from potstill.contrib.federated.federation import FederationOptions, best_algorithm, federate, format_table
@@ -6,6 +10,7 @@ from potstill.contrib.federated.partition import Partition
 from potstill.contrib.federated.server import Schedule, Server
 from potstill.errors import UsageError
 from potstill.io import read_checksummed_json
+from potstill.training.callbacks import SilentObserver
 
 
 def entry(top1, nll, test):
@@ -45,6 +50,39 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_of_one_that_was_not(tmp_
     assert found["alone"]["n"] == 2
     lines = format_table(found)
     assert [line.split()[0] for line in lines[1:]] == ["fedavg", "feddf", "central", "alone"]
+
+
+def test_images_of_client_folders_are_those_of_before_and_not_of_test(tmp_path, recipe):
+    draws = np.random.default_rng(0)
+    for folder, count in (
+        ("server/train", 3),
+        ("server/val", 3),
+        ("server/test", 3),
+        ("clients/a", 4),
+        ("clients/b", 4),
+    ):
+        for label in ("cat", "dog"):
+            (tmp_path / folder / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = draws.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / label / f"{i}.png")
+    shutil.copy(tmp_path / "server/test/cat/0.png", tmp_path / "clients/b/cat/known.png")
+
+    class Listener(SilentObserver):
+        def warn(self, message):
+            heard.append(message)
+
+    heard = []
+    options = FederationOptions(None, Partition(folders=tmp_path / "clients"), ("fedavg",), (), 0.2, Schedule(rounds=1))
+    own, root = recipe(**{"data.source": str(tmp_path / "server")}), {"output_dir": tmp_path, "name": "f"}
+    run = federate(own, options, observer=Listener(), **root)
+    assert [each for each in heard if "content of images of the server's val or test" in each] == [
+        "client 1 trains on 1 images with the content of images of the server's val or test: their figures are too high"
+    ]
+    assert federate(own, options, resume=True, **root) == run
+    Image.fromarray(255 - pixels).save(tmp_path / "clients/b/dog/3.png")
+    with pytest.raises(UsageError, match="those of client 1 are different"):
+        federate(own, options, resume=True, **root)
 
 
 def test_names_are_known_and_given_once():

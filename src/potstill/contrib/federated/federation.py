@@ -27,6 +27,7 @@ from potstill.contrib.federated.server import (
     ServerState,
 )
 from potstill.data.datasets import load_data
+from potstill.data.image_sets import short_digests
 from potstill.data.splits import DataSplits
 from potstill.errors import RESUME, UsageError, advising
 from potstill.experiment.builders import build_network, split_loader
@@ -35,7 +36,7 @@ from potstill.experiment.preflight import describe_skipped
 from potstill.experiment.reproduce import describe_environment
 from potstill.experiment.run_folder import RunFolder
 from potstill.formatting import format_columns
-from potstill.io import read_checksummed_json, write_checksummed_json
+from potstill.io import read_checksummed_json, sha256_hex, write_checksummed_json
 from potstill.models.model_file import Classifier, save_model
 from potstill.training.callbacks import Observer, SilentObserver
 from potstill.training.devices import Compute, create_compute
@@ -193,7 +194,17 @@ def federate(
         folder.write_skipped(data.all_skipped)
         if data.all_skipped:
             observer.warn(describe_skipped(data.all_skipped))
-        results.update(run.describe())
+        described = run.describe()
+        before, now = (
+            {each["client"]: each.get("sha256") for each in found.get("clients", ())}
+            for found in (results.content, described)
+        )
+        if changed := [number for number in before | now if before and before.get(number) != now.get(number)]:
+            raise UsageError(
+                f"--resume needs the same images, and those of client {', '.join(map(str, changed))} are different: "
+                "use another --name"
+            )
+        results.update(described)
         run.train(folder.path, results)
     return folder.path
 
@@ -228,11 +239,22 @@ class _FederatedRun:
         for number, reason in failed.items():
             self.observer.warn(f"client {number} cannot take part ({reason}); see its own log")
         classes, found = self.data.class_names, []
+        held_out = {*short_digests(self.data.val), *short_digests(self.data.test)} - {""}
         for number, count in self.declared.items():
             facts: dict[str, Any] = {"client": number, "images": count}
             if number in self.local:
-                by_class = np.bincount(self.local[number].images(classes).labels, minlength=len(classes)).tolist()
+                images = self.local[number].images(classes)
+                by_class = np.bincount(images.labels, minlength=len(classes)).tolist()
                 facts["classes"] = dict(zip(classes, by_class, strict=True))
+                digests = short_digests(images)
+                if self.options.partition.folders is not None:  # else they are of the server's data
+                    rows = zip(images.names, images.labels.tolist(), digests, strict=True)
+                    facts["sha256"] = sha256_hex(repr(sorted(rows)).encode())
+                if seen := sum(digest in held_out for digest in digests):
+                    self.observer.warn(
+                        f"client {number} trains on {seen:,} images with the content of images of the server's val or "
+                        "test: their figures are too high"
+                    )
             found.append(facts)
         public = 0 if self.public_images is None else len(self.public_images)
         return {"recipe": self.recipe.name, "clients": found, "public": public, "test": len(self.data.test)}
