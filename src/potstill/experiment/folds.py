@@ -1,22 +1,37 @@
-"""Pool the runs of a cross-validation: each image is predicted by the models of the fold that has it in test."""
+"""Cross-validation: a run for each fold, and their results pooled.
 
-from collections.abc import Mapping, Sequence
+Each image is predicted by the models of the fold that has it in test.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from potstill.config import repeat_index, sort_stages, stage_role
 from potstill.config.overrides import WITHOUT_FILE
-from potstill.config.recipe import Recipe
-from potstill.data.splits import DataSplits
+from potstill.config.recipe import Recipe, load_recipe
+from potstill.data.splits import DataSplits, fold_splits, pool_splits
+from potstill.distributed.group import ProcessGroup
 from potstill.errors import UsageError
 from potstill.evaluation import Array
 from potstill.evaluation.final_metrics import split_intervals
 from potstill.evaluation.predictions import MAX_VALUES_IN_MEMORY, Predictions
 from potstill.experiment.comparison import compare_with_baseline
 from potstill.experiment.ensembles import ensemble_predictions
+from potstill.experiment.estimate import estimate_stages
 from potstill.experiment.examples import describe_examples
-from potstill.experiment.plan import PlannedStage, plan_stages
+from potstill.experiment.plan import (
+    PlannedStage,
+    choose_networks,
+    lengthen_short_trainings,
+    plan_stages,
+    restore_choices,
+)
+from potstill.experiment.preflight import check_all, choose_training_cache, create_stage_method, load_and_stage
+from potstill.experiment.reproduce import write_beginning
 from potstill.experiment.results import (
     describe_fidelity,
     describe_groups,
@@ -24,7 +39,21 @@ from potstill.experiment.results import (
     describe_run,
     without_per_class,
 )
-from potstill.experiment.run_folder import RunFolder
+from potstill.experiment.resume import (
+    check_same_baseline,
+    check_same_data,
+    check_same_recipe,
+    check_weights_outside,
+    describe_test_evaluations,
+    folder_of_baseline,
+    record_test_evaluation,
+    recorded_test_evaluations,
+)
+from potstill.experiment.run_folder import RunFolder, open_run_folder
+from potstill.experiment.teacher_cache import apply_view_plan, plan_views
+from potstill.io import check_exists
+from potstill.training.callbacks import Observer, OnceObserver, SilentObserver
+from potstill.training.devices import create_compute
 
 SEED_STEP = 1000  # from a fold to the next: no two folds and seeds share a seed, however many seeds are added
 FOLD_METRICS = ("top1", "top3", "f1_macro", "auc_macro", "ece", "nll", "agreement", "kl_to_teacher")
@@ -76,6 +105,134 @@ def describe_outside_weights(recipe: Recipe) -> list[str]:
         for name, weights in given.items()
         if weights is not None and weights not in WITHOUT_FILE
     ]
+
+
+class _FoldObserver(OnceObserver):
+    """Shows the fold with each stage, the time of all folds, and every note and warning once."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(observer)
+        self.fold = 0
+        self.estimate: Callable[[], Mapping[str, float]] = dict
+        self._expected = False
+
+    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
+        """Report the time of all folds, when the first begins; the estimate of a fold is not used."""
+        if not self._expected:
+            self._expected = True
+            self.observer.expect(self.estimate)
+
+    def stage(self, name: str, detail: str) -> None:
+        super().stage(self._label(name), detail)
+
+    def stage_end(self, name: str, seconds: float) -> None:
+        super().stage_end(self._label(name), seconds)
+
+    def _label(self, name: str) -> str:
+        return f"fold {self.fold}/{name}"
+
+
+def run_folds(
+    run: Callable[..., Path],
+    recipe: Recipe,
+    path: Path,
+    data: DataSplits | None,
+    outer: Observer,
+    processes: ProcessGroup,
+    baseline: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Path:
+    """Run the folds that are not finished, each by ``run`` in a folder within that of the whole; return the latter."""
+    started, observer = time.monotonic(), _FoldObserver(outer)
+    with open_run_folder(path.parent, path.name, processes, resume=resume, overwrite=overwrite) as folder:
+        if resume:
+            recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
+            check_same_recipe(folder, recipe)
+        if overwrite:
+            check_weights_outside(folder, recipe)
+        recipe, replaced = processes.share(choose_networks(recipe))
+        if resume:
+            replaced = replaced or folder.read_environment().get("replaced_networks", [])
+        whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
+        data = pool_splits(load_and_stage(recipe, plan_stages(recipe), data, observer, whole))
+        check_poolable(data)
+        recipe = recipe.with_chosen_method(len(data.class_names))
+        splits = fold_splits(data, fold_recipe(recipe, 1).data)
+        planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
+        cache_note = ""
+        if not resume:
+            recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
+        recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
+        if resume:
+            check_same_data(folder, data)
+        first_seed = [stage for stage in planned if not stage.repeat]
+        check_all(recipes[1], data, first_seed, SilentObserver(), processes)  # again in the fold, with its warnings
+        if baseline is not None:
+            _check_baselines_of_folds(baseline, folder, recipes[1], len(recipes), splits)
+        processes.highest(0)  # a barrier, as in ``run``
+        if processes.first:
+            if overwrite:
+                folder.clear()
+            write_beginning(folder, recipe, data, compute, {}, replaced, resume=resume)
+        observer.note(
+            f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
+            "once, and teacher, baseline and distilled student are trained without it"
+        )
+        if cache_note:
+            observer.note(cache_note)
+        warnings = [*replaced, *describe_outside_weights(recipe)]
+        for warning in warnings:
+            observer.warn(warning)
+        done = processes.share({fold for fold in recipes if is_finished(folder.fold(fold), recipe, planned)})
+        left = {
+            f"fold {fold}/{stage.name}": stage.name
+            for fold in recipes
+            for stage in planned
+            if fold not in done and not (resume and folder.fold(fold).trained(stage.name))
+        }
+
+        def estimate() -> dict[str, float]:
+            seconds = estimate_stages(recipe, planned, splits, compute)
+            return {label: seconds[stage] for label, stage in left.items() if stage in seconds}
+
+        observer.estimate = estimate
+        for fold, own in recipes.items():
+            observer.fold = fold
+            if fold in done:
+                observer.note(f"fold {fold}: already finished")
+                continue
+            known = processes.share(resume and folder.fold(fold).known)
+            run(
+                own,
+                output_dir=folder.path,
+                name=folder.fold(fold).path.name,
+                resume=known,
+                data=data,
+                observer=observer,
+                baseline=None if baseline is None else RunFolder(baseline).fold(fold).path,
+            )
+        if processes.first:
+            record_test_evaluation(folder, recipe, planned)
+            looks = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
+            seconds = time.monotonic() - started
+            folder.write_results(pool_folds(folder, recipe, data, looks=looks, seconds=seconds, warnings=warnings))
+    return folder.path
+
+
+def _check_baselines_of_folds(path: Path, folder: RunFolder, recipe: Recipe, folds: int, splits: DataSplits) -> None:
+    """Check that the run of ``--baseline`` has the folds of this one; ``recipe`` and ``splits``: of fold 1."""
+    check_exists(path, "the folder of a run for --baseline")
+    if missing := [fold for fold in range(1, folds + 1) if not RunFolder(path).fold(fold).known]:
+        has = f"has no fold {missing[0]}" if missing[0] > 1 else "is no cross-validation"
+        raise UsageError(
+            f"--baseline {path} {has}, and this run has {folds} folds: give a run with --folds {folds}, or leave "
+            "--baseline out"
+        )
+    recipe = lengthen_short_trainings(recipe, len(splits.train))
+    recipe = apply_view_plan(recipe, plan_views(recipe, create_stage_method(recipe), splits))
+    check_same_baseline(folder_of_baseline(RunFolder(path).fold(1).path, folder.fold(1).path), recipe, splits)
 
 
 def pool_folds(

@@ -3,8 +3,8 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from potstill.config import STAGES, stage_name, stage_number, stage_role
-from potstill.config.recipe import Recipe, StageSettings, dump_recipe, load_recipe
+from potstill.config.recipe import Recipe, StageSettings, load_recipe
 from potstill.data.file_datasets import check_output_outside
 from potstill.data.image_sets import RelabeledSet
 from potstill.data.loader import Loader
-from potstill.data.splits import SPLITS, DataSplits, fold_splits, pool_splits
+from potstill.data.splits import SPLITS, DataSplits
 from potstill.distillation.teachers import FoldHeads
 from potstill.distributed.group import SINGLE_PROCESS, ProcessGroup
-from potstill.errors import PotstillError, StorageError, UsageError
+from potstill.errors import PotstillError, UsageError
 from potstill.evaluation.cost import count_parameters
 from potstill.evaluation.fidelity import class_order
 from potstill.evaluation.significance import mcnemar
@@ -37,13 +37,7 @@ from potstill.experiment.curriculum import apply_curriculum
 from potstill.experiment.domain_adaptation import Domains
 from potstill.experiment.ensembles import predict_images, predict_together
 from potstill.experiment.estimate import describe_seeds, estimate_stages
-from potstill.experiment.folds import (
-    check_poolable,
-    describe_outside_weights,
-    fold_recipe,
-    is_finished,
-    pool_folds,
-)
+from potstill.experiment.folds import run_folds
 from potstill.experiment.plan import (
     PlannedStage,
     choose_networks,
@@ -57,7 +51,6 @@ from potstill.experiment.preflight import (
     check_all,
     choose_training_cache,
     create_stage_method,
-    load_and_stage,
     warn_about_data,
     warn_about_settings,
 )
@@ -70,7 +63,7 @@ from potstill.experiment.probe import (
     probe_teacher,
     probes_by_default,
 )
-from potstill.experiment.reproduce import RunRecord, check_same_images, describe_environment
+from potstill.experiment.reproduce import RunRecord, check_same_images, write_beginning
 from potstill.experiment.results import (
     describe_missing_labels,
     describe_run,
@@ -79,7 +72,6 @@ from potstill.experiment.results import (
     evaluate_stages,
 )
 from potstill.experiment.resume import (
-    TEST_EVALUATIONS_KEY,
     changed_code,
     check_same_baseline,
     check_same_data,
@@ -88,11 +80,12 @@ from potstill.experiment.resume import (
     describe_test_evaluations,
     describe_view_difference,
     extended_stages,
+    folder_of_baseline,
     images_used_before,
     record_test_evaluation,
     recorded_test_evaluations,
 )
-from potstill.experiment.run_folder import RunFolder, find_model
+from potstill.experiment.run_folder import RunFolder, find_model, open_run_folder
 from potstill.experiment.stage import train_stage
 from potstill.experiment.teacher_cache import (
     ViewPlan,
@@ -102,13 +95,13 @@ from potstill.experiment.teacher_cache import (
     restore_view_plan,
 )
 from potstill.hub import model_path
-from potstill.io import check_exists, read_bytes, write_bytes
+from potstill.io import read_bytes, write_bytes
 from potstill.loggers.observer import logging_observer
 from potstill.methods import create_method, describe_method, needs_teacher
 from potstill.models.families.opaque_models import TableNetwork, find_table
 from potstill.models.model_file import Classifier, load_model, save_model
 from potstill.training.autotune import PrecisionSelector, ThreadSelector
-from potstill.training.callbacks import Observer, OnceObserver, SignalHandler, SilentObserver
+from potstill.training.callbacks import Observer, SignalHandler, SilentObserver
 from potstill.training.checkpointing import FIGURES, LAST, restore_metrics_file
 from potstill.training.devices import Compute, create_compute, idle_gpus, return_freed_memory
 
@@ -116,30 +109,6 @@ _MAX_CLASSES = 10  # classes that a message lists
 MANY_WEIGHTS, MANY_IMAGES = 20_000_000, 10_000  # of a network from scratch, and the images that such a one wants
 SIGN_TEST_LEVEL = 0.05  # level of the one-sided sign test by which a model is below the baseline on val
 _BEYOND_CHANCE = f"more than chance explains (sign test on these images, p < {SIGN_TEST_LEVEL})"
-_VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
-
-
-@contextmanager
-def open_run_folder(
-    output_dir: Path, name: str, processes: ProcessGroup, *, resume: bool, overwrite: bool
-) -> Iterator[RunFolder]:
-    """Open the folder of a new or resumed run; it is locked inside the block."""
-    if processes.first:
-        with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
-            processes.share(None)
-            yield folder
-        return
-    processes.share(None)
-    path = output_dir / name
-    deadline = time.monotonic() + _VISIBLE_TIMEOUT
-    while not path.is_dir():
-        if time.monotonic() > deadline:
-            raise StorageError(
-                f"rank {processes.rank} does not see {path}, which the first process has created: "
-                "give an --output-dir that all machines share"
-            )
-        time.sleep(0.1)
-    yield RunFolder(path)
 
 
 def run(
@@ -182,19 +151,19 @@ def run(
                 f"data.folds (--folds) is for a whole run, of {', '.join(STAGES)}, with its test results: name "
                 "one fold with data.fold, or leave it out"
             )
-        return _run_folds(
+        return run_folds(
+            partial(run, stopping=stopping, processes=processes),
             recipe,
             output_dir / name,
             data,
-            _FoldObserver(observer),
-            stopping,
+            observer,
             processes,
             baseline,
             resume=resume,
             overwrite=overwrite,
         )
     extended: dict[str, list[int]] = {}
-    reused = None if baseline is None else _folder_of_baseline(baseline, output_dir / name)
+    reused = None if baseline is None else folder_of_baseline(baseline, output_dir / name)
     with (
         open_run_folder(output_dir, name, processes, resume=resume, overwrite=overwrite) as folder,
         ExitStack() as stack,
@@ -241,7 +210,7 @@ def run(
             if overwrite:  # after all checks: a refused run deletes nothing
                 folder.clear()
             facts = threads.facts | precisions.facts
-            _write_beginning(folder, recipe, splits, compute, facts, replaced, resume=resume)
+            write_beginning(folder, recipe, splits, compute, facts, replaced, resume=resume)
             trackers = stack.enter_context(
                 logging_observer(recipe.tracker, folder.path, recipe.model_dump(mode="json"), observer)
             )
@@ -301,147 +270,6 @@ def _complete_stages(recipe: Recipe, stages: tuple[str, ...]) -> tuple[str, ...]
             "--teacher, or train all stages with `potstill run`"
         )
     return ("teacher", *stages)
-
-
-def _write_beginning(
-    folder: RunFolder,
-    recipe: Recipe,
-    data: DataSplits,
-    compute: Compute,
-    facts: Mapping[str, Any],
-    replaced: list[str],
-    *,
-    resume: bool,
-) -> None:
-    """Write what a run, or a cross-validation, begins with: recipe, environment, splits and files left out."""
-    text = dump_recipe(recipe)
-    before = {}
-    if resume:
-        kept = {key: value for key, value in folder.read_environment().items() if key == "code"}  # as it was started
-        before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder), **kept}
-    chosen = {"replaced_networks": replaced} if replaced else {}
-    folder.write_recipe(text)
-    folder.write_environment(
-        {**describe_environment(recipe, text, data.fingerprint, compute), **facts, **before, **chosen}
-    )
-    folder.write_splits(data.as_rows())
-    folder.write_skipped(data.all_skipped)
-
-
-class _FoldObserver(OnceObserver):
-    """Shows the fold with each stage, the time of all folds, and every note and warning once."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__(observer)
-        self.fold = 0
-        self.estimate: Callable[[], Mapping[str, float]] = dict
-        self._expected = False
-
-    def expect(self, estimate: Callable[[], Mapping[str, float]]) -> None:
-        """Report the time of all folds, when the first begins; the estimate of a fold is not used."""
-        if not self._expected:
-            self._expected = True
-            self.observer.expect(self.estimate)
-
-    def stage(self, name: str, detail: str) -> None:
-        super().stage(self._label(name), detail)
-
-    def stage_end(self, name: str, seconds: float) -> None:
-        super().stage_end(self._label(name), seconds)
-
-    def _label(self, name: str) -> str:
-        return f"fold {self.fold}/{name}"
-
-
-def _run_folds(
-    recipe: Recipe,
-    path: Path,
-    data: DataSplits | None,
-    observer: _FoldObserver,
-    stopping: SignalHandler | None,
-    processes: ProcessGroup,
-    baseline: Path | None,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> Path:
-    """Run the folds that are not finished, each in a run folder within that of the whole; return the latter."""
-    started = time.monotonic()
-    with open_run_folder(path.parent, path.name, processes, resume=resume, overwrite=overwrite) as folder:
-        if resume:
-            recipe = restore_choices(load_recipe(folder.recipe, data_needed=False, recorded=True), recipe)
-            check_same_recipe(folder, recipe)
-        if overwrite:
-            check_weights_outside(folder, recipe)
-        recipe, replaced = processes.share(choose_networks(recipe))
-        if resume:
-            replaced = replaced or folder.read_environment().get("replaced_networks", [])
-        whole = recipe.data.model_copy(update={"folds": None, "unlabeled": None, "labels_per_class": None})
-        data = pool_splits(load_and_stage(recipe, plan_stages(recipe), data, observer, whole))
-        check_poolable(data)
-        recipe = recipe.with_chosen_method(len(data.class_names))
-        splits = fold_splits(data, fold_recipe(recipe, 1).data)
-        planned, compute = plan_stages(recipe), create_compute(recipe.stage_training("student"), processes)
-        cache_note = ""
-        if not resume:
-            recipe, cache_note = processes.share(choose_training_cache(recipe, planned, splits, compute))
-        recipes = {fold: fold_recipe(recipe, fold) for fold in range(1, (recipe.data.folds or 0) + 1)}
-        if resume:
-            check_same_data(folder, data)
-        first_seed = [stage for stage in planned if not stage.repeat]
-        check_all(recipes[1], data, first_seed, SilentObserver(), processes)  # again in the fold, with its warnings
-        if baseline is not None:
-            _check_baselines_of_folds(baseline, folder, recipes[1], len(recipes), splits)
-        processes.highest(0)  # a barrier, as in ``run``
-        if processes.first:
-            if overwrite:
-                folder.clear()
-            _write_beginning(folder, recipe, data, compute, {}, replaced, resume=resume)
-        observer.note(
-            f"{len(recipes)} folds of {len(data.pool.images if data.pool else ()):,} images: each image is in test "
-            "once, and teacher, baseline and distilled student are trained without it"
-        )
-        if cache_note:
-            observer.note(cache_note)
-        warnings = [*replaced, *describe_outside_weights(recipe)]
-        for warning in warnings:
-            observer.warn(warning)
-        done = processes.share({fold for fold in recipes if is_finished(folder.fold(fold), recipe, planned)})
-        left = {
-            f"fold {fold}/{stage.name}": stage.name
-            for fold in recipes
-            for stage in planned
-            if fold not in done and not (resume and folder.fold(fold).trained(stage.name))
-        }
-
-        def estimate() -> dict[str, float]:
-            seconds = estimate_stages(recipe, planned, splits, compute)
-            return {label: seconds[stage] for label, stage in left.items() if stage in seconds}
-
-        observer.estimate = estimate
-        for fold, own in recipes.items():
-            observer.fold = fold
-            if fold in done:
-                observer.note(f"fold {fold}: already finished")
-                continue
-            known = processes.share(resume and folder.fold(fold).known)
-            run(
-                own,
-                output_dir=folder.path,
-                name=folder.fold(fold).path.name,
-                resume=known,
-                data=data,
-                observer=observer,
-                stopping=stopping,
-                processes=processes,
-                baseline=None if baseline is None else RunFolder(baseline).fold(fold).path,
-            )
-        if processes.first:
-            record_test_evaluation(folder, recipe, planned)
-            looks = describe_test_evaluations(recorded_test_evaluations(folder), recipe, planned)
-            seconds = time.monotonic() - started
-            folder.write_results(pool_folds(folder, recipe, data, looks=looks, seconds=seconds, warnings=warnings))
-    return folder.path
 
 
 @dataclass
@@ -959,32 +787,6 @@ def _unused_rows(table: TableNetwork, data: DataSplits) -> str:
     return f"{rows - len(unused):,} of {rows:,} rows belong to images of this data" + (
         f"; not used: {len(unused):,}, such as {unused[0]!r}" if unused else ""
     )
-
-
-def _folder_of_baseline(path: Path, own: Path) -> RunFolder:
-    """Return the run of ``--baseline``, given by its folder or that of its baseline."""
-    check_exists(path, "the folder of a run for --baseline")
-    path = path.parent if (path / "model.json").is_file() else path
-    if path.resolve() == own.resolve():
-        raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
-    folder = RunFolder(path)
-    if not folder.known or not folder.trained("baseline"):
-        raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
-    return folder
-
-
-def _check_baselines_of_folds(path: Path, folder: RunFolder, recipe: Recipe, folds: int, splits: DataSplits) -> None:
-    """Check that the run of ``--baseline`` has the folds of this one; ``recipe`` and ``splits``: of fold 1."""
-    check_exists(path, "the folder of a run for --baseline")
-    if missing := [fold for fold in range(1, folds + 1) if not RunFolder(path).fold(fold).known]:
-        has = f"has no fold {missing[0]}" if missing[0] > 1 else "is no cross-validation"
-        raise UsageError(
-            f"--baseline {path} {has}, and this run has {folds} folds: give a run with --folds {folds}, or leave "
-            "--baseline out"
-        )
-    recipe = lengthen_short_trainings(recipe, len(splits.train))
-    recipe = apply_view_plan(recipe, plan_views(recipe, create_stage_method(recipe), splits))
-    check_same_baseline(_folder_of_baseline(RunFolder(path).fold(1).path, folder.fold(1).path), recipe, splits)
 
 
 def is_below(baseline: np.ndarray, other: np.ndarray) -> bool:

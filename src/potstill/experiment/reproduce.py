@@ -22,10 +22,10 @@ import torch
 import potstill
 from potstill.code_references import digest_code
 from potstill.config import STAGES, sort_stages, stage_role
-from potstill.config.recipe import Recipe
-from potstill.data.splits import SplitRow
+from potstill.config.recipe import Recipe, dump_recipe
+from potstill.data.splits import DataSplits, SplitRow
 from potstill.errors import ArtifactError, DataError, UsageError
-from potstill.experiment.resume import changed_images
+from potstill.experiment.resume import TEST_EVALUATIONS_KEY, changed_images, recorded_test_evaluations
 from potstill.experiment.run_folder import SPLITS, RunFolder
 from potstill.io import check_exists, read_bytes, read_checksummed_json, sha256_hex
 from potstill.models.model_file import load_model
@@ -285,3 +285,28 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return platform.processor()
+
+
+def write_beginning(
+    folder: RunFolder,
+    recipe: Recipe,
+    data: DataSplits,
+    compute: Compute,
+    facts: Mapping[str, Any],
+    replaced: list[str],
+    *,
+    resume: bool,
+) -> None:
+    """Write what a run, or a cross-validation, begins with: recipe, environment, splits and files left out."""
+    text = dump_recipe(recipe)
+    before = {}
+    if resume:
+        kept = {key: value for key, value in folder.read_environment().items() if key == "code"}  # as it was started
+        before = {TEST_EVALUATIONS_KEY: recorded_test_evaluations(folder), **kept}
+    chosen = {"replaced_networks": replaced} if replaced else {}
+    folder.write_recipe(text)
+    folder.write_environment(
+        {**describe_environment(recipe, text, data.fingerprint, compute), **facts, **before, **chosen}
+    )
+    folder.write_splits(data.as_rows())
+    folder.write_skipped(data.all_skipped)

@@ -20,7 +20,7 @@ from potstill.experiment.plan import PlannedStage, plan_stages, stage_recipe
 from potstill.experiment.run_folder import SPLITS_FILE, SPLITS_HEADER, RunFolder
 from potstill.formatting import format_names
 from potstill.hub import model_path
-from potstill.io import as_csv, encode_text, read_bytes, read_checksummed_json, unescape_cell
+from potstill.io import as_csv, check_exists, encode_text, read_bytes, read_checksummed_json, unescape_cell
 
 TEST_EVALUATIONS_KEY = "looks"  # in environment.json
 
@@ -343,3 +343,15 @@ def _rows_by_name(content: bytes) -> dict[str, tuple[str, str, str]]:
     """Return name -> (split, class, sha256) of splits.csv."""
     rows = csv.reader(io.StringIO(content.decode("utf-8", "replace")))
     return {name: (split, label, digest) for split, name, label, digest in itertools.islice(rows, 1, None)}
+
+
+def folder_of_baseline(path: Path, own: Path) -> RunFolder:
+    """Return the run of ``--baseline``, given by its folder or that of its baseline."""
+    check_exists(path, "the folder of a run for --baseline")
+    path = path.parent if (path / "model.json").is_file() else path
+    if path.resolve() == own.resolve():
+        raise UsageError(f"--baseline {path} is this run itself; give another run, or continue this one with --resume")
+    folder = RunFolder(path)
+    if not folder.known or not folder.trained("baseline"):
+        raise UsageError(f"--baseline {path}: there is no trained baseline; give the folder of a run with one")
+    return folder

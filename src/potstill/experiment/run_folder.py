@@ -16,6 +16,7 @@ import errno
 import io
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ from potstill.io import (
 if TYPE_CHECKING:
     from potstill.data.entries import SkippedFile
     from potstill.data.splits import SplitRow
+    from potstill.distributed.group import ProcessGroup
     from potstill.evaluation.predictions import Predictions
 
 
@@ -117,6 +119,7 @@ _FILES_BEFORE_TRAINING = (  # files of a run that has not trained
     SPLITS_FILE,
     "skipped.csv",
 )
+_VISIBLE_TIMEOUT = 10.0  # seconds until a network file system shows another machine's folder
 _METRICS_FILE = "metrics.jsonl"
 _FOLD = "fold-"  # and its number: the run of a fold
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -400,3 +403,26 @@ def find_model(path: Path) -> Path:
 def _to_list(values: Array) -> list[Any]:
     found: list[Any] = values.tolist()
     return found
+
+
+@contextlib.contextmanager
+def open_run_folder(
+    output_dir: Path, name: str, processes: "ProcessGroup", *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """Open the folder of a new or resumed run; it is locked inside the block."""
+    if processes.first:
+        with RunFolder.create(output_dir, name, resume=resume, overwrite=overwrite) as folder:
+            processes.share(None)
+            yield folder
+        return
+    processes.share(None)
+    path = output_dir / name
+    deadline = time.monotonic() + _VISIBLE_TIMEOUT
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"rank {processes.rank} does not see {path}, which the first process has created: "
+                "give an --output-dir that all machines share"
+            )
+        time.sleep(0.1)
+    yield RunFolder(path)
