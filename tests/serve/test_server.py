@@ -77,6 +77,39 @@ def test_a_slow_worker_is_killed_by_its_cpu_time(monkeypatch, cpu, looks):
     assert killed.count("kill") == 1
 
 
+@pytest.mark.parametrize("when", ["start", "poll"])
+def test_a_client_that_is_closed_while_its_worker_starts_leaves_none(monkeypatch, tmp_path, when):
+    events = []
+
+    def close(*_):
+        if "closed" not in events:
+            events.append("closed")
+            client.close()
+
+    class Pipe:
+        def poll(self, seconds):
+            if when == "poll":
+                close()
+            return True
+
+        def close(self):
+            events.append("pipe")
+
+        def recv_bytes(self, most):
+            raise OSError("handle is closed")
+
+    worker = SimpleNamespace(kill=lambda: events.append("kill"), join=lambda seconds: None)
+    worker.start = close if when == "start" else lambda: None
+    ends = (Pipe(), SimpleNamespace(close=lambda: None))
+    context = SimpleNamespace(Pipe=lambda: ends, Process=lambda **options: worker)
+    monkeypatch.setattr(model_worker.multiprocessing, "get_context", lambda kind: context)
+    client = WorkerClient({"model": tmp_path}, ServerLimits())
+    client._lock.acquire()
+    client._respawn()
+    assert sorted(events) == ["closed", "kill", "pipe"]
+    assert not client._lock.locked()
+
+
 def test_the_cpu_time_of_a_process():
     assert model_worker._cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.2)
     assert math.isnan(model_worker._cpu_seconds(2**30))

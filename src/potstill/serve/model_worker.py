@@ -204,7 +204,8 @@ class WorkerClient:
             busy = "other images are still being processed; try again in a moment"
             raise WorkerUnavailable(_LOADING if self._loading else busy)
         try:
-            alive = self._worker is not None and self._worker.is_alive()
+            worker = self._worker
+            alive = worker is not None and worker.is_alive()
             answer = self._exchange(image, head, end) if alive else None
         except BaseException:
             self._lock.release()
@@ -225,14 +226,15 @@ class WorkerClient:
         self._kill()
 
     def _exchange(self, image: bytes, head: dict[str, Any], end: float) -> dict[str, Any] | None:
-        assert self._pipe is not None
-        assert self._worker is not None
+        worker, pipe = self._worker, self._pipe
+        if worker is None or pipe is None:  # closed meanwhile
+            return None
         done = threading.Event()  # in a thread: sending can hang as well
-        threading.Thread(target=_watch, args=(self._worker, end, self.limits.answer_seconds, done), daemon=True).start()
+        threading.Thread(target=_watch, args=(worker, end, self.limits.answer_seconds, done), daemon=True).start()
         try:
-            self._pipe.send_bytes(json.dumps(head).encode())
-            self._pipe.send_bytes(image)
-            answer: dict[str, Any] = json.loads(self._pipe.recv_bytes(_MAX_REPLY_BYTES))
+            pipe.send_bytes(json.dumps(head).encode())
+            pipe.send_bytes(image)
+            answer: dict[str, Any] = json.loads(pipe.recv_bytes(_MAX_REPLY_BYTES))
             return answer
         except (OSError, EOFError, ValueError):
             return None
@@ -250,16 +252,17 @@ class WorkerClient:
 
     def _spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._worker = context.Process(
-            target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker"
-        )
-        self._worker.start()
+        pipe, other = context.Pipe()
+        worker = context.Process(target=run_worker, args=(other, self.folders), daemon=True, name="potstill-worker")
+        worker.start()
         other.close()
+        self._pipe, self._worker = pipe, worker
         try:
-            if not self._pipe.poll(self.limits.load_seconds):
+            if self._closed:  # meanwhile, by another thread, which has seen no worker
+                raise WorkerError("the server is closed")
+            if not pipe.poll(self.limits.load_seconds):
                 raise WorkerError(f"the models were not loaded within {self.limits.load_seconds:g} seconds")
-            answer = json.loads(self._pipe.recv_bytes(_MAX_REPLY_BYTES))
+            answer = json.loads(pipe.recv_bytes(_MAX_REPLY_BYTES))
         except (OSError, EOFError, ValueError) as error:
             self._kill()
             raise WorkerError("the process that loads the models died") from error
@@ -272,10 +275,10 @@ class WorkerClient:
         self.models = answer["models"]
 
     def _kill(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.join(5)
-            self._worker = None
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        worker, pipe = self._worker, self._pipe  # ``close`` may kill while another thread starts one
+        self._worker = self._pipe = None
+        if worker is not None:
+            worker.kill()
+            worker.join(5)
+        if pipe is not None:
+            pipe.close()
