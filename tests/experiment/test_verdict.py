@@ -110,6 +110,13 @@ def test_what_makes_the_figures_void_comes_first() -> None:
     assert verdict_sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
 
 
+def test_a_student_that_is_its_probe_still_shows_nothing_of_distillation() -> None:
+    stages = {"distilled": {"head": {"taken": "probe"}}, "distilled-2": {"head": {"taken": "finetuned"}}}
+    first = verdict_sentences(of_seeds(0.0, -0.01, 0.01), stages)[0]
+    assert first.startswith("In 1 of 2 seeds, the distilled student is the probe that it started from")
+    assert not any("probe" in each for each in verdict_sentences(of_seeds(0.0, -0.01, 0.01), {"distilled": {}}))
+
+
 def test_a_teacher_below_the_baseline_comes_first() -> None:
     below = {"teacher": "teacher", "teacher_val_top1": 0.83, "baseline_val_top1": 0.9, "val_images": 300}
     made = comparison(0.018, 0.004, 0.032) | {"teacher_below_baseline": [below]}
