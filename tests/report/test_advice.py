@@ -123,6 +123,10 @@ def test_overfitting() -> None:
     assert advice.overfitting(made(0.89, 3)) is None
     assert "best epoch" not in str(advice.overfitting(made(0.95, 11)))
     assert "best epoch was 10 of 20" in str(advice.overfitting(made(0.95, 10)))
+    probe = made(0.95, 20)
+    probe.stages["distilled"].facts["head"] = {"taken": "probe"}  # of no epoch, and without augmentation
+    assert advice.overfitting(probe) is None
+    assert probe.stages["distilled"].best_epoch is None
 
 
 def test_only_stronger_augmentation_is_advised() -> None:

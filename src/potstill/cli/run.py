@@ -240,7 +240,7 @@ AllowCode = Annotated[
     typer.Option("--allow-code", help="Run code that the recipe file names: package.module:Name, path/file.py:Name."),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run of this name; more --seeds or training.epochs extend it.")
+    bool, typer.Option("--resume", help="Continue the run of this name; more seeds or epochs extend it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
 Baseline = Annotated[

@@ -286,7 +286,7 @@ def as_good_as_teacher(run: Run) -> Advice | None:
 def overfitting(run: Run) -> Advice | None:
     """The student is far better on train than on val."""
     found = run.stages.get("distilled") or run.stages.get("baseline")
-    if found is None:
+    if found is None or found.is_probe:  # which no augmentation changes
         return None
     on_train, on_val = (final_metric(run, found.name, split, "top1") for split in ("train", "val"))
     if on_train is None or on_val is None or on_train - on_val < OVERFITTING_GAP:
