@@ -111,10 +111,11 @@ def test_what_makes_the_figures_void_comes_first() -> None:
 
 
 def test_a_student_that_is_its_probe_still_shows_nothing_of_distillation() -> None:
-    stages = {"distilled": {"head": {"taken": "probe"}}, "distilled-2": {"head": {"taken": "finetuned"}}}
-    first = verdict_sentences(of_seeds(0.0, -0.01, 0.01), stages)[0]
-    assert first.startswith("In 1 of 2 seeds, the distilled student is the probe that it started from")
-    assert not any("probe" in each for each in verdict_sentences(of_seeds(0.0, -0.01, 0.01), {"distilled": {}}))
+    made = of_seeds(0.0, -0.01, 0.01)
+    first = verdict_sentences(made, {"distilled": {"head": {"taken": "probe"}}})[0]
+    assert first.startswith("The distilled student (first of 3 seeds) is the probe that it started from")
+    for head in ({"taken": "finetuned"}, None):
+        assert verdict_sentences(made, {"distilled": {"head": head}})[0] == headline(made)
 
 
 def test_a_teacher_below_the_baseline_comes_first() -> None:

@@ -150,13 +150,11 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
             )
             sentences.append(f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): {advice}.")
     sentences += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
-    students = [name for name in sort_stages(stages) if stage_role(name) == "distilled"]
-    probes = [name for name in students if ((stages[name] or {}).get("head") or {}).get("taken") == "probe"]
-    if probes:
-        which = f"In {len(probes)} of {len(students)} seeds, the" if len(students) > 1 else "The"
+    if ((stages.get("distilled") or {}).get("head") or {}).get("taken") == "probe":
+        where = "In fold 1, the" if folds_of(comparison) else "The"
         sentences.append(
-            f"{which} distilled student is the probe that it started from, since no epoch was better on val: "
-            "the teacher changed nothing in it; train it longer."
+            f"{where} {labels['distilled']} is the probe that it started from, since no epoch was better on val: the "
+            "teacher changed nothing in it; train it longer."
         )
     return sentences
 
