@@ -9,6 +9,7 @@ from potstill.config.recipe import load_recipe
 from potstill.report import advice
 from potstill.report.advice import RULES, collect_advice
 from potstill.report.overview import advice_context
+from potstill.report.render import deployment_command
 from potstill.report.run_reader import Run, StageResult
 
 
@@ -269,6 +270,16 @@ def test_what_is_advised_can_be_typed() -> None:
     assert not any(
         command for *_, command in (advice_context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"]
     )
+
+
+def test_commands_of_a_recipe_that_names_code_allow_it() -> None:
+    for model, allowed in (("mine.py:Small", True), ("cifar/resnet8", False)):
+        made = run(recipe=f"student: {{model: '{model}'}}\n", comparison=gain(0.01, -0.1, 0.12, fold=None))
+        commands = [command for *_, command in (advice_context(made) or {})["advice"] if command]
+        assert commands
+        assert all(
+            each.endswith(" --allow-code") == allowed for each in [*commands, " ".join(deployment_command(made))]
+        )
 
 
 def test_folds() -> None:
