@@ -14,6 +14,7 @@ import pytest
 from potstill.cli import main
 from potstill.cli import run as run_command
 from potstill.errors import ArtifactError, UsageError
+from potstill.experiment.run_folder import RunFolder
 from potstill.io import write_checksummed_json
 from potstill.training.callbacks import SignalHandler
 
@@ -149,6 +150,20 @@ def test_the_next_command_keeps_what_was_given(calls: list[dict[str, Any]], caps
     assert "--skip-bad" in kept
     assert "True" not in kept
     assert kept.count("--set") == kept.count("--teacher") == 1  # the weights are those of the teacher just trained
+
+
+@pytest.mark.parametrize(("model", "code"), [("mine.py:Small", " --allow-code"), ("cifar/resnet8", "")])
+def test_the_next_command_of_folds_allows_the_code_of_their_recipe(
+    model: str, code: str, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("runs/f")
+    RunFolder(folder).write_recipe(f"student: {{model: '{model}'}}\n")
+    write_checksummed_json(
+        folder / "results.json", {"schema": 1, "stages": {"distilled": STAGE}, "comparison": None, "folds": [{}]}
+    )
+    run_command._report_results(folder, next_command=["potstill", "predict", "runs/f", "IMAGE"])
+    command = "potstill run runs/f/recipe.yaml --set data.fold=all --name f-all"
+    assert f"next:   {command}{code}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

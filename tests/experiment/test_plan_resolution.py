@@ -14,6 +14,7 @@ from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
 from potstill.experiment import pipeline
 from potstill.experiment.plan import choose_networks, lengthen_short_trainings, restore_choices, scale_training
+from potstill.experiment.resume import changed_settings
 from potstill.experiment.run_folder import RunFolder
 from potstill.models import pretrained
 from potstill.models.factory import create_model
@@ -178,6 +179,9 @@ def test_a_resumed_run_keeps_what_was_chosen(offline, tmp_path):
     assert dump_recipe(restore_choices(before, given)) == dump_recipe(before)
     longer = restore_choices(before, pair("training.min_steps=300", "student.training.epochs=90"))
     assert longer.stage_training("student").epochs == 90
+    other = restore_choices(before, pair("training.min_steps=300", "teacher.size=40"))
+    changes = changed_settings(*(parse_yaml(dump_recipe(each), "").value for each in (before, other)))
+    assert changes == ["  teacher.size: was 64, now 40"]
 
 
 @pytest.fixture

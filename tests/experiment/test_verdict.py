@@ -110,6 +110,14 @@ def test_what_makes_the_figures_void_comes_first() -> None:
     assert verdict_sentences(made, {"distilled": network(), "baseline": network()})[0] == headline(made)
 
 
+def test_a_student_that_is_its_probe_still_shows_nothing_of_distillation() -> None:
+    made = of_seeds(0.0, -0.01, 0.01)
+    first = verdict_sentences(made, {"distilled": {"head": {"taken": "probe"}}})[0]
+    assert first.startswith("The distilled student (first of 3 seeds) is the probe that it started from")
+    for head in ({"taken": "finetuned"}, None):
+        assert verdict_sentences(made, {"distilled": {"head": head}})[0] == headline(made)
+
+
 def test_a_teacher_below_the_baseline_comes_first() -> None:
     below = {"teacher": "teacher", "teacher_val_top1": 0.83, "baseline_val_top1": 0.9, "val_images": 300}
     made = comparison(0.018, 0.004, 0.032) | {"teacher_below_baseline": [below]}

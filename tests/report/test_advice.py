@@ -9,6 +9,7 @@ from potstill.config.recipe import load_recipe
 from potstill.report import advice
 from potstill.report.advice import RULES, collect_advice
 from potstill.report.overview import advice_context
+from potstill.report.render import deployment_command
 from potstill.report.run_reader import Run, StageResult
 
 
@@ -123,6 +124,10 @@ def test_overfitting() -> None:
     assert advice.overfitting(made(0.89, 3)) is None
     assert "best epoch" not in str(advice.overfitting(made(0.95, 11)))
     assert "best epoch was 10 of 20" in str(advice.overfitting(made(0.95, 10)))
+    probe = made(0.95, 20)
+    probe.stages["distilled"].facts["head"] = {"taken": "probe"}  # of no epoch, and without augmentation
+    assert advice.overfitting(probe) is None
+    assert probe.stages["distilled"].best_epoch is None
 
 
 def test_only_stronger_augmentation_is_advised() -> None:
@@ -265,6 +270,16 @@ def test_what_is_advised_can_be_typed() -> None:
     assert not any(
         command for *_, command in (advice_context(run(recipe=None, comparison=several(3, -1, 1))) or {})["advice"]
     )
+
+
+def test_commands_of_a_recipe_that_names_code_allow_it() -> None:
+    for model, allowed in (("mine.py:Small", True), ("cifar/resnet8", False)):
+        made = run(recipe=f"student: {{model: '{model}'}}\n", comparison=gain(0.01, -0.1, 0.12, fold=None))
+        commands = [command for *_, command in (advice_context(made) or {})["advice"] if command]
+        assert commands
+        assert all(
+            each.endswith(" --allow-code") == allowed for each in [*commands, " ".join(deployment_command(made))]
+        )
 
 
 def test_folds() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potstill.cli.run import Data, Overwrite, RecipeName, Resume, Root, Seed, Settings, SkipBad, Student, Teacher
+from potstill.cli.run import Data, Overwrite, RecipeName, Root, Seed, Settings, SkipBad, Student, Teacher
 from potstill.console import Progress, print_next_command, print_section
 from potstill.formatting import format_many
 from potstill.io import read_checksummed_json
@@ -69,7 +69,7 @@ def run(
     ] = None,
     output_dir: Root = Path("runs"),
     seed: Seed = None,
-    resume: Resume = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue after the last finished round.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Simulate server and clients on this machine; compare algorithms on the same clients."""

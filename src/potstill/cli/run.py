@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potstill.code_references import is_code_reference
+from potstill.code_references import find_code, is_code_reference
 from potstill.console import Progress, print_next_command, print_report_path, print_section
 from potstill.data.concurrency import usable_cores
 from potstill.distributed import is_torchrun_launched, restart_count
@@ -240,7 +240,7 @@ AllowCode = Annotated[
     typer.Option("--allow-code", help="Run code that the recipe file names: package.module:Name, path/file.py:Name."),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue the run of this name; more --seeds or training.epochs extend it.")
+    bool, typer.Option("--resume", help="Continue the run of this name; more seeds or epochs extend it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run of this name first.")]
 Baseline = Annotated[
@@ -527,6 +527,7 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
     if not is_first_process():
         return
     from potstill.cli.results import print_results
+    from potstill.config.yaml import parse_yaml
     from potstill.experiment.run_folder import RunFolder
     from potstill.report.render import render
 
@@ -544,7 +545,11 @@ def _report_results(folder: Path, next_command: list[str]) -> None:
         # A cross-validation measures the recipe; its models have not seen all images.
         name = f"{folder.resolve().name[:60]}-all"
         root = [] if folder.parent == Path("runs") else ["--output-dir", str(folder.parent)]
-        next_command = ["potstill", "run", str(folder / "recipe.yaml"), "--set", "data.fold=all", "--name", name, *root]
+        recipe = folder / "recipe.yaml"
+        code = (
+            ["--allow-code"] if any(find_code(parse_yaml(RunFolder(folder).read_recipe(), str(recipe)).value)) else []
+        )
+        next_command = ["potstill", "run", str(recipe), "--set", "data.fold=all", "--name", name, *root, *code]
     if (results.get("without_labels") or {}).get("classes") is False:
         next_command = ["potstill", "run", "RECIPE", "--data", "LABELED", "--student", str(folder)]
     stages = (results["stages"].get(name) for name in ("distilled", "baseline", "teacher"))

@@ -240,7 +240,12 @@ def run(
         )
         experiment.warn_about_start([*replaced, *(changed_code(folder, recipe) if resume else ())])
         with threads:
-            left = [stage for stage in planned if not (resume and folder.trained(stage.name))]
+            left = [
+                stage
+                for stage in planned
+                if not (resume and folder.trained(stage.name))
+                and not (reused is not None and stage.role == "baseline" and reused.trained(stage.name))
+            ]
             observer.expect(partial(estimate_stages, recipe, left, splits, compute))
             experiment.train()
             if not evaluate:  # a trial of a sweep, which must not see the test split

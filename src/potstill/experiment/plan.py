@@ -186,8 +186,12 @@ def restore_choices(before: Recipe, recipe: Recipe) -> Recipe:
         return network
 
     def restore(key: str, _: str, network: StageSettings) -> StageSettings:
-        same = [each for each in _alternatives(network) if key in former and _alike(each, former[key])]
-        return same[0] if same and network.fallback else network
+        if key not in former or not network.fallback:
+            return network
+        same = [each for each in _alternatives(network) if _alike(each, former[key])]
+        # Else one network is compared with one, so that an error lists what the user changed and not the list.
+        near = [each for each in _alternatives(network) if each.model == former[key].model]
+        return next(iter([*same, *near]), network)
 
     def lengthen(key: str, stage: str, network: StageSettings) -> StageSettings:
         settings = recipe.stage_training(stage)

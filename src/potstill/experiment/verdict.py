@@ -116,7 +116,7 @@ MAX_CLASSES_NAMED = 5
 
 
 def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
-    """Return sentences on what invalidates the results, the worst first: chance, missing classes, a weak teacher."""
+    """Return sentences on what invalidates the results: chance, missing classes, a weak teacher, an unchanged probe."""
     tests = {name: (stages.get(name) or {}).get("test") or {} for name in sort_stages(stages)}
     judged = {name: test for name, test in tests.items() if stage_role(name) in ("teacher", "baseline", "distilled")}
     at_chance, seeds = [name for name, test in judged.items() if test.get("at_chance")], seeds_count(comparison)
@@ -150,6 +150,12 @@ def warning_sentences(stages: Mapping[str, Any], comparison: Mapping[str, Any]) 
             )
             sentences.append(f"The {each.get('teacher')} is below the baseline on val (top-1 {top1}): {advice}.")
     sentences += [f"{str(each).rstrip('.')}." for each in comparison.get("views_differ") or []]
+    if ((stages.get("distilled") or {}).get("head") or {}).get("taken") == "probe":
+        where = "In fold 1, the" if folds_of(comparison) else "The"
+        sentences.append(
+            f"{where} {labels['distilled']} is the probe that it started from, since no epoch was better on val: the "
+            "teacher changed nothing in it; train it longer."
+        )
     return sentences
 
 

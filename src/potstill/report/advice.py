@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.code_references import find_code
 from potstill.config.overrides import choose_method
 from potstill.config.yaml import parse_yaml
 from potstill.errors import UsageError
@@ -72,6 +73,11 @@ def recipe_setting(run: Run, *path: str) -> Any:
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
     return found
+
+
+def code_flag(run: Run) -> list[str]:
+    """Return ``["--allow-code"]`` if the run's recipe names code, without which no command takes that recipe."""
+    return ["--allow-code"] if any(find_code(recipe_setting(run))) else []
 
 
 @lru_cache(maxsize=1)  # several pieces of advice look at the recipe, which takes longer to parse than they take
@@ -286,7 +292,7 @@ def as_good_as_teacher(run: Run) -> Advice | None:
 def overfitting(run: Run) -> Advice | None:
     """The student is far better on train than on val."""
     found = run.stages.get("distilled") or run.stages.get("baseline")
-    if found is None:
+    if found is None or found.is_probe:  # which no augmentation changes
         return None
     on_train, on_val = (final_metric(run, found.name, split, "top1") for split in ("train", "val"))
     if on_train is None or on_val is None or on_train - on_val < OVERFITTING_GAP:

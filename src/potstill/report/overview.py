@@ -30,7 +30,7 @@ from potstill.formatting import (
     format_ratio,
     format_scaled,
 )
-from potstill.report.advice import Advice, collect_advice
+from potstill.report.advice import Advice, code_flag, collect_advice
 from potstill.report.diagnostics import stages_figure
 from potstill.report.display_names import escape_invisible, picture_labels
 from potstill.report.run_reader import SPLITS, Run, StageResult
@@ -482,4 +482,4 @@ def _follow_up_command(run: Run, each: Advice) -> str:
     name = name if "--resume" in each.flags else f"{name[:58]}-next"
     changes = [part for setting in each.settings for part in ("--set", setting)]
     root = [] if folder.parent.name == "runs" else ["--output-dir", folder.parent.name]
-    return shlex.join(["potstill", "run", recipe, *changes, *each.flags, "--name", name, *root])
+    return shlex.join(["potstill", "run", recipe, *changes, *each.flags, "--name", name, *root, *code_flag(run)])

@@ -22,6 +22,7 @@ from potstill.formatting import MISSING, format_count, format_duration, format_n
 from potstill.io import read_checksummed_json, write_bytes, write_text
 from potstill.methods import describe_method
 from potstill.report import canvas, diagnostics, overview
+from potstill.report.advice import code_flag
 from potstill.report.display_names import escape_invisible
 from potstill.report.run_reader import SPLITS, Run, StageResult, read_run
 from potstill.report.stage_figures import stage_pictures
@@ -147,10 +148,13 @@ def reproduce_context(run: Run) -> dict[str, Any] | None:
     ]
     folder = run.folder.resolve()
     path = run.shown_path
-    again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again"]
+    again = ["potstill", "run", f"{path}/recipe.yaml", "--name", f"{folder.name[:58]}-again", *code_flag(run)]
     commands = [
         ("The same settings again", again),
-        ("The same run, and whether it gives the same results", ["potstill", "run", "--reproduce", path]),
+        (
+            "The same run, and whether it gives the same results",
+            ["potstill", "run", "--reproduce", path, *code_flag(run)],
+        ),
         ("A prediction with its student", ["potstill", "predict", path, "IMAGE.jpg"]),
         ("This page again", ["potstill", "report", path]),
     ]
@@ -179,6 +183,7 @@ def deployment_command(run: Run) -> list[str]:
         "--name",
         f"{folder.name[:60]}-all",
         *root,
+        *code_flag(run),
     ]
 
 

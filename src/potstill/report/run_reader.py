@@ -87,8 +87,16 @@ class StageResult:
         return format_number(found[0]), format_number(found[1])
 
     @property
+    def is_probe(self) -> bool:
+        """Whether no epoch of a fine-tuning was better than the probe that it started from."""
+        head = self.facts.get("head")
+        return isinstance(head, dict) and head.get("taken") == "probe"
+
+    @property
     def best_epoch(self) -> int | None:
-        """The epoch whose weights were kept."""
+        """The epoch whose weights were kept; None if there are none, or the probe that it started from was kept."""
+        if self.is_probe:
+            return None
         marked = [record["epoch"] for record in self.epochs if record.get("best")]
         best = self.training.get("best_epoch", marked[-1] if marked else None)
         return best if isinstance(best, int) else None

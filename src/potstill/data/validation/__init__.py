@@ -207,7 +207,7 @@ def _classes(report: ValidationReport, most: int) -> Iterator[str]:
     yield ""
     yield f"{'class':<{width}}" + "".join(f"  {split:>9}" for split in counts) + "      share"
     total = max(1, report.images)
-    for i, name in enumerate(names[:most]):
+    for i, name in enumerate(() if names == ("",) else names[:most]):
         row = [int(found[i]) for found in counts.values()]
         cells = "".join(f"  {format_count(n):>9}" for n in row)
         yield f"{_short(name):<{width}}{cells}  {100 * sum(row) / total:7.1f} %"
