@@ -332,7 +332,8 @@ def choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
     ``srd`` if a teacher has no classes (``head: none``), or if the student starts from scratch and its one teacher has
     embeddings that are worth learning, made from more images than the student's: weights that no run of potstill has
     trained from scratch; ``dist`` for other students from scratch, unless there are two ``classes`` (None: not known
-    yet), which it does not tell apart; else ``kd``, also where an option is given that only ``kd`` has.
+    yet), which it does not tell apart; else ``kd``, also where an option is given that only ``kd`` has.  A pretrained
+    student learns from the labels too, unless most of its images have none.
     """
     owner, key = value, "method"
     if isinstance(value.get("method"), dict) and value["method"].get("name") == "pct":
@@ -350,7 +351,9 @@ def choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
 
         embeds = not is_given_function(str(model))
     scratch = isinstance(student, dict) and student.get("weights") is None
-    unlabeled = isinstance(data, dict) and data.get("labeled") is False
+    data = data if isinstance(data, dict) else {}
+    unlabeled = data.get("labeled") is False
+    few_labels = unlabeled or any(data.get(key) is not None for key in ("unlabeled", "labels_per_class", "target"))
     classless = has_classless_teacher(value)
     name = "srd" if classless or (embeds and scratch) else "dist" if scratch else "kd"
     given = {option: each for option, each in method.items() if option != "name"}
@@ -361,7 +364,7 @@ def choose_method(value: dict[str, Any], classes: int | None = None) -> bool:
     defaults: dict[str, dict[str, Any]] = {
         "srd": {"temperature": 1.0} | ({"ce_weight": 0.0} if unlabeled else {}),
         "dist": {"ce_weight": 0.0},
-        "kd": {"temperature": 1.0, "alpha": 0.0},
+        "kd": {"temperature": 1.0, "alpha": 0.0} if scratch or few_labels else {"temperature": 4.0, "alpha": 0.5},
     }
     owner[key] = {"name": name} | defaults[name] | given
     return True
