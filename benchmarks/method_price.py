@@ -121,7 +121,9 @@ class Run:
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        # Without ``acc_events``, torch 2.11 warns that only one cycle is kept: there is only one.
+        with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
             self.step()
         events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
         held = highest = 0

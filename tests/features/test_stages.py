@@ -1,6 +1,7 @@
 """Anatomy against timm's own account of its networks, torchvision's modules, and networks written by hand."""
 
 import copy
+import itertools
 
 import pytest
 import timm
@@ -78,7 +79,10 @@ def test_maps_are_those_of_timm(timm_network):
     name, network = timm_network
     network.eval()
     with torch.no_grad():
-        theirs = network.forward_intermediates(images(64), intermediates_only=True, output_fmt="NCHW")
+        if hasattr(network, "forward_intermediates"):
+            theirs = network.forward_intermediates(images(64), intermediates_only=True, output_fmt="NCHW")
+        else:  # VGG of timm 1.0.28: layers in a row
+            theirs = list(itertools.accumulate(network.features, lambda x, layer: layer(x), initial=images(64)))
         final = network.forward_features(images(64))
         if name.startswith("swin"):
             final = final.permute(0, 3, 1, 2)
@@ -177,9 +181,10 @@ def test_stages_of_networks_by_hand(network, expected, pooled):
 
 def test_a_last_layer_norm_counts_only_where_the_head_averages_it():
     options = {"num_classes": 7, "img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 1, 1, 1)}
-    swin = timm.models.swin_transformer.SwinTransformer
-    assert paths(find_stages(swin(**options), images(64)))[-1] == "norm"
-    assert paths(find_stages(swin(**options, global_pool="max"), images(64)))[-1] == "layers.3"
+    swin = timm.models.swin_transformer.SwinTransformer(**options)
+    assert paths(find_stages(swin, images(64)))[-1] == "norm"
+    swin.reset_classifier(7, "max")
+    assert paths(find_stages(swin, images(64)))[-1] == "layers.3"
 
 
 def test_batchnorm_of_the_blocks_own_path_not_of_its_shortcut():

@@ -111,6 +111,8 @@ def test_the_parts_of_a_docstring():
     assert {"Two classes are refused: the non-target part is then 0."} < set(method_info("dkd").traps)
     assert any("mixup" in trap for trap in method_info("crd").traps)
     assert list(method_info("srd").terms) == ["srd_loss", "kd_loss"]  # a function of another method's file
+    order = ["mlld_batch_loss", "mlld_class_loss", "standardise", "kd_loss"]  # of the source, on every Python
+    assert list(method_info("mlld").terms) == order
 
 
 def test_unknown_names_are_answered_with_the_nearest():

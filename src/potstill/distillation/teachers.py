@@ -303,7 +303,12 @@ class Teachers(nn.Module):
             if extractor.uses_hooks:
                 notes.append("not compiled: its hidden layers are read")
                 continue
-            network.compile(**options)
+
+            def call(*inputs: Any, network: nn.Module = network) -> Any:
+                return network._call_impl(*inputs)  # type: ignore[no-untyped-call]
+
+            # ``network.compile()`` of torch 2.11 leaves classes of torch's own, such as Sequential, as they are.
+            network._compiled_call_impl = torch.compile(call, **options)
             try:
                 with torch.no_grad():
                     extractor.run(network, convert(images), settings)

@@ -112,7 +112,8 @@ def open_torch_export_files(files: ExportedFiles, *, threads: int = 0) -> Predic
     """Load as a function that PyTorch runs on its own threads; only for files that were just written."""
     import torch
 
-    program = torch.export.load(io.BytesIO(files[".pt2"])).module()
+    with quiet():  # torch 2.11 warns of its own buffers
+        program = torch.export.load(io.BytesIO(files[".pt2"])).module()
 
     def answer(batch: Any) -> Any:
         with torch.no_grad():

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import subprocess  # nosec B404 # starts pnnx
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -235,8 +236,7 @@ def convert_to_openvino(module: "nn.Module", metadata: ExportMetadata) -> Export
 
 def onnx_to_openvino(content: bytes, metadata: ExportMetadata) -> ExportedFiles:
     """Convert an ONNX file, in float32 or int8, to ``.xml`` and ``.bin``."""
-    import openvino
-
+    openvino = _import_openvino()
     model = openvino.convert_model(io.BytesIO(content))
     model.set_rt_info(metadata.as_text(), [METADATA_KEY])
     with tempfile.TemporaryDirectory() as scratch:
@@ -245,10 +245,17 @@ def onnx_to_openvino(content: bytes, metadata: ExportMetadata) -> ExportedFiles:
         return {".xml": xml.read_bytes(), ".bin": xml.with_suffix(".bin").read_bytes()}
 
 
-def open_openvino_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
-    """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
+def _import_openvino() -> Any:
+    """Import OpenVINO; without its telemetry, which reports each import and conversion unless it cannot be imported."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    return openvino
+
+
+def open_openvino_files(files: ExportedFiles, *, threads: int = 0) -> Predictor:
+    """Load as a function that OpenVINO runs on the CPU in float32 (its default on some processors is bfloat16)."""
+    openvino = _import_openvino()
     core = openvino.Core()
     model = core.read_model(files[".xml"], files[".bin"])
     compiled = core.compile_model(

@@ -4,6 +4,7 @@ Formulas of docstrings, which are TeX, become plain text.  ``python -m potstill.
 ``catalog.json``, from which all that is built in is known without torch.
 """
 
+import dis
 import importlib
 import inspect
 import json
@@ -196,12 +197,21 @@ def _collect_formulas(owner: Any, found: dict[str, str], seen: set[Any]) -> None
             _collect_formulas(value, found, seen)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that compiled code reads, those in comprehensions and lambdas included."""
-    yield from code.co_names
+def _names(code: types.CodeType) -> list[str]:
+    """The names that compiled code reads, those in comprehensions and lambdas included, in the order of the source.
+
+    Not in that of the byte code: Python 3.12 compiles comprehensions into the function around them.
+    """
+    return [name for *_, name in sorted(_located_names(code))]
+
+
+def _located_names(code: types.CodeType) -> Iterator[tuple[int, int, str]]:
+    for each in dis.get_instructions(code):
+        if each.opcode in dis.hasname and each.positions is not None:
+            yield each.positions.lineno or 0, each.positions.col_offset or 0, each.argval
     for each in code.co_consts:
         if isinstance(each, types.CodeType):
-            yield from _names(each)
+            yield from _located_names(each)
 
 
 def _traps_from_requirements(needs: Requirements) -> list[str]:

@@ -273,7 +273,9 @@ class FileNetwork(OpaqueNetwork):
 
     def _open_torch_export(self, content: bytes) -> tuple[Callable[[Tensor], Any], str]:
         extra = {METADATA_KEY: ""}
-        program = torch.export.load(io.BytesIO(content), extra_files=extra).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11, of its own
+            program = torch.export.load(io.BytesIO(content), extra_files=extra).module()
         return (lambda images: program(images.cpu())), str(extra[METADATA_KEY] or "")
 
     def __getstate__(self) -> dict[str, Any]:
