@@ -186,19 +186,15 @@ def train_stage(
         caches.close()
     processes.share_state(student.module)  # the model file, whose digest is part of the cache key, holds this state
     take_deployed_network(student, distiller)
-    best = history.records[history.best_epoch - 1]
+    labeled_val = partial(split_loader, data, "val", student.input, recipe, settings, compute, shared=False)
+    val = history.records[history.best_epoch - 1]["val"]
     if isinstance(student.module, DualHead):
-        whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
-        best = best | {"val": best["val"] | _select_heads(student.module, student.facts, whole, observer, planned.name)}
-    val = (
-        best["val"]
-        if probed is None
-        else _select_probe_or_finetuned(student, probed, best, settings, observer, planned.name)
-    )
+        val = val | _select_heads(student.module, student.facts, labeled_val(), observer, planned.name)
+    if probed is not None:
+        val = _select_probe_or_finetuned(student, probed, val, history.best_epoch, settings, observer, planned.name)
     scaled: dict[str, Any] = {}
     if settings.temperature_scaling and planned.role in ("baseline", "distilled") and not data.teacher_labels:
-        whole = split_loader(data, "val", student.input, recipe, settings, compute, shared=False)
-        scaled, metrics = scale_logits(student, whole, compute, observer, planned.name)
+        scaled, metrics = scale_logits(student, labeled_val(), compute, observer, planned.name)
         val = val | metrics
     student.facts |= {
         "stage": planned.name,
@@ -245,25 +241,25 @@ def _select_heads(network: DualHead, facts: dict[str, Any], val: Loader, observe
 def _select_probe_or_finetuned(
     student: Classifier,
     probed: ProbedTeacher,
-    best: EpochRecord,
+    val: EpochRecord,
+    epoch: int,
     settings: TrainingSettings,
     observer: Observer,
     name: str,
 ) -> EpochRecord:
-    """Restore the probe if the best epoch is not better on val; return the val metrics of the better one."""
+    """Restore the probe if the best epoch, whose val metrics these are, is not better; return those of the better."""
     metric, head = settings.selection_metric, student.facts["head"]
-    keep_probe = selection_value(metric, probed.val) >= selection_value(metric, best["val"])
+    keep_probe = selection_value(metric, probed.val) >= selection_value(metric, val)
     keep_probe = keep_probe and student.remodelled is None  # a method that rebuilt the student has other layers
     head |= {"kind": "finetune", "taken": "probe" if keep_probe else "finetuned"}
-    head["finetuned_val_top1"] = best["val"]["top1"]
+    head["finetuned_val_top1"] = val["top1"]
     observer.note(
-        f"{name}: val top-1 {format_percent(probed.val['top1'])} as a probe, {format_percent(best['val']['top1'])} "
-        f"fine-tuned (epoch {best['epoch']}): {'the probe' if keep_probe else 'the fine-tuned network'} is used"
+        f"{name}: val top-1 {format_percent(probed.val['top1'])} as a probe, {format_percent(val['top1'])} "
+        f"fine-tuned (epoch {epoch}): {'the probe' if keep_probe else 'the fine-tuned network'} is used"
         + ("" if metric == "top1" else f", by {metric}")
     )
     if not keep_probe:
         head.pop("fold_heads")  # they read the embeddings of the frozen encoder
-        val: EpochRecord = best["val"]
         return val
     student.module.load_state_dict(probed.state)
     return probed.val
