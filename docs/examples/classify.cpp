@@ -14,13 +14,14 @@
 int main(int count, char** words) {
     if (count != 3) return std::cerr << "usage: classify model.xml picture.ppm\n", 2;
     auto model = ov::Core().read_model(words[1]);
-    // The metadata is JSON; of it, the class names are needed here.
+    // The metadata is JSON; of it, the class names are needed here, one for each output of the network.
     auto text = model->get_rt_info<std::string>("potstill");
     text = text.substr(text.find("\"class_names\": [") + 15);
-    text = text.substr(0, text.find(']'));
+    const auto classes = size_t(model->output().get_partial_shape()[1].get_length());
     std::vector<std::string> names;
     const std::regex quoted("\"((?:[^\"\\\\]|\\\\.)*)\"");
-    for (std::sregex_iterator at(text.begin(), text.end(), quoted), end; at != end; ++at) names.push_back((*at)[1]);
+    for (std::sregex_iterator at(text.begin(), text.end(), quoted); names.size() < classes; ++at)
+        names.push_back((*at)[1]);
 
     // A PPM image, "P6 WIDTH HEIGHT 255", then RGB bytes.  Any decoder will do that gives such bytes.
     std::ifstream file(words[2], std::ios::binary);

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ def export_network(run: Path, path: Path, inside: str) -> ExportMetadata:
     return metadata
 
 
-def check(command: list[str], run: Path, folder: Path, digits, size: tuple[int, int]) -> None:
-    """Run a program on pictures of digits, as PPM, and compare what it prints with PyTorch."""
+def check(command: list[str], run: Path, folder: Path, digits, size: tuple[int, int], name: str) -> None:
+    """Run a program on pictures of digits, as PPM, and compare what it prints with PyTorch; it prints ``name`` of each
+    class.
+    """
     for i in range(5):
         picture, lossless = folder / "picture.ppm", folder / "picture.png"
         for path in (picture, lossless):
@@ -40,7 +43,7 @@ def check(command: list[str], run: Path, folder: Path, digits, size: tuple[int, 
         assert ran.returncode == 0, ran.stderr
         printed = [line.split() for line in ran.stdout.splitlines()]
         (wanted,) = predict(run, [lossless], top=3, device="cpu")
-        assert [name for name, _ in printed] == [name for name, _ in wanted.classes]
+        assert [shown for shown, _ in printed] == [name.format(each) for each, _ in wanted.classes]
         assert [float(p) for _, p in printed] == pytest.approx([p for _, p in wanted.classes], abs=1e-4)
     picture.write_bytes(b"P5 no colours")
     assert subprocess.run([*command, str(picture)], capture_output=True).returncode == 3
@@ -54,6 +57,7 @@ def test_cpp(run: Path, tmp_path: Path, digits) -> None:
     if compiler is None:
         pytest.skip("needs g++")
     metadata = export_network(run, tmp_path / "model.onnx", "normalise")
+    metadata = replace(metadata, class_names=tuple(f"[{name}]" for name in metadata.class_names))
     for suffix, content in onnx_to_openvino((tmp_path / "model.onnx").read_bytes(), metadata).items():
         (tmp_path / f"model{suffix}").write_bytes(content)
     package = Path(openvino.__file__).parent
@@ -64,7 +68,7 @@ def test_cpp(run: Path, tmp_path: Path, digits) -> None:
          f"-Wl,-rpath,{package / 'libs'}", "-o", str(program)],
         check=True,
     )  # fmt: skip
-    check([str(program), str(tmp_path / "model.xml")], run, tmp_path, digits, (16, 16))
+    check([str(program), str(tmp_path / "model.xml")], run, tmp_path, digits, (16, 16), "[{}]")
 
 
 def test_javascript(run: Path, tmp_path: Path, digits) -> None:
@@ -74,4 +78,4 @@ def test_javascript(run: Path, tmp_path: Path, digits) -> None:
     (tmp_path / "node_modules").symlink_to(Path(NODE_MODULES, "node_modules"))
     script = shutil.copy(EXAMPLES / "classify.mjs", tmp_path)
     export_network(run, tmp_path / "model.onnx", "resize")
-    check([node, str(script), str(tmp_path / "model.onnx")], run, tmp_path, digits, (43, 31))
+    check([node, str(script), str(tmp_path / "model.onnx")], run, tmp_path, digits, (43, 31), "{}")

@@ -279,6 +279,22 @@ def test_a_parquet_file_has_the_same_columns_with_types(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".table*"))
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_has_rows_of_names_that_are_not_utf8(tmp_path: Path, kind: str) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    path = Path("\udcff.png")  # the byte 0xff, as os.fsdecode returns it
+    rows = [Prediction(path, (("red", 1.0),)), Prediction(path, (), f"{path}: empty file")]
+    write_table(tmp_path / f"table.{kind}", iter(rows), 1, cascade=False, video=False)
+    if kind == "csv":
+        with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+            found = [(row["path"], row["error"] or None) for row in csv.DictReader(file)]
+    else:
+        columns = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "table.parquet").to_pydict()
+        found = list(zip(columns["path"], columns["error"], strict=True))
+    assert found == [("\\udcff.png", None), ("\\udcff.png", "\\udcff.png: empty file")]
+
+
 def test_a_table_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     def fails():
         yield Prediction(Path("a"), (("red", 1.0),))

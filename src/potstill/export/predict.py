@@ -364,8 +364,7 @@ def write_table(path: Path, predictions: Iterable[Prediction], top: int, *, casc
         padded = [*each.classes[:top], *[(None, None)] * (top - len(each.classes))]
         flat = [value for pair in padded for value in pair]
         frames = (each.frame, each.seconds) if video else ()
-        name = str(each.path).encode("utf-8", "backslashreplace").decode("utf-8")
-        return (name, *frames, each.label, *flat, *((each.answered_by,) if cascade else ()), each.error)
+        return (str(each.path), *frames, each.label, *flat, *((each.answered_by,) if cascade else ()), each.error)
 
     rows = map(row, predictions)
     if path.suffix.lower() == ".csv":
@@ -379,6 +378,10 @@ def _short(cell: Any) -> Any:
     return f"{cell:.6g}" if isinstance(cell, float) else cell
 
 
+def _storable(cell: Any) -> Any:
+    return encode_text(cell) if isinstance(cell, str) else cell
+
+
 def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterator[Sequence[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -390,9 +393,8 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterator[Seque
         path.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(temporary, schema) as writer:
             while part := list(itertools.islice(rows, _ROWS)):
-                arrays = [
-                    pa.array(column, field.type) for column, field in zip(zip(*part, strict=True), schema, strict=True)
-                ]
+                columns_of_part = zip(zip(*part, strict=True), schema, strict=True)
+                arrays = [pa.array(map(_storable, column), field.type) for column, field in columns_of_part]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
         replace_file(temporary, path)
     except OSError as error:
