@@ -144,6 +144,12 @@ def test_the_model_meant_by_a_run_is_the_distilled_one(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="has no model"):
         find_model(tmp_path / "empty")
+    (tmp_path / "runs" / "b").mkdir(parents=True)
+    (tmp_path / "runs" / "b" / "recipe.yaml").write_text("name: b")
+    with pytest.raises(ArtifactError, match=r"folder of runs; name one of them, such as .*runs/b$"):
+        find_model(tmp_path / "runs")
+    with pytest.raises(ArtifactError, match=r"no stage of this run was finished; .* with --resume"):
+        find_model(tmp_path / "runs" / "b")
     (tmp_path / "empty" / "sweep.json").write_text("{}")
     again = tmp_path / "empty" / "confirmation" / "distilled"
     again.mkdir(parents=True)

@@ -397,6 +397,13 @@ def find_model(path: Path) -> Path:
         )
     if hint := search_hint(path):
         raise ArtifactError(f"{path} has no model of its own: {hint}")
+    if RunFolder(path).recipe.is_file():
+        raise ArtifactError(
+            f"{path} has no model yet: no stage of this run was finished; the command that began it, with --resume, "
+            "continues it"
+        )
+    if runs := sorted(each.parent for each in path.glob("*/recipe.yaml")):
+        raise ArtifactError(f"{path} has no model: it is a folder of runs; name one of them, such as {runs[0]}")
     raise ArtifactError(f"{path} has no model: neither model.json nor a trained stage ({', '.join(STAGES)})")
 
 
