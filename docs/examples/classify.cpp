@@ -20,7 +20,7 @@ int main(int count, char** words) {
     const auto classes = size_t(model->output().get_partial_shape()[1].get_length());
     std::vector<std::string> names;
     const std::regex quoted("\"((?:[^\"\\\\]|\\\\.)*)\"");
-    for (std::sregex_iterator at(text.begin(), text.end(), quoted); names.size() < classes; ++at)
+    for (std::sregex_iterator at(text.begin(), text.end(), quoted), end; at != end && names.size() < classes; ++at)
         names.push_back((*at)[1]);
 
     // A PPM image, "P6 WIDTH HEIGHT 255", then RGB bytes.  Any decoder will do that gives such bytes.
